@@ -1,0 +1,281 @@
+"""Triton kernels for `concat_linear`: out = act([x_1 … x_k] Wᵀ + b). Contract: mmlm_fast/ops/concat_linear.py.
+
+A GEMM whose reduction walks through the inputs one after the other, so the concatenation is never written. An
+input that broadcasts over tokens is multiplied once per sample into a float32 addend that the epilogue reads.
+Floor: 2·M·N·ΣK flops over the inputs with all tokens, each input, the weight and the output moved once.
+
+Legend: M rows (batch × tokens), N outputs, K an input's size, G samples, T tokens a sample.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+GROUP_M = 8  # row tiles that share their weight tiles in L2
+ROWS_BWD, COLUMNS_BWD = 64, 64
+MAX_SPLITS = 32  # of a long reduction with few output tiles (the weight gradient)
+
+
+@triton.jit
+def _activation(z, KIND: tl.constexpr):
+    if KIND == 1:
+        # As torch: NaN stays NaN.
+        z = tl.where(z < 0, 0.0, z)
+    if KIND == 2:
+        z = 0.5 * z * (1 + tl.math.erf(z * 0.7071067811865476))
+    if KIND == 3:
+        z = z * tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
+    if KIND == 4:
+        z = z * tl.sigmoid(z)
+    return z
+
+
+@triton.jit
+def _activation_grad(z, KIND: tl.constexpr):
+    if KIND == 1:
+        d = tl.where(z > 0, 1.0, 0.0)
+    elif KIND == 2:
+        d = 0.5 * (1 + tl.math.erf(z * 0.7071067811865476)) + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
+    elif KIND == 3:
+        s = tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
+        d = s + z * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * z * z)
+    else:
+        s = tl.sigmoid(z)
+        d = s + z * s * (1 - s)
+    return d
+
+
+@triton.jit
+def _tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """Row and column tile of this program, in groups of row tiles that reuse the weight in L2."""
+    num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    pid = tl.program_id(0)
+    per_group = GROUP * num_n
+    first = pid // per_group * GROUP
+    size = tl.minimum(num_m - first, GROUP)
+    return first + pid % per_group % size, pid % per_group // size
+
+
+@triton.jit
+def _accumulate(acc, a_ptr, stride_am, stride_ak, b_ptr, stride_bk, stride_bn, rows, row_mask, columns, column_mask,
+                first, last, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """acc += A[rows, first:last] B[first:last, columns]."""
+    ks = tl.arange(0, BLOCK_K)
+    a_ptrs = a_ptr + rows[:, None].to(tl.int64) * stride_am + (first + ks)[None, :].to(tl.int64) * stride_ak
+    b_ptrs = b_ptr + (first + ks)[:, None].to(tl.int64) * stride_bk + columns[None, :].to(tl.int64) * stride_bn
+    for k in range(first, last, BLOCK_K):
+        inside = k + ks < last
+        a = tl.load(a_ptrs, mask=row_mask[:, None] & inside[None, :], other=0.0)
+        b = tl.load(b_ptrs, mask=inside[:, None] & column_mask[None, :], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        a_ptrs += BLOCK_K * stride_ak
+        b_ptrs += BLOCK_K * stride_bk
+    return acc
+
+
+@triton.jit
+def _fwd_kernel(xs, sizes, offsets, weight_ptr, bias_ptr, addend_ptr, out_ptr, z_ptr, M, N, stride_wn, tokens,
+                NUM: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ADDEND: tl.constexpr, SAVE_Z: tl.constexpr,
+                ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
+                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """Input i is [M, sizes[i]], contiguous, and meets the weight's columns from offsets[i] on."""
+    tile_m, tile_n = _tile(M, N, BLOCK_M, BLOCK_N, GROUP)
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_mask, column_mask = rows < M, columns < N
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for i in tl.static_range(NUM):
+        acc = _accumulate(acc, xs[i], sizes[i], 1, weight_ptr + offsets[i], 1, stride_wn, rows, row_mask, columns,
+                          column_mask, 0, sizes[i], BLOCK_K, PRECISION)  # fmt: skip
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+    mask = row_mask[:, None] & column_mask[None, :]
+    if HAS_ADDEND:
+        samples = (rows // tokens).to(tl.int64)
+        acc += tl.load(addend_ptr + samples[:, None] * N + columns[None, :], mask=mask, other=0.0)
+    places = rows[:, None].to(tl.int64) * N + columns[None, :]
+    if SAVE_Z:
+        tl.store(z_ptr + places, acc.to(z_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + places, _activation(acc, ACTIVATION).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _matmul_kernel(a_ptr, b_ptr, c_ptr, M, N, K, stride_am, stride_ak, stride_bk, stride_bn, stride_cm, stride_split,
+                   k_per_split, PRECISION: tl.constexpr, GROUP: tl.constexpr,
+                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """C = A B for any strides; program axis 1 takes its own part of the reduction and its own slab of C."""
+    tile_m, tile_n = _tile(M, N, BLOCK_M, BLOCK_N, GROUP)
+    split = tl.program_id(1)
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_mask, column_mask = rows < M, columns < N
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    first = split * k_per_split
+    acc = _accumulate(acc, a_ptr, stride_am, stride_ak, b_ptr, stride_bk, stride_bn, rows, row_mask, columns,
+                      column_mask, first, tl.minimum(K, first + k_per_split), BLOCK_K, PRECISION)  # fmt: skip
+    c_ptrs = c_ptr + split.to(tl.int64) * stride_split + rows[:, None].to(tl.int64) * stride_cm + columns[None, :]
+    tl.store(c_ptrs, acc.to(c_ptr.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
+
+
+@triton.jit
+def _activation_bwd_kernel(grad_ptr, z_ptr, dz_ptr, dbias_ptr, M, N, ACTIVATION: tl.constexpr,
+                           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """dz = grad · act'(z), and the column sums of each row block, which a second stage adds up."""
+    block = tl.program_id(0).to(tl.int64)
+    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (rows < M)[:, None] & (columns < N)[None, :]
+    offsets = rows[:, None] * N + columns[None, :]
+    z = tl.load(z_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    dz = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * _activation_grad(z, ACTIVATION)
+    tl.store(dz_ptr + offsets, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+    tl.store(dbias_ptr + block * N + columns, tl.sum(dz, axis=0), mask=columns < N)
+
+
+# Not tuned on a GPU yet: the largest tiles that compile without spills for sm_80, sm_90 and sm_100
+# (tests/test_aot.py prints registers and shared memory). IEEE float32 has no tensor cores: small tiles.
+TILES_16_BIT = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
+TILES_16_BIT_FEW_ROWS = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
+TILES_FLOAT32 = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
+
+
+def _tiles(num_rows: int, dtype: torch.dtype) -> dict[str, int]:
+    if dtype == torch.float32:
+        return TILES_FLOAT32
+    return TILES_16_BIT_FEW_ROWS if num_rows <= 32 else TILES_16_BIT
+
+
+def _precision() -> str:
+    # float32 means float32 unless the user asked torch for TF32.
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def _grid(num_rows: int, num_columns: int, tiles: dict[str, int]) -> int:
+    return triton.cdiv(num_rows, tiles["BLOCK_M"]) * triton.cdiv(num_columns, tiles["BLOCK_N"])
+
+
+def _gemm_segments(segments, weight, bias, addend, tokens, out, z, activation):
+    """out (and z) from pairs (rows [M, K], first weight column)."""
+    num_rows, num_out = out.shape
+    tiles = _tiles(num_rows, weight.dtype)
+    _fwd_kernel[(_grid(num_rows, num_out, tiles),)](
+        tuple(x for x, _ in segments),
+        tuple(x.shape[1] for x, _ in segments),
+        tuple(offset for _, offset in segments),
+        weight,
+        weight if bias is None else bias.contiguous(),
+        out if addend is None else addend,
+        out,
+        out if z is None else z,
+        num_rows,
+        num_out,
+        weight.stride(0),
+        tokens,
+        NUM=len(segments),
+        HAS_BIAS=bias is not None,
+        HAS_ADDEND=addend is not None,
+        SAVE_Z=z is not None,
+        ACTIVATION=ACTIVATIONS[activation],
+        PRECISION=_precision(),
+        GROUP=GROUP_M,
+        **tiles,
+    )
+
+
+def concat_linear_fwd(
+    inputs: list[Tensor], weight: Tensor, bias: Tensor | None, activation: str, save_preactivation: bool
+) -> tuple[Tensor, Tensor]:
+    num_tokens = next((x.shape[-2] for x in inputs if x.shape[-2] != 1), 1)
+    num_out = weight.shape[0]
+    out = inputs[0].new_empty((*inputs[0].shape[:-2], num_tokens, num_out))
+    keeps = save_preactivation and activation != "none"
+    z = torch.empty_like(out) if keeps else out.new_empty(0)
+    if out.numel() == 0:
+        return out, z
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    full, pooled, offset = [], [], 0
+    for x in inputs:
+        (full if x.shape[-2] == num_tokens else pooled).append((_rows(x), offset))
+        offset += x.shape[-1]
+    flat, addend = out.view(-1, num_out), None
+    if pooled:
+        addend = torch.empty(flat.shape[0] // num_tokens, num_out, dtype=torch.float32, device=out.device)
+        _gemm_segments(pooled, weight, None, None, 1, addend, None, "none")
+    _gemm_segments(full, weight, bias, addend, num_tokens, flat, z.view(-1, num_out) if keeps else None, activation)
+    return out, z
+
+
+def _matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out[M, N] = a[M, K] b[K, N]; any strides, out with unit stride along N."""
+    (num_rows, depth), num_columns = a.shape, b.shape[1]
+    tiles = _tiles(num_rows, a.dtype)
+    num_tiles = _grid(num_rows, num_columns, tiles)
+    if num_tiles == 0:
+        return
+    # A weight gradient reduces over all tokens into few tiles: give the machine several parts of the reduction.
+    splits = max(1, min(MAX_SPLITS, 256 // num_tiles, depth // (8 * tiles["BLOCK_K"])))
+    k_per_split = triton.cdiv(triton.cdiv(depth, splits), tiles["BLOCK_K"]) * tiles["BLOCK_K"]
+    splits = max(1, triton.cdiv(depth, k_per_split)) if k_per_split else 1
+    target = out if splits == 1 else torch.empty(splits, *out.shape, dtype=torch.float32, device=out.device)
+    _matmul_kernel[(num_tiles, splits)](
+        a,
+        b,
+        target,
+        num_rows,
+        num_columns,
+        depth,
+        *a.stride(),
+        *b.stride(),
+        target.stride(-2),
+        target.stride(0) if splits > 1 else 0,
+        k_per_split,
+        PRECISION=_precision(),
+        GROUP=GROUP_M,
+        **tiles,
+    )
+    if splits > 1:
+        out.copy_(target.sum(0))
+
+
+def concat_linear_bwd(
+    grad: Tensor, inputs: list[Tensor], weight: Tensor, preactivation: Tensor, activation: str, needed: list[bool]
+) -> list[Tensor]:
+    needs_weight, needs_bias, *needs_inputs = needed
+    num_tokens, num_out = grad.shape[-2], weight.shape[0]
+    nothing = grad.new_empty(0)
+    dweight = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device) if needs_weight else nothing
+    dz, dbias = _preactivation_grad(_rows(grad), preactivation, activation, needs_bias)
+    per_sample = None
+    if any(x.shape[-2] != num_tokens for x in inputs):
+        per_sample = dz.view(-1, num_tokens, num_out).sum(1, dtype=torch.float32).to(dz.dtype)
+    dinputs, offset = [], 0
+    for x, needs in zip(inputs, needs_inputs, strict=True):
+        columns = slice(offset, offset + x.shape[-1])
+        offset += x.shape[-1]
+        dz_x = dz if x.shape[-2] == num_tokens else per_sample
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs else nothing
+        if needs and x.numel():
+            _matmul(dz_x, weight[:, columns], dx.view(-1, x.shape[-1]))
+        if needs_weight and x.numel():
+            _matmul(dz_x.T, _rows(x), dweight[:, columns])
+        dinputs.append(dx)
+    return [dweight, dbias if needs_bias else nothing, *dinputs]
+
+
+def _preactivation_grad(grad: Tensor, z: Tensor, activation: str, needs_bias: bool) -> tuple[Tensor, Tensor]:
+    num_rows, num_out = grad.shape
+    if activation == "none" or grad.numel() == 0:
+        return grad, grad.sum(0) if needs_bias else grad
+    dz = torch.empty_like(grad)
+    grid = (triton.cdiv(num_rows, ROWS_BWD), triton.cdiv(num_out, COLUMNS_BWD))
+    partial = torch.empty(grid[0], num_out, dtype=torch.float32, device=grad.device)
+    _activation_bwd_kernel[grid](
+        grad, z, dz, partial, num_rows, num_out, ACTIVATIONS[activation], ROWS_BWD, COLUMNS_BWD
+    )
+    return dz, partial.sum(0).to(grad.dtype)

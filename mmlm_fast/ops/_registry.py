@@ -1,0 +1,136 @@
+"""The one place that talks to torch.library, and the one switch: `reference()`.
+
+The PyTorch dispatcher is our only dispatch table: CPU tensors go to an op's portable path, CUDA tensors to its kernel.
+"""
+
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_LIB = torch.library.Library("mmlm_fast", "FRAGMENT")
+
+# What `mmlm_fast.doctor()` reports: op name -> (module of the portable path, target of the CUDA kernel).
+REGISTERED: dict[str, tuple[str, str]] = {}
+
+
+class _Switch(threading.local):
+    use_reference = False
+
+
+_switch = _Switch()
+
+
+@contextmanager
+def reference() -> Iterator[None]:
+    """Run every op of this thread as its plain PyTorch reference, for debugging, reports and tests.
+
+    Example::
+
+        with mmlm_fast.reference():
+            expected = model(**inputs)
+    """
+    before = _switch.use_reference
+    _switch.use_reference = True
+    try:
+        yield
+    finally:
+        _switch.use_reference = before
+
+
+def using_reference() -> bool:
+    return _switch.use_reference
+
+
+def register_op(schema: str, *, portable: Callable, kernel: str, fake: Callable) -> Callable[..., Any]:
+    """Register one op: CPU tensors go to `portable`, CUDA tensors to `kernel`.
+
+    Args:
+        schema: ATen schema without namespace, ``"name(Tensor x, float eps) -> Tensor"``.
+        portable: PyTorch implementation for any device.
+        kernel: ``"module:function"`` of the launcher, imported on the first CUDA call, so that a machine without
+            Triton can import the package. Where Triton is missing, CUDA tensors take `portable`, with one warning.
+        fake: Output shapes and dtypes only, for torch.compile.
+
+    Returns:
+        The callable ``torch.ops.mmlm_fast.<name>.default``.
+    """
+    name = schema.partition("(")[0]
+    _LIB.define(schema)
+    _LIB.impl(name, portable, "CPU")
+    _LIB.impl(name, _lazy(name, kernel, portable), "CUDA")
+    torch.library.register_fake(f"mmlm_fast::{name}", fake, lib=_LIB)
+    REGISTERED[name] = (portable.__module__, kernel)
+    return getattr(torch.ops.mmlm_fast, name).default
+
+
+def _lazy(name: str, kernel: str, portable: Callable) -> Callable:
+    module, _, function = kernel.partition(":")
+    resolved: list[Callable] = []
+
+    def call(*args):
+        if not resolved:
+            if module.startswith("mmlm_kernels") and find_spec("triton") is None:
+                warnings.warn(f"mmlm_fast.{name}: Triton is not installed, using the portable path", stacklevel=2)
+                resolved.append(portable)
+            else:
+                resolved.append(getattr(import_module(module), function))
+        return resolved[0](*args)
+
+    return call
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Cast floating-point tensors to autocast's dtype where autocast is on, as torch's own linear does."""
+    device = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors)
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        raise ValueError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
+
+
+def check_like(name: str, tensor: Tensor, like: Tensor, shape: tuple[int, ...]) -> None:
+    """`tensor` has `shape` and the dtype and device of `like`, or ValueError."""
+    check_floating(name, tensor)
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+    if tensor.dtype != like.dtype or tensor.device != like.device:
+        raise ValueError(f"{name} must be {like.dtype} on {like.device}, got {tensor.dtype} on {tensor.device}")
+
+
+def check_tokens(name: str, features: list[Tensor]) -> int:
+    """Inputs ``[*batch, T or 1, K_i]`` agree in dtype, device and batch; returns T."""
+    if not features:
+        raise ValueError(f"{name} must hold at least one tensor, got none")
+    for tensor in features:
+        check_floating(f"{name}[i]", tensor)
+        if tensor.dim() < 2:
+            raise ValueError(f"{name} must be [*batch, tokens, size], got shape {tuple(tensor.shape)}")
+        if tensor.shape[-1] == 0:
+            raise ValueError(f"{name} must have a last size of at least 1, got shape {tuple(tensor.shape)}")
+    first = features[0]
+    sizes = {x.shape[-2] for x in features if x.shape[-2] != 1}
+    batches = {tuple(x.shape[:-2]) for x in features}
+    if len(batches) > 1 or len(sizes) > 1:
+        raise ValueError(
+            f"{name} must share their batch shape and have the same number of tokens or 1, "
+            f"got {[tuple(x.shape) for x in features]}"
+        )
+    if any(x.dtype != first.dtype or x.device != first.device for x in features):
+        raise ValueError(
+            f"{name} must share dtype and device, got {[(str(x.dtype), str(x.device)) for x in features]}"
+        )
+    return next(iter(sizes), 1)

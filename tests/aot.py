@@ -1,0 +1,138 @@
+"""Compile every kernel, at every configuration its launchers ship, for one architecture; no GPU needed.
+
+    python tests/aot.py 90
+
+The launchers run on CPU tensors with Triton's launch replaced by a compilation for the target, so what is checked is
+what would be launched. Prints registers, stack, spills and shared memory; exits 1 on a spill or too much memory.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime.jit import JITFunction
+
+SHARED_MEMORY_LIMIT_KIB = {80: 163, 90: 227, 100: 227, 120: 99}
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+class CompileOnlyDriver(DriverBase):
+    def __init__(self, arch: int) -> None:
+        self.target = GPUTarget("cuda", arch, 32)
+        self.utils = None
+        self.launcher_cls = None
+
+    @classmethod
+    def is_active(cls):
+        return True
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def set_current_device(self, device):
+        pass
+
+    def get_current_stream(self, device=None):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+    def map_python_to_cpp_type(self, ty):
+        return ty
+
+    def get_benchmarker(self):
+        raise RuntimeError("nothing can be timed without a GPU")
+
+    def get_device_interface(self):
+        return torch.cpu
+
+    def get_empty_cache_for_benchmark(self):
+        raise RuntimeError("nothing can be timed without a GPU")
+
+    def clear_cache(self, cache):
+        pass
+
+
+def concat_linear(dtype):
+    from mmlm_kernels.concat_linear import concat_linear_bwd, concat_linear_fwd
+
+    for rows in (1, 256):  # both tile tables
+        inputs = [torch.empty(2, rows, 128, dtype=dtype), torch.empty(2, 1, 64, dtype=dtype)]
+        weight, bias = torch.empty(256, 192, dtype=dtype), torch.empty(256, dtype=dtype)
+        for activation in ("none", "relu", "gelu", "gelu_tanh", "silu") if dtype == DTYPES[0] else ("none", "gelu"):
+            out, z = concat_linear_fwd(inputs, weight, bias, activation, True)
+            concat_linear_bwd(out, inputs, weight, z, activation, [True] * 4)
+
+
+def fuse_modalities(dtype):
+    from mmlm_kernels.fuse_modalities import fuse_modalities_bwd, fuse_modalities_fwd, gated_mix_bwd, gated_mix_fwd
+
+    for size, present in ((4096, False), (1000, True)):
+        features = [torch.empty(2, 32, size, dtype=dtype), torch.empty(2, 1, size, dtype=dtype)] * 2
+        there = torch.ones(2, 32, 4, dtype=torch.bool) if present else None
+        for mode, weight in (("mean", None), ("weighted", 4), ("attention", size)):
+            weight = None if weight is None else torch.empty(weight, dtype=dtype)
+            out, weights = fuse_modalities_fwd(features, mode, weight, there)
+            fuse_modalities_bwd(out, features, weight, weights, there, mode)
+        a = features[0]
+        there = there[..., :2].contiguous() if present else None
+        gated_mix_fwd(a, a, a, there)
+        gated_mix_bwd(a, a, a, a, there)
+
+
+CASES = [concat_linear, fuse_modalities]
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return {key: int(re.search(rf"{key}:(\d+)", text).group(1)) for key in ("REG", "STACK", "LOCAL")}
+
+
+def main() -> int:
+    arch = int(sys.argv[1])
+    triton.runtime.driver.set_active(CompileOnlyDriver(arch))
+    compiled, label, launch = {}, "", JITFunction.run
+
+    def compile_instead(self, *args, grid, warmup, **kwargs):
+        kernel = launch(self, *args, grid=grid, warmup=True, enable_fp_fusion=True, **kwargs)
+        compiled.setdefault(kernel.hash, (f"{label} {self.__name__}", kernel))
+
+    JITFunction.run = compile_instead
+    start = time.perf_counter()
+    for case in CASES:
+        for dtype in DTYPES:
+            label = f"{case.__name__} {str(dtype).removeprefix('torch.')}"
+            case(dtype)
+    failures = 0
+    print(f"{'sm_' + str(arch):<50}{'regs':>5}{'stack':>6}{'spill':>6}{'shared':>8}{'warps':>6}  instructions")
+    for name, kernel in compiled.values():
+        used, shared = resources(kernel.asm["cubin"]), kernel.metadata.shared
+        bad = used["LOCAL"] > 0 or used["STACK"] > 0 or shared > SHARED_MEMORY_LIMIT_KIB[arch] * 1024
+        failures += bad
+        kinds = [k for k in ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "cp.async") if k in kernel.asm["ptx"]]
+        print(f"{name:<50}{used['REG']:>5}{used['STACK']:>6}{used['LOCAL']:>6}{shared:>8}"
+              f"{kernel.metadata.num_warps:>6}  {' '.join(kinds)} {'FAIL' if bad else ''}")  # fmt: skip
+    print(f"{len(compiled)} binaries, {failures} failures, {time.perf_counter() - start:.0f} s, triton {triton.__version__}")
+    return int(failures > 0 or not compiled)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
