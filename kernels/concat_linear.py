@@ -138,12 +138,13 @@ def _activation_bwd_kernel(grad_ptr, z_ptr, dz_ptr, dbias_ptr, M, N, ACTIVATION:
 # (tests/test_aot.py prints registers and shared memory). IEEE float32 has no tensor cores: small tiles.
 TILES_16_BIT = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
 TILES_16_BIT_FEW_ROWS = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
-TILES_FLOAT32 = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
+TILES_TF32 = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
+TILES_FLOAT32 = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 8, "num_warps": 8, "num_stages": 3}
 
 
 def _tiles(num_rows: int, dtype: torch.dtype) -> dict[str, int]:
     if dtype == torch.float32:
-        return TILES_FLOAT32
+        return TILES_TF32 if _precision() == "tf32" else TILES_FLOAT32
     return TILES_16_BIT_FEW_ROWS if num_rows <= 32 else TILES_16_BIT
 
 

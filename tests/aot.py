@@ -75,8 +75,9 @@ def concat_linear(dtype):
         inputs = [torch.empty(2, rows, 128, dtype=dtype), torch.empty(2, 1, 64, dtype=dtype)]
         weight, bias = torch.empty(256, 192, dtype=dtype), torch.empty(256, dtype=dtype)
         for activation in ("none", "relu", "gelu", "gelu_tanh", "silu") if dtype == DTYPES[0] else ("none", "gelu"):
-            out, z = concat_linear_fwd(inputs, weight, bias, activation, True)
-            concat_linear_bwd(out, inputs, weight, z, activation, [True] * 4)
+            for torch.backends.cuda.matmul.allow_tf32 in (False, True) if dtype == torch.float32 else (False,):
+                out, z = concat_linear_fwd(inputs, weight, bias, activation, True)
+                concat_linear_bwd(out, inputs, weight, z, activation, [True] * 4)
 
 
 def fuse_modalities(dtype):

@@ -1,0 +1,183 @@
+"""Drop-in for transformers' WhisperFeatureExtractor: the same call and the same output, from the native core."""
+
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import BatchFeature
+from transformers.models.whisper.feature_extraction_whisper import logger
+from transformers.utils import PaddingStrategy
+
+from mmlm_fast import _C
+from mmlm_fast.audio.log_mel import HOP_LENGTH, MIN_SAMPLES, N_FFT, check_mono, run_plan
+from mmlm_fast.ops._registry import using_reference
+
+# Plans by the identity of the filter array, which is read-only: another array is another plan.
+_PLANS: OrderedDict[int, tuple[np.ndarray, "_C.LogMelPlan"]] = OrderedDict()
+_MAX_PLANS = 16
+
+
+def _plan_of(filters: np.ndarray) -> "_C.LogMelPlan":
+    known = _PLANS.get(id(filters))
+    if known is None or known[0] is not filters:
+        filters.setflags(write=False)
+        known = (filters, _C.LogMelPlan(filters.T))
+        _PLANS[id(filters)] = known
+        while len(_PLANS) > _MAX_PLANS:
+            _PLANS.popitem(last=False)
+    return known[1]
+
+
+class WhisperFeatureExtractor(transformers.WhisperFeatureExtractor):
+    """`transformers.WhisperFeatureExtractor` with Whisper's log-mel from the native core.
+
+    Same constructor, call, keys, dtypes, padding, truncation and attention mask; `from_pretrained`, `save_pretrained`
+    and Processors work as before, and what it saves loads without this package. It differs in three cases, where the
+    original's answer helps nobody and this one raises ValueError: integer samples (unscaled in silence there), NaN,
+    infinite or overflowing samples (a whole clip of NaN there), and arrays shaped ``[num_samples, channels]`` (taken
+    for as many clips there). Options the core does not cover (another `n_fft` or `hop_length`) run the original code.
+    """
+
+    def __call__(  # type: ignore[override]
+        self,
+        raw_speech: Any,
+        truncation: bool = True,
+        pad_to_multiple_of: int | None = None,
+        return_tensors: Any = None,
+        return_attention_mask: bool | None = None,
+        padding: Any = "max_length",
+        max_length: int | None = None,
+        sampling_rate: int | None = None,
+        do_normalize: bool | None = None,
+        device: str | None = "cpu",
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Extract log-mel features; arguments and result are those of transformers' class."""
+        clips = _as_clips(raw_speech)
+        wrong_rate = sampling_rate is not None and sampling_rate != self.sampling_rate
+        lengths = self._padded_lengths(clips, truncation, pad_to_multiple_of, padding, max_length)
+        if wrong_rate or lengths is None or do_normalize or device != "cpu" or not self._is_native():
+            # Dither, normalisation and other devices: padding as there, features still from our core (see below).
+            # Clips that come out unequal: the original's own error.
+            return super().__call__(
+                clips,
+                truncation=truncation,
+                pad_to_multiple_of=pad_to_multiple_of,
+                return_tensors=return_tensors,
+                return_attention_mask=return_attention_mask,
+                padding=padding,
+                max_length=max_length,
+                sampling_rate=sampling_rate,
+                do_normalize=do_normalize,
+                device=device,
+                **kwargs,
+            )
+        if sampling_rate is None:
+            logger.warning(
+                f"It is strongly recommended to pass the `sampling_rate` argument to `{self.__class__.__name__}()`. "
+                "Failing to do so can result in silent errors that might be hard to debug."
+            )
+        num_valid, num_samples = lengths
+        _check_length(num_samples)
+        out = torch.empty(len(clips), self.feature_size, num_samples // HOP_LENGTH)
+        addresses = [clip.__array_interface__["data"][0] for clip in clips]
+        run_plan(_plan_of(self.mel_filters), addresses, num_valid, num_samples, out.data_ptr())
+
+        wants_tensor = return_tensors == "pt"
+        features: dict[str, Any] = {"input_features": out if wants_tensor else out.numpy()}
+        # As in the original, an explicit False leaves the choice to the extractor's own setting, and only a mask
+        # asked for in the call is brought from samples to frames.
+        if return_attention_mask or self.return_attention_mask:
+            step = HOP_LENGTH if return_attention_mask else 1
+            positions = np.arange(num_samples // step) * step
+            mask = (positions < np.array(num_valid)[:, None]).astype(np.int32)
+            features["attention_mask"] = torch.from_numpy(mask) if wants_tensor else mask
+        return BatchFeature(features, tensor_type=None if wants_tensor else return_tensors)
+
+    def _is_native(self) -> bool:
+        return self._is_covered() and self.padding_value == 0 and self.dither == 0 and not using_reference()
+
+    def _is_covered(self) -> bool:
+        return (
+            self.n_fft == N_FFT
+            and self.hop_length == HOP_LENGTH
+            and self.padding_side == "right"
+            and self.mel_filters.shape == (N_FFT // 2 + 1, self.feature_size)
+        )
+
+    def _padded_lengths(
+        self, clips: list[np.ndarray], truncation: bool, multiple: int | None, padding: Any, max_length: int | None
+    ) -> tuple[list[int], int] | None:
+        """Valid samples of each clip and the padded length of all; None where the clips end up unequal."""
+        limit = max_length if max_length else self.n_samples
+
+        def rounded(n: int) -> int:
+            return n if multiple is None else -(-n // multiple) * multiple
+
+        num_valid = [min(len(c), rounded(limit)) if truncation else len(c) for c in clips]
+        strategy = self._get_padding_strategies(padding=padding, max_length=limit)
+        if strategy == PaddingStrategy.DO_NOT_PAD:
+            target = 0
+        else:
+            target = rounded(max(num_valid) if strategy == PaddingStrategy.LONGEST else limit)
+        padded = {max(n, target) for n in num_valid}
+        return (num_valid, padded.pop()) if len(padded) == 1 else None
+
+    def _torch_extract_fbank_features(self, waveform: np.ndarray, device: str = "cpu") -> np.ndarray:
+        if using_reference() or not self._is_covered():
+            return super()._torch_extract_fbank_features(waveform, device)
+        _check_length(waveform.shape[-1])
+        if torch.device(device).type != "cpu":
+            return super()._torch_extract_fbank_features(waveform, device)
+        samples = torch.from_numpy(waveform).float()
+        if self.dither != 0.0:  # the same draw from the same generator as in the original
+            samples = samples + self.dither * torch.randn(samples.shape)
+        rows = samples.reshape(-1, samples.shape[-1]).contiguous()
+        num_clips, num_samples = rows.shape
+        out = torch.empty(num_clips, self.feature_size, num_samples // HOP_LENGTH)
+        step = num_samples * rows.element_size()
+        addresses = [rows.data_ptr() + i * step for i in range(num_clips)]
+        run_plan(_plan_of(self.mel_filters), addresses, [num_samples] * num_clips, num_samples, out.data_ptr())
+        return out.reshape(*samples.shape[:-1], *out.shape[1:]).numpy()
+
+
+def _check_length(num_samples: int) -> None:
+    if num_samples < MIN_SAMPLES:
+        raise ValueError(
+            f"a clip needs at least {MIN_SAMPLES} samples after padding, got {num_samples}: use padding='max_length'"
+        )
+
+
+def _as_clips(raw_speech: Any) -> list[np.ndarray]:
+    """One clip, or a batch of them, as contiguous float32 arrays."""
+    if isinstance(raw_speech, torch.Tensor):
+        raw_speech = raw_speech.detach().cpu().numpy()
+    if isinstance(raw_speech, np.ndarray) and raw_speech.ndim > 1:
+        if raw_speech.ndim > 2:
+            raise ValueError(f"only mono-channel audio is supported: [batch, num_samples], got {raw_speech.shape}")
+        check_mono(raw_speech.shape, "raw_speech")
+        raw_speech = list(raw_speech)
+    is_sequence = isinstance(raw_speech, (list, tuple))
+    if is_sequence and len(raw_speech) == 0:
+        raise ValueError("raw_speech must hold at least one clip, got an empty list")
+    if is_sequence and isinstance(raw_speech[0], (np.ndarray, torch.Tensor, list, tuple)):
+        return [_as_clip(clip, i) for i, clip in enumerate(raw_speech)]
+    return [_as_clip(raw_speech, 0)]
+
+
+def _as_clip(clip: Any, index: int) -> np.ndarray:
+    if isinstance(clip, torch.Tensor):
+        clip = clip.detach().cpu().float().numpy() if clip.is_floating_point() else clip.cpu().numpy()
+    try:
+        array = np.asarray(clip)
+    except ValueError:
+        raise ValueError(f"clip {index} must be a flat sequence of samples, got ragged lists") from None
+    if array.ndim != 1:
+        raise ValueError(f"clip {index} must be mono, [num_samples], got shape {array.shape}: mix down first")
+    if array.size and array.dtype.kind != "f":
+        raise ValueError(
+            f"clip {index} must hold floats in [-1, 1], got {array.dtype}: divide int16 by 32768 to scale it"
+        )
+    return np.ascontiguousarray(array, dtype=np.float32)
