@@ -108,7 +108,10 @@ def log_mel(
             )
         if clip.device != clips[0].device:
             raise ValueError(f"clips must be on one device, got {clips[0].device} and {clip.device} (clip {i})")
-    longest = max((c.shape[0] for c in clips), default=waveform.shape[-1] if batched else 0)
+    if batched:
+        longest = waveform.shape[-1]
+    else:
+        longest = max([c.shape[0] for c in clips]) if clips else 0
     num_samples = longest if num_samples is None else num_samples
     if longest > num_samples:
         raise ValueError(f"clips must have at most num_samples={num_samples} samples, got {longest}: cut them first")
