@@ -1,0 +1,244 @@
+"""Check, then time interleaved, then measure memory: one row per case and provider."""
+
+import ctypes
+import gc
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+
+from mmlm_fast.testing import Difference
+
+Call = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One job at one size, done by several providers."""
+
+    group: str  # op stem, "audio" or "model"
+    name: str
+    shape_from: str  # the model or setting the size is taken from
+    inputs: Callable[[], list[tuple]]  # drawn outside the timed region; calls rotate through the list
+    providers: dict[str, Call]  # what is timed; the first is the baseline
+    # provider -> differences to the exact result for the first inputs; empty where a provider computes another thing
+    check: Callable[[dict[str, Call], tuple], dict[str, list[Difference]]]
+    bytes_moved: int = 0  # each input read once, each output written once; 0: not stated
+    flops: int = 0
+    notes: dict[str, str] = field(default_factory=dict)  # provider -> remark
+    ours: str = "mmlm_fast"
+
+
+@dataclass(frozen=True)
+class Row:
+    group: str
+    case: str
+    shape_from: str
+    provider: str
+    ours: bool
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    speedup: float  # over the case's baseline: median of paired ratios
+    speedup_p20: float
+    speedup_p80: float
+    peak_mib: float | None  # beyond what was held before the call
+    relative_error: float | None  # norm, against float64
+    allowed_error: float | None
+    fraction_of_limit: float | None  # of the time that bytes and flops need at this machine's measured rates
+    note: str
+
+
+def run(case: Case, machine: "Machine", seconds: float = 2.0) -> list[Row]:
+    """Check, time and measure one case.
+
+    Raises:
+        AssertionError: if a provider misses the accuracy rule; nothing is timed then.
+    """
+    inputs = case.inputs()
+    differences = case.check(case.providers, inputs[0])
+    for provider, found in differences.items():
+        for d in found:
+            if provider == case.ours:
+                assert d.ok, f"{case.name}: error {d.error:.3e}, allowed {d.allowed:.3e}"
+    samples = time_interleaved(case.providers, inputs, seconds)
+    baseline = samples[next(iter(case.providers))]
+    rows = []
+    for provider, call in case.providers.items():
+        times = samples[provider]
+        ratios = [b / t for b, t in zip(baseline, times, strict=True)]
+        found = differences.get(provider, [])
+        worst = max(found, key=lambda d: d.error / d.allowed if d.allowed else 0.0, default=None)
+        limit_ms = 1e3 * max(case.bytes_moved / machine.bytes_per_second, case.flops / machine.flops_per_second)
+        rows.append(
+            Row(
+                case.group,
+                case.name,
+                case.shape_from,
+                provider,
+                provider == case.ours,
+                *(1e3 * t for t in spread(times)),
+                *spread(ratios),
+                peak_memory_mib(call, inputs[0]),
+                worst.relative if worst else None,
+                worst.allowed / worst.scale if worst and worst.scale else None,
+                limit_ms / (1e3 * median(times)) if limit_ms else None,
+                case.notes.get(provider, ""),
+            )
+        )
+    return rows
+
+
+def spread(values: list[float]) -> tuple[float, float, float]:
+    """Median, 20th and 80th percentile."""
+    if len(values) < 2:
+        return values[0], values[0], values[0]
+    cuts = quantiles(values, n=10, method="inclusive")
+    return median(values), cuts[1], cuts[7]
+
+
+def time_interleaved(providers: dict[str, Call], inputs: list[tuple], seconds: float) -> dict[str, list[float]]:
+    """Seconds of single calls, providers taking turns, so that neighbours and clock drift hit all alike."""
+    for call in providers.values():  # warm-up: compilation, caches, allocator
+        for args in inputs[:2]:
+            call(*args)
+    samples: dict[str, list[float]] = {provider: [] for provider in providers}
+    start, turn = time.perf_counter(), 0
+    while turn < 3 or (time.perf_counter() - start < seconds and turn < 1000):
+        args = inputs[turn % len(inputs)]
+        for provider, call in providers.items():
+            samples[provider].append(timed(call, args))
+        turn += 1
+    return samples
+
+
+def timed(call: Call, args: tuple) -> float:
+    cuda = torch.cuda.is_available() and any(isinstance(a, torch.Tensor) and a.is_cuda for a in _flat(args))
+    if cuda:
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        first.record()
+        call(*args)
+        last.record()
+        torch.cuda.synchronize()
+        return first.elapsed_time(last) / 1e3
+    start = time.perf_counter()
+    call(*args)
+    return time.perf_counter() - start
+
+
+def _flat(args: Any) -> Iterator[Any]:
+    return iter(torch.utils._pytree.tree_leaves(args))
+
+
+def peak_memory_mib(call: Call, args: tuple) -> float | None:
+    """Memory one call takes beyond what is held before it: the allocator's peak on CUDA, resident pages on Linux."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call(*args)
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # freed memory goes back, so that it counts when it is taken again
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+        before = _status_kib("VmRSS")
+        call(*args)
+        return max(0, _status_kib("VmHWM") - before) / 1024
+    except (OSError, AttributeError):
+        return None
+
+
+def _status_kib(key: str) -> int:
+    text = Path("/proc/self/status").read_text()
+    return int(text.split(f"{key}:")[1].split()[0])
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates measured here, for the fraction of the hardware limit."""
+
+    bytes_per_second: float
+    flops_per_second: float
+
+
+def measure_machine(device: str) -> Machine:
+    """Copy bandwidth (bytes read and written) and float32 (CPU) or bfloat16 (CUDA) matrix-product rate."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    source = torch.ones(2**28 if device == "cuda" else 2**25, device=device)
+    target = torch.empty_like(source)
+    copy = min(timed(lambda s: target.copy_(s), (source,)) for _ in range(5))
+    size = 8192 if device == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    product = min(timed(torch.matmul, (a, b)) for _ in range(10))
+    return Machine(2 * source.numel() * source.element_size() / copy, 2 * size**3 / product)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def environment(device: str) -> dict[str, Any]:
+    import platform
+    import subprocess
+    from importlib.metadata import PackageNotFoundError, version
+
+    import mmlm_fast
+    from mmlm_fast import _C
+
+    def installed(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    cpu = next(
+        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        platform.processor(),
+    )
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--exclude=*"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        check=False,
+    )
+    packages = ["torch", "triton", "transformers", "numpy", "librosa", "torchaudio", "openai-whisper", "scipy"]
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
+        "device_type": device,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "isa": _C.active_isa(),
+        "load_average": round(os.getloadavg()[0], 2),
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": git.stdout.strip() or None,
+        "mmlm_fast": mmlm_fast.__version__,
+        "python": platform.python_version(),
+        "packages": {name: found for name in packages if (found := installed(name))},
+        "cuda": torch.version.cuda,
+    }
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def rows_as_json(rows: list[Row]) -> list[dict[str, Any]]:
+    return [{k: round(v, 6) if isinstance(v, float) else v for k, v in asdict(r).items()} for r in rows]
