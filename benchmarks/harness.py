@@ -51,11 +51,13 @@ class Row:
     peak_mib: float | None  # beyond what was held before the call
     relative_error: float | None  # norm, against float64
     allowed_error: float | None
-    fraction_of_limit: float | None  # of the time that bytes and flops need at this machine's measured rates
+    threads: int
+    bytes_moved: int
+    flops: int
     note: str
 
 
-def run(case: Case, machine: "Machine", seconds: float = 2.0) -> list[Row]:
+def run(case: Case, seconds: float = 2.0) -> list[Row]:
     """Check, time and measure one case.
 
     Raises:
@@ -75,7 +77,6 @@ def run(case: Case, machine: "Machine", seconds: float = 2.0) -> list[Row]:
         ratios = [b / t for b, t in zip(baseline, times, strict=True)]
         found = differences.get(provider, [])
         worst = max(found, key=lambda d: d.error / d.allowed if d.allowed else 0.0, default=None)
-        limit_ms = 1e3 * max(case.bytes_moved / machine.bytes_per_second, case.flops / machine.flops_per_second)
         rows.append(
             Row(
                 case.group,
@@ -88,7 +89,9 @@ def run(case: Case, machine: "Machine", seconds: float = 2.0) -> list[Row]:
                 peak_memory_mib(call, inputs[0]),
                 worst.relative if worst else None,
                 worst.allowed / worst.scale if worst and worst.scale else None,
-                limit_ms / (1e3 * median(times)) if limit_ms else None,
+                torch.get_num_threads(),
+                case.bytes_moved,
+                case.flops,
                 case.notes.get(provider, ""),
             )
         )
@@ -106,8 +109,8 @@ def spread(values: list[float]) -> tuple[float, float, float]:
 def time_interleaved(providers: dict[str, Call], inputs: list[tuple], seconds: float) -> dict[str, list[float]]:
     """Seconds of single calls, providers taking turns, so that neighbours and clock drift hit all alike."""
     for call in providers.values():  # warm-up: compilation, caches, allocator
-        for args in inputs[:2]:
-            call(*args)
+        if timed(call, inputs[0]) < 0.2:
+            call(*inputs[-1])
     samples: dict[str, list[float]] = {provider: [] for provider in providers}
     start, turn = time.perf_counter(), 0
     while turn < 3 or (time.perf_counter() - start < seconds and turn < 1000):
@@ -168,16 +171,26 @@ class Machine:
     bytes_per_second: float
     flops_per_second: float
 
+    def fraction_of_limit(self, row: dict[str, Any]) -> float | None:
+        """Time that the row's bytes and flops need at these rates, over the time it took."""
+        seconds = max(row["bytes_moved"] / self.bytes_per_second, row["flops"] / self.flops_per_second)
+        return seconds / (row["median_ms"] / 1e3) if seconds else None
+
+    def best_of(self, other: "Machine") -> "Machine":
+        return Machine(
+            max(self.bytes_per_second, other.bytes_per_second), max(self.flops_per_second, other.flops_per_second)
+        )
+
 
 def measure_machine(device: str) -> Machine:
     """Copy bandwidth (bytes read and written) and float32 (CPU) or bfloat16 (CUDA) matrix-product rate."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     source = torch.ones(2**28 if device == "cuda" else 2**25, device=device)
     target = torch.empty_like(source)
-    copy = min(timed(lambda s: target.copy_(s), (source,)) for _ in range(5))
+    copy = min(timed(lambda s: target.copy_(s), (source,)) for _ in range(8))
     size = 8192 if device == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    product = min(timed(torch.matmul, (a, b)) for _ in range(10))
+    product = min(timed(torch.matmul, (a, b)) for _ in range(40))  # the best of many: neighbours only ever slow it
     return Machine(2 * source.numel() * source.element_size() / copy, 2 * size**3 / product)
 
 

@@ -267,8 +267,7 @@ def fuse_modalities_bwd(
     else:
         dweight = grad.new_empty(0)
     dfeatures = [
-        dx if x.shape[-2] == p.tokens else dx.sum(-2, keepdim=True)
-        for dx, x in zip(dfeatures, features, strict=True)
+        dx if x.shape[-2] == p.tokens else dx.sum(-2, keepdim=True) for dx, x in zip(dfeatures, features, strict=True)
     ]
     return [dweight, *dfeatures]
 

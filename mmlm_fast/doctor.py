@@ -1,5 +1,78 @@
 """What is installed, and which path each op takes on this machine."""
 
+import json
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+PACKAGES = ("torch", "triton", "transformers", "numpy")
+# Oldest Linux driver of each CUDA major version's minor-version compatibility (NVIDIA's release notes).
+DRIVER_FLOOR = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}
+
 
 def doctor() -> str:
-    return ""
+    """Describe this installation: versions, instruction set, CUDA, and which path each op takes here and why.
+
+    Returns:
+        Lines of plain text, as `mmlm-fast doctor` prints them.
+    """
+    import torch
+
+    import mmlm_fast
+    import mmlm_fast.audio
+    import mmlm_fast.ops
+    from mmlm_fast import _C
+
+    build, cuda = json.loads(_C.build_info_json()), _C.cuda_status()
+    lines = [
+        f"mmlm-fast {mmlm_fast.__version__}, Python {platform.python_version()}, {sys.platform} {platform.machine()}"
+    ]
+    for name in PACKAGES:
+        try:
+            lines.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            lines.append(f"{name} not installed")
+    lines.append(f"native core: built by {build['compiler']}")
+    cap = os.environ.get("MMLM_FAST_ISA")
+    capped = f", capped by MMLM_FAST_ISA={cap}" if cap else ""
+    lines.append(
+        f"  instruction set {_C.active_isa()} (this CPU has {_C.best_isa()}){capped}; {torch.get_num_threads()} threads"
+    )
+    if build["cuda"]:
+        floor = DRIVER_FLOOR.get(int(build["nvcc"].split(".")[0]), "unknown")
+        lines.append(
+            f"  CUDA {build['nvcc']} for sm_{', sm_'.join(build['cuda_archs'])}; needs driver {floor} or newer"
+        )
+        lines.append(f"  CUDA runtime: {cuda['message']}, {cuda['num_devices']} devices")
+    if build["reason"]:
+        lines.append(f"  without CUDA code: {build['reason']}" if not build["cuda"] else f"  note: {build['reason']}")
+    gpu = torch.cuda.is_available()
+    found = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) if gpu else ""
+    reason = (
+        found if gpu else "none: " + ("a CPU build of torch" if torch.version.cuda is None else "no device or driver")
+    )
+    lines.append(f"torch's CUDA devices: {reason}")
+    lines.append("ops:")
+    lines += [f"  {name}: {path}" for name, path in op_paths(gpu, cuda["compiled"]).items()]
+    return "\n".join(lines)
+
+
+def op_paths(gpu: bool, native_cuda: bool) -> dict[str, str]:
+    """Op name -> the path its tensors take on this machine."""
+    from mmlm_fast.ops._registry import REGISTERED
+
+    has_triton = find_spec("triton") is not None
+    paths = {}
+    for name, (_, kernel) in sorted(REGISTERED.items()):
+        native = kernel.startswith("mmlm_fast.audio")
+        on_cpu = "CPU native core" if native else "CPU portable PyTorch"
+        if not gpu:
+            on_cuda = "CUDA unused, no device"
+        elif native:
+            on_cuda = "CUDA kernel of the native core" if native_cuda else "CUDA plain PyTorch, core built without nvcc"
+        else:
+            on_cuda = f"CUDA {kernel}" if has_triton else "CUDA portable PyTorch, Triton is not installed"
+        paths[name] = f"{on_cpu}; {on_cuda}"
+    return paths

@@ -75,7 +75,8 @@ def concat_linear(dtype):
         inputs = [torch.empty(2, rows, 128, dtype=dtype), torch.empty(2, 1, 64, dtype=dtype)]
         weight, bias = torch.empty(256, 192, dtype=dtype), torch.empty(256, dtype=dtype)
         for activation in ("none", "relu", "gelu", "gelu_tanh", "silu") if dtype == DTYPES[0] else ("none", "gelu"):
-            for torch.backends.cuda.matmul.allow_tf32 in (False, True) if dtype == torch.float32 else (False,):
+            for tf32 in (False, True) if dtype == torch.float32 else (False,):
+                torch.backends.cuda.matmul.allow_tf32 = tf32
                 out, z = concat_linear_fwd(inputs, weight, bias, activation, True)
                 concat_linear_bwd(out, inputs, weight, z, activation, [True] * 4)
 
@@ -131,7 +132,8 @@ def main() -> int:
         kinds = [k for k in ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "cp.async") if k in kernel.asm["ptx"]]
         print(f"{name:<50}{used['REG']:>5}{used['STACK']:>6}{used['LOCAL']:>6}{shared:>8}"
               f"{kernel.metadata.num_warps:>6}  {' '.join(kinds)} {'FAIL' if bad else ''}")  # fmt: skip
-    print(f"{len(compiled)} binaries, {failures} failures, {time.perf_counter() - start:.0f} s, triton {triton.__version__}")
+    seconds = time.perf_counter() - start
+    print(f"{len(compiled)} binaries, {failures} failures, {seconds:.0f} s, triton {triton.__version__}")
     return int(failures > 0 or not compiled)
 
 

@@ -136,7 +136,8 @@ def test_concurrent_calls_give_the_same_bits(two_threads):
 
 
 def _in_child(queue):
-    # The NaN fill of torch.empty runs on torch's OpenMP pool, which hangs in a forked child; so would a sum. Not ours to test.
+    # The NaN fill of torch.empty runs on torch's OpenMP pool, which hangs in a forked
+    # child; so would a sum. Not ours to test.
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(2)
     speech = torch.from_numpy(np.concatenate([s.waveform for s in load_speech()]))

@@ -107,7 +107,9 @@ def test_strided_inputs(device):
     assert_close_to_reference(concat_linear(inputs, weight), concat_linear_ref, inputs, weight)
     from mmlm_kernels.concat_linear import concat_linear_fwd
 
-    assert_close_to_reference(concat_linear_fwd(inputs, weight, None, "none", False)[0], concat_linear_ref, inputs, weight)
+    assert_close_to_reference(
+        concat_linear_fwd(inputs, weight, None, "none", False)[0], concat_linear_ref, inputs, weight
+    )
 
 
 def test_same_as_linear_of_the_concatenation():

@@ -77,7 +77,9 @@ def test_generate(fusion):
     assert greedy.shape[1] > length
     with reference():
         assert torch.equal(model.generate(**batch, max_new_tokens=6, do_sample=False), greedy)
-    assert torch.equal(model.generate(**batch, max_new_tokens=6, do_sample=False, cache_implementation="static"), greedy)
+    assert torch.equal(
+        model.generate(**batch, max_new_tokens=6, do_sample=False, cache_implementation="static"), greedy
+    )
     assert torch.equal(model.generate(**batch, max_new_tokens=6, do_sample=False, use_cache=False), greedy)
     model.generate(**batch, max_new_tokens=3, num_beams=3)
     sampled = model.generate(**batch, max_new_tokens=3, do_sample=True, num_return_sequences=2)
@@ -190,7 +192,9 @@ def test_several_pictures_a_sample_with_beams():
     expanded order is sample by sample."""
     model, processor = build("merge")
     batch = processor(text=["<image> and <image>", "<image>"], images=[IMAGE, MIRRORED, IMAGE])
-    ids, kwargs = model._expand_inputs_for_generation(2, input_ids=batch["input_ids"], pixel_values=batch["pixel_values"])
+    ids, kwargs = model._expand_inputs_for_generation(
+        2, input_ids=batch["input_ids"], pixel_values=batch["pixel_values"]
+    )
     assert ids.shape[0] == 4
     expected = batch["pixel_values"][[0, 1, 0, 1, 2, 2]]
     assert torch.equal(kwargs["pixel_values"], expected)
@@ -207,7 +211,9 @@ def test_half_precision_and_other_widths():
 
 def test_towers_are_optional():
     config, _ = presets.token_merge_vlm()
-    config = MMLMConfig(text_config=config.text_config.to_dict(), vision_config=config.vision_config.to_dict(), image_token_id=3)
+    config = MMLMConfig(
+        text_config=config.text_config.to_dict(), vision_config=config.vision_config.to_dict(), image_token_id=3
+    )
     model = MMLMForConditionalGeneration(config)
     assert not hasattr(model.model, "audio_tower")
     assert model.config.audio_config is None
@@ -226,7 +232,9 @@ def test_model_errors():
     batch = make_batch(processor)
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         model()
-    with pytest.raises(ValueError, match=r"image: 32 placeholder tokens in input_ids, but 16 feature tokens \(1 items of 16\)"):
+    with pytest.raises(
+        ValueError, match=r"image: 32 placeholder tokens in input_ids, but 16 feature tokens \(1 items of 16\)"
+    ):
         model(**(dict(batch) | {"pixel_values": batch["pixel_values"][:1]}))
     with pytest.raises(ValueError, match="takes no image_mask"):
         model(**batch, image_mask=torch.ones(2, dtype=torch.bool))

@@ -42,7 +42,9 @@ def op_case(
         return [draw(dtype) for _ in range(4)]
 
     def step_inputs() -> list[tuple]:
-        return [pytree.tree_map(lambda t: t.requires_grad_() if isinstance(t, Tensor) else t, args) for args in inputs()]
+        return [
+            pytree.tree_map(lambda t: t.requires_grad_() if isinstance(t, Tensor) else t, args) for args in inputs()
+        ]
 
     def double(args: tuple) -> tuple:
         return pytree.tree_map(lambda t: t.detach().double() if isinstance(t, Tensor) else t, args)

@@ -15,17 +15,20 @@
 namespace mmlm {
 namespace {
 
-constexpr int64_t kSerialSamples = 20 * 16000;      // below this, waking a thread costs more than it saves
+constexpr int64_t kSerialSamples = 20 * 16000;        // below this, waking a thread costs more than it saves
 constexpr int64_t kHugePageBytes = int64_t{1} << 21;  // worth asking for when the output spans several
-constexpr int64_t kTilesPerTask = 64;               // 10 s of audio
+constexpr int64_t kTilesPerTask = 64;                 // 10 s of audio
 constexpr float kDynamicRange = 8.f;
 
 LogMelFrames frames_kernel() {
 #if defined(__x86_64__)
   switch (active_isa()) {
-    case Isa::avx512: return log_mel_frames_avx512;
-    case Isa::avx2: return log_mel_frames_avx2;
-    default: return log_mel_frames_baseline;
+    case Isa::avx512:
+      return log_mel_frames_avx512;
+    case Isa::avx2:
+      return log_mel_frames_avx2;
+    default:
+      return log_mel_frames_baseline;
   }
 #else
   return log_mel_frames_baseline;
@@ -45,9 +48,7 @@ void ask_for_huge_pages(void* begin, int64_t bytes) {
 #endif
 }
 
-int64_t num_tiles_of(const LogMelClip& clip) {
-  return (clip.num_samples / kHopLength + kTileFrames - 1) / kTileFrames;
-}
+int64_t num_tiles_of(const LogMelClip& clip) { return (clip.num_samples / kHopLength + kTileFrames - 1) / kTileFrames; }
 
 // Raise every value of the tiles that reach below `max_value` - 8 to that floor.
 void clip_range(const LogMelPlan& plan, const LogMelClip& clip, const float* tile_min, int64_t first_tile,
@@ -92,8 +93,7 @@ void split_clip(const LogMelPlan& plan, LogMelClip& clip, LogMelFrames frames, i
     clip.finite = clip.finite && range.finite;
   }
   parallel_for(num_tasks, num_threads, [&](int64_t i) {
-    clip_range(plan, clip, tile_min.data(), i * kTilesPerTask, std::min(num_tiles, (i + 1) * kTilesPerTask),
-               max_value);
+    clip_range(plan, clip, tile_min.data(), i * kTilesPerTask, std::min(num_tiles, (i + 1) * kTilesPerTask), max_value);
   });
 }
 

@@ -11,7 +11,7 @@
 namespace mmlm {
 namespace {
 
-constexpr int kFrames = 32;      // frames a block: one per lane in the mel stage
+constexpr int kFrames = 32;  // frames a block: one per lane in the mel stage
 constexpr int kThreads = 256;
 constexpr int kPitch = kFrames + 1;  // no bank conflicts between the two access orders
 
@@ -85,7 +85,7 @@ CudaStatus cuda_status() {
     cudaGetLastError();
   }
   // Without a driver the runtime says "insufficient driver version": say what is true.
-  status.message = error == cudaSuccess            ? "ok"
+  status.message = error == cudaSuccess         ? "ok"
                    : status.driver_version == 0 ? "no NVIDIA driver (libcuda.so.1) on this machine"
                                                 : cudaGetErrorString(error);
   return status;

@@ -36,7 +36,7 @@ struct LogMelClip {
   const float* samples;
   int64_t num_valid;
   int64_t num_samples;
-  float* out;         // [num_mel_bins, num_samples / 160]
+  float* out;          // [num_mel_bins, num_samples / 160]
   bool finite = true;  // set to false when an output is NaN or infinite
 };
 

@@ -1,5 +1,6 @@
 """Whisper's log-mel spectrogram: reference, native CPU core, CUDA kernel behind one op."""
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -93,11 +94,36 @@ def log_mel(
         raise ValueError(f"sampling_rate must be {SAMPLING_RATE}, got {sampling_rate}: resample the waveform first")
     if not isinstance(num_mel_bins, int) or not 1 <= num_mel_bins <= 512:
         raise ValueError(f"num_mel_bins must be from 1 to 512, got {num_mel_bins}")
-    batched = isinstance(waveform, Tensor)
-    if batched:
+    clips, batch = _clips_of(waveform)
+    longest = waveform.shape[-1] if isinstance(waveform, Tensor) else max([c.shape[0] for c in clips] or [0])
+    num_samples = longest if num_samples is None else num_samples
+    if longest > num_samples:
+        raise ValueError(f"clips must have at most num_samples={num_samples} samples, got {longest}: cut them first")
+    if num_samples < MIN_SAMPLES:
+        raise ValueError(
+            f"a clip needs at least {MIN_SAMPLES} samples after padding, got {num_samples}: pass num_samples"
+        )
+    if not clips:
+        device = waveform.device if isinstance(waveform, Tensor) else None
+        return torch.empty(*batch, num_mel_bins, num_samples // HOP_LENGTH, device=device)
+    if using_reference() or any(c.requires_grad for c in clips):
+        padded = [torch.nn.functional.pad(c.float(), (0, num_samples - c.shape[0])) for c in clips]
+        out = log_mel_ref(torch.stack(padded), num_mel_bins)
+    else:
+        out = _fwd([c.float().contiguous() for c in clips], num_mel_bins, num_samples)
+    return out.reshape(*batch, *out.shape[1:])
+
+
+def _clips_of(waveform: Tensor | Sequence[Tensor]) -> tuple[list[Tensor], torch.Size]:
+    """The clips, checked, and the batch shape of the result."""
+    if isinstance(waveform, Tensor):
         check_mono(waveform.shape, "waveform")
         batch = waveform.shape[:-1]
-        clips = list(waveform.reshape(-1, waveform.shape[-1]).unbind(0)) if waveform.dim() != 1 else [waveform]
+        clips = (
+            [waveform]
+            if waveform.dim() == 1
+            else list(waveform.reshape(math.prod(batch), waveform.shape[-1]).unbind(0))
+        )
     else:
         clips = list(waveform)
         batch = torch.Size([len(clips)])
@@ -108,26 +134,7 @@ def log_mel(
             )
         if clip.device != clips[0].device:
             raise ValueError(f"clips must be on one device, got {clips[0].device} and {clip.device} (clip {i})")
-    if batched:
-        longest = waveform.shape[-1]
-    else:
-        longest = max([c.shape[0] for c in clips]) if clips else 0
-    num_samples = longest if num_samples is None else num_samples
-    if longest > num_samples:
-        raise ValueError(f"clips must have at most num_samples={num_samples} samples, got {longest}: cut them first")
-    if num_samples < MIN_SAMPLES:
-        raise ValueError(
-            f"a clip needs at least {MIN_SAMPLES} samples after padding, got {num_samples}: pass num_samples"
-        )
-    if not clips:
-        device = waveform.device if batched else "cpu"
-        return torch.empty(*batch, num_mel_bins, num_samples // HOP_LENGTH, device=device)
-    if using_reference() or any(c.requires_grad for c in clips):
-        padded = [torch.nn.functional.pad(c.float(), (0, num_samples - c.shape[0])) for c in clips]
-        out = log_mel_ref(torch.stack(padded), num_mel_bins)
-    else:
-        out = _fwd([c.float().contiguous() for c in clips], num_mel_bins, num_samples)
-    return out.reshape(*batch, *out.shape[1:])
+    return clips, batch
 
 
 def _describe(clip: object) -> str:

@@ -34,10 +34,11 @@ class WhisperFeatureExtractor(transformers.WhisperFeatureExtractor):
     """`transformers.WhisperFeatureExtractor` with Whisper's log-mel from the native core.
 
     Same constructor, call, keys, dtypes, padding, truncation and attention mask; `from_pretrained`, `save_pretrained`
-    and Processors work as before, and what it saves loads without this package. It differs in three cases, where the
-    original's answer helps nobody and this one raises ValueError: integer samples (unscaled in silence there), NaN,
-    infinite or overflowing samples (a whole clip of NaN there), and arrays shaped ``[num_samples, channels]`` (taken
-    for as many clips there). `do_normalize` works in float32 for float16 samples too. Options the core does not cover (another `n_fft` or `hop_length`) run the original code.
+    and Processors work as before, and what it saves loads without this package. It differs where the original's answer
+    helps nobody, and raises ValueError: integer samples (unscaled in silence there), NaN, infinite or overflowing
+    samples (a whole clip of NaN there), and arrays shaped ``[num_samples, channels]`` (taken for as many clips there).
+    `do_normalize` works in float32 for float16 samples too. Options the core does not cover (another `n_fft` or
+    `hop_length`) run the original code.
     """
 
     def __call__(  # type: ignore[override]

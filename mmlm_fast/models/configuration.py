@@ -17,7 +17,7 @@ try:
         }
     }
 except ImportError:  # transformers before 5.2x
-    _SUB_CONFIGS = {"sub_configs": {name: AutoConfig for name in ("text_config", "vision_config", "audio_config")}}
+    _SUB_CONFIGS = {"sub_configs": dict.fromkeys(("text_config", "vision_config", "audio_config"), AutoConfig)}
 
 
 class MMLMConfig(PretrainedConfig):
@@ -30,7 +30,7 @@ class MMLMConfig(PretrainedConfig):
         fusion: How modalities meet the text.
 
             - ``merge``: projected features replace the placeholder tokens (LLaVA).
-            - ``concat``: every token embedding is joined with the pooled features of each modality, then a linear layer.
+            - ``concat``: a linear layer over every token embedding joined with the pooled features of each modality.
             - ``mean``, ``weighted``, ``attention``: of the token embedding and the pooled features.
             - ``gated``: between the token embedding and the mean of the pooled features.
         image_token_id, audio_token_id: Placeholders in ``input_ids``, for ``merge``.
@@ -59,8 +59,14 @@ class MMLMConfig(PretrainedConfig):
             value = getattr(self, name)
             if isinstance(value, dict):
                 if value.get("model_type") not in CONFIG_MAPPING:
-                    raise ValueError(f"{name} needs a model_type that transformers knows, got {value.get('model_type')!r}")
-                setattr(self, name, CONFIG_MAPPING[value["model_type"]](**{k: v for k, v in value.items() if k != "model_type"}))
+                    raise ValueError(
+                        f"{name} needs a model_type that transformers knows, got {value.get('model_type')!r}"
+                    )
+                setattr(
+                    self,
+                    name,
+                    CONFIG_MAPPING[value["model_type"]](**{k: v for k, v in value.items() if k != "model_type"}),
+                )
         if self.fusion not in FUSIONS:
             raise ValueError(f"fusion must be one of {', '.join(FUSIONS)}, got {self.fusion!r}")
         for modality, tower in (("image", self.vision_config), ("audio", self.audio_config)):

@@ -52,9 +52,7 @@ class MMLMFusion(nn.Module):
         return self.fuse([inputs_embeds, *modalities], torch.cat([text, present], dim=1)[:, None, :])
 
 
-def merge_tokens(
-    inputs_embeds: Tensor, input_ids: Tensor, token_id: int, features: Tensor, modality: str
-) -> Tensor:
+def merge_tokens(inputs_embeds: Tensor, input_ids: Tensor, token_id: int, features: Tensor, modality: str) -> Tensor:
     """Replace the embeddings of placeholder tokens by features, in order.
 
     Args:

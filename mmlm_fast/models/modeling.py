@@ -21,14 +21,14 @@ MODALITIES = ("image", "audio")
 class MMLMModelOutput(BaseModelOutputWithPast):
     """`fusion_context` [B, modalities, H] and `fusion_present` [B, modalities]: what later decoding steps fuse with."""
 
-    fusion_context: torch.FloatTensor | None = None
-    fusion_present: torch.BoolTensor | None = None
+    fusion_context: Tensor | None = None
+    fusion_present: Tensor | None = None
 
 
 @dataclass
 class MMLMCausalLMOutput(CausalLMOutputWithPast):
-    fusion_context: torch.FloatTensor | None = None
-    fusion_present: torch.BoolTensor | None = None
+    fusion_context: Tensor | None = None
+    fusion_present: Tensor | None = None
 
 
 class MMLMPreTrainedModel(PreTrainedModel):
@@ -38,7 +38,7 @@ class MMLMPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("image", "audio", "text")
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -125,8 +125,8 @@ class MMLMModel(MMLMPreTrainedModel):
                 continue
             if values.shape[0] != batch_size:
                 raise ValueError(
-                    f"fusion {self.config.fusion!r} takes one {modality} a sample: got {values.shape[0]} for a batch of "
-                    f"{batch_size}; mark missing ones with {modality}_mask"
+                    f"fusion {self.config.fusion!r} takes one {modality} a sample: got {values.shape[0]} for a batch "
+                    f"of {batch_size}; mark missing ones with {modality}_mask"
                 )
             context.append(values.mean(1).to(like.dtype))
             present.append(_as_mask(mask, batch_size, like.device, modality))
@@ -205,7 +205,7 @@ def _as_mask(mask: Tensor | None, batch_size: int, device: torch.device, modalit
 class MMLMForConditionalGeneration(MMLMPreTrainedModel, GenerationMixin):
     """Text from text, pictures and sound: `forward` with labels, `generate`, and all of transformers' machinery."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 
     def __init__(self, config: MMLMConfig) -> None:
         super().__init__(config)

@@ -36,7 +36,9 @@ def _image_processor(size: int) -> Any:
     return ImageProcessor(size={"height": size, "width": size})
 
 
-def token_merge_vlm(fusion: str = "merge", *, hidden_size: int = 64, num_hidden_layers: int = 2, image_size: int = 56) -> tuple[MMLMConfig, MMLMProcessor]:  # fmt: skip
+def token_merge_vlm(
+    fusion: str = "merge", *, hidden_size: int = 64, num_hidden_layers: int = 2, image_size: int = 56
+) -> tuple[MMLMConfig, MMLMProcessor]:
     """LLaVA-style model with audio too: SigLIP vision tower, Whisper-style audio encoder, Qwen3 decoder, bytes.
 
     Args:
@@ -56,7 +58,12 @@ def token_merge_vlm(fusion: str = "merge", *, hidden_size: int = 64, num_hidden_
         raise ValueError(f"hidden_size must be a multiple of 64, image_size of 14, got {hidden_size} and {image_size}")
     tokenizer = byte_tokenizer()
     num_frames = AUDIO_SECONDS * 100
-    shared = {"hidden_size": hidden_size, "intermediate_size": 4 * hidden_size, "num_hidden_layers": num_hidden_layers, "num_attention_heads": hidden_size // 32}  # fmt: skip
+    shared = {
+        "hidden_size": hidden_size,
+        "intermediate_size": 4 * hidden_size,
+        "num_hidden_layers": num_hidden_layers,
+        "num_attention_heads": hidden_size // 32,
+    }
     config = MMLMConfig(
         text_config={
             "model_type": "qwen3",

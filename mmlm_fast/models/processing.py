@@ -100,7 +100,9 @@ class MMLMProcessor(ProcessorMixin):
         """Check items against the texts; for `merge` drop what is None."""
         if seq_length == 0:
             if len(items) != len(texts):
-                raise ValueError(f"one {modality} entry a text (None for none): got {len(items)} for {len(texts)} texts")
+                raise ValueError(
+                    f"one {modality} entry a text (None for none): got {len(items)} for {len(texts)} texts"
+                )
             return items
         counts = [t.count(token) for t in texts]
         if any(item is None for item in items):
@@ -108,7 +110,9 @@ class MMLMProcessor(ProcessorMixin):
                 raise ValueError(f"with None among the {modality} entries, give one a text: got {len(items)}")
             wrong = [i for i, item in enumerate(items) if counts[i] != (item is not None)]
             if wrong:
-                raise ValueError(f"text {wrong[0]} has {counts[wrong[0]]} {token} for {modality} entry {items[wrong[0]]!r}")
+                raise ValueError(
+                    f"text {wrong[0]} has {counts[wrong[0]]} {token} for {modality} entry {items[wrong[0]]!r}"
+                )
             items = [item for item in items if item is not None]
         if sum(counts) != len(items):
             raise ValueError(f"texts have {sum(counts)} {token} in all, but {len(items)} {modality} entries were given")

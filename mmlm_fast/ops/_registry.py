@@ -130,7 +130,5 @@ def check_tokens(name: str, features: list[Tensor]) -> int:
             f"got {[tuple(x.shape) for x in features]}"
         )
     if any(x.dtype != first.dtype or x.device != first.device for x in features):
-        raise ValueError(
-            f"{name} must share dtype and device, got {[(str(x.dtype), str(x.device)) for x in features]}"
-        )
+        raise ValueError(f"{name} must share dtype and device, got {[(str(x.dtype), str(x.device)) for x in features]}")
     return next(iter(sizes), 1)

@@ -74,7 +74,9 @@ def concat_linear(
 
 def _segments(inputs: Sequence[Tensor], num_tokens: int) -> tuple[list[tuple[Tensor, int]], list[tuple[Tensor, int]]]:
     """(input, first weight column) of the inputs with all tokens, and of those that broadcast."""
-    full, pooled, offset = [], [], 0
+    full: list[tuple[Tensor, int]] = []
+    pooled: list[tuple[Tensor, int]] = []
+    offset = 0
     for x in inputs:
         (pooled if x.shape[-2] != num_tokens else full).append((x, offset))
         offset += x.shape[-1]
@@ -109,7 +111,9 @@ def _preactivation(inputs: list[Tensor], weight: Tensor, bias: Tensor | None) ->
     # The few rows of broadcast inputs in float32, rounded once, then the starting value of the GEMM's sums.
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     joined_pooled = torch.cat([x for x, _ in pooled], dim=-1)
-    addend = F.linear(joined_pooled.to(wide), _columns(weight, pooled).to(wide), None if bias is None else bias.to(wide))
+    addend = F.linear(
+        joined_pooled.to(wide), _columns(weight, pooled).to(wide), None if bias is None else bias.to(wide)
+    )
     shape = (*joined.shape[:-1], weight.shape[0])
     rows = addend.to(weight.dtype).expand(shape).reshape(-1, weight.shape[0])
     return torch.addmm(rows, joined.reshape(-1, joined.shape[-1]), columns.T).view(shape)

@@ -34,6 +34,7 @@ def fuse_modalities_ref(
 
     stacked = torch.stack(list(features), dim=-2)  # [..., modalities, size]
     if mode == "attention":
+        assert weight is not None
         scores = (stacked * weight).sum(-1) * stacked.shape[-1] ** -0.5
     elif mode == "weighted":
         assert weight is not None
@@ -312,9 +313,7 @@ def _effective_gate(logits: Tensor, present: Tensor | None) -> Tensor:
     return torch.where(present.all(-1, keepdim=True), gate, first.to(gate.dtype))
 
 
-def _portable_mix_fwd(
-    first: Tensor, second: Tensor, logits: Tensor, present: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _portable_mix_fwd(first: Tensor, second: Tensor, logits: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
     gate = _effective_gate(logits.to(_weights_dtype(logits.dtype)), present)
     # Missing features are zeros by now, so nothing present gives zero.
     return torch.lerp(second.to(gate.dtype), first.to(gate.dtype), gate).to(first.dtype), gate.to(first.dtype)

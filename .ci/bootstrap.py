@@ -1,0 +1,93 @@
+#!/usr/bin/env python3
+"""Make .venv ready for `make test` and `make report`; python3 with pip and a C++ compiler are all it needs.
+
+Quick the second time: nothing is done while the inputs are unchanged.
+
+MMLM_FAST_TORCH        auto (default): the torch this Python already has, else the pinned one; or a pip requirement
+MMLM_FAST_TORCH_INDEX  index to take torch from, such as PyTorch's index of CPU wheels
+MMLM_FAST_VENV         where to make the environment (default .venv)
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+VENV = Path(os.environ.get("MMLM_FAST_VENV", ROOT / ".venv")).absolute()
+PYTHON = VENV / "bin/python"
+BUILD = ["setuptools>=77", "wheel", "pybind11>=2.13", "ninja"]
+
+
+def say(text: str) -> None:
+    print(f"=== {text}", flush=True)
+
+
+def run(*command: object) -> None:
+    subprocess.check_call([str(part) for part in command])
+
+
+def can(python: object, code: str) -> bool:
+    quiet = subprocess.DEVNULL
+    return subprocess.run([str(python), "-c", code], stdout=quiet, stderr=quiet, check=False).returncode == 0
+
+
+def fingerprint() -> str:
+    inputs = [ROOT / name for name in ("pyproject.toml", "setup.py", "constraints.txt", ".ci/bootstrap.py")]
+    inputs += sorted(p for p in (ROOT / "csrc").rglob("*") if p.is_file())
+    digest = hashlib.sha256(f"{sys.version}{ROOT}{sorted(_settings().items())}".encode())
+    for path in inputs:
+        digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _settings() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if k.startswith("MMLM_FAST_") and k != "MMLM_FAST_VENV"}
+
+
+def main() -> None:
+    if sys.version_info < (3, 11):
+        sys.exit(f"the pinned development set needs Python 3.11 or newer, this is {sys.version.split()[0]}: "
+                 "make PYTHON=python3.12 …")  # fmt: skip
+    stamp, wanted = VENV / ".mmlm_fast_ready", fingerprint()
+    if stamp.exists() and stamp.read_text() == wanted:
+        return
+    torch = os.environ.get("MMLM_FAST_TORCH", "auto")
+    # A cluster module, a container, a GPU machine: its torch, and what else it has, is what must be tested.
+    uses_system = torch == "auto" and can(sys.executable, "import torch")
+    if not PYTHON.exists():
+        say(f"virtual environment in {VENV}")
+        venv.EnvBuilder(with_pip=True, system_site_packages=uses_system, symlinks=True).create(VENV)
+    if uses_system and sys.prefix != sys.base_prefix:  # python3 is itself a virtual environment: show its packages
+        site = next((VENV / "lib").glob("python3*")) / "site-packages"
+        paths = [p for p in sys.path if p.endswith("site-packages")]
+        (site / "_outer_environment.pth").write_text("\n".join(paths) + "\n")
+    pip = [PYTHON, "-m", "pip", "install", "--disable-pip-version-check"]
+    pins = [] if uses_system else ["-c", ROOT / "constraints.txt"]
+
+    if not can(PYTHON, "import torch"):
+        requirement = "torch" if torch == "auto" else torch
+        index = os.environ.get("MMLM_FAST_TORCH_INDEX")
+        say(f"{requirement} (the largest part)")
+        run(*pip, *(pins if torch == "auto" else []), requirement, *(["--index-url", index] if index else []))
+    if not can(PYTHON, "import setuptools, wheel, pybind11, ninja"):
+        say("build tools")
+        run(*pip, *pins, *BUILD)
+    say("mmlm-fast: compiling csrc, installing test and report tools")
+    if uses_system:  # no network may be there: take what is installed, and say what is missing
+        run(*pip, "--no-build-isolation", "--no-deps", "-e", ROOT)
+        absent = [
+            m for m in ("transformers", "pytest", "triton", "matplotlib", "soundfile") if not can(PYTHON, f"import {m}")
+        ]
+        if absent:
+            say(f"not installed here, tests that need it skip or fail: {', '.join(absent)}")
+    else:
+        run(*pip, *pins, "--no-build-isolation", "-e", f"{ROOT}[test,lint]")
+    stamp.write_text(wanted)
+    say("ready")
+
+
+if __name__ == "__main__":
+    main()

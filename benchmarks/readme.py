@@ -1,0 +1,85 @@
+"""README's tables from committed results: `python -m mmlm_benchmarks.readme` rewrites them, a test compares."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from mmlm_benchmarks.report.collect import RESULTS
+from mmlm_benchmarks.report.render import markdown_table
+
+README = Path(__file__).parents[1] / "README.md"
+COLUMNS = (
+    "job",
+    "against",
+    "theirs, ms",
+    "ours, ms",
+    "speed-up",
+    "p20 – p80",
+    "peak MiB, theirs / ours",
+    "error, theirs / ours",
+)
+
+
+def newest(device_type: str) -> tuple[str, dict[str, Any]] | None:
+    """File name and content of the newest committed results of a kind of device."""
+    found = [(path.name, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(RESULTS.glob("*.json"))]
+    found = [(name, r) for name, r in found if r["environment"]["device_type"] == device_type]
+    return max(found, key=lambda item: item[1]["environment"]["date"], default=None)
+
+
+def lines(results: dict[str, Any]) -> list[tuple[str, ...]]:
+    """One line for each alternative to each of our cases, losses included."""
+    out = []
+    for ours in (r for r in results["rows"] if r["ours"]):
+        others = [r for r in results["rows"] if r["case"] == ours["case"] and not r["ours"]]
+        for other in others:
+            # The spread of a ratio is known against the baseline only; else the ratio of medians stands alone.
+            is_baseline = other["speedup"] == 1 and other is others[0]
+            ratio = ours["speedup"] if is_baseline else other["median_ms"] / ours["median_ms"]
+            out.append(
+                (
+                    ours["case"] if other is others[0] else "",
+                    other["provider"],
+                    f"{other['median_ms']:.3g}",
+                    f"{ours['median_ms']:.3g}",
+                    f"{ratio:.2f}×",
+                    f"{ours['speedup_p20']:.2f} – {ours['speedup_p80']:.2f}" if is_baseline else "",
+                    f"{_or_dash(other['peak_mib'], '.1f')} / {_or_dash(ours['peak_mib'], '.1f')}",
+                    f"{_or_dash(other['relative_error'], '.1e')} / {_or_dash(ours['relative_error'], '.1e')}",
+                )
+            )
+    return out
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def table(device_type: str) -> str:
+    found = newest(device_type)
+    if found is None:
+        return "Not measured yet."
+    name, results = found
+    e = results["environment"]
+    packages = ", ".join(f"{k} {v}" for k, v in e["packages"].items())
+    told = (
+        f"{e['device']}, {e['cores']} cores, {e['threads']} threads (audio: one), {e['isa']}, load {e['load_average']} at "
+        f"the start; {e['date']}, commit {e['commit']}; {packages}. From `benchmarks/results/{name}`."
+    )
+    return f"{told}\n\n{markdown_table(COLUMNS, lines(results))}"
+
+
+def with_tables(text: str) -> str:
+    """README text with the tables between its markers made anew."""
+    for device_type in ("cpu", "cuda"):
+        pattern = rf"(<!-- {device_type} results -->\n).*?(\n<!-- end -->)"
+        assert re.search(pattern, text, re.S), f"README.md has no <!-- {device_type} results --> … <!-- end -->"
+        text = re.sub(pattern, lambda m, t=device_type: m[1] + table(t) + m[2], text, flags=re.S)
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
+    sys.exit(0)

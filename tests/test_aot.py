@@ -1,0 +1,48 @@
+"""Every kernel compiles ahead of time for every shipped architecture; see aot.py, which runs in its own process."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_triton_kernels_compile_without_spills(arch, capsys):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-P", HERE / "aot.py", str(arch)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=900)
+    with capsys.disabled():
+        print(f"\n{done.stdout}")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    if arch == 90:
+        assert "wgmma" in done.stdout
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@pytest.mark.parametrize("arch", [80, 90, 100, 120])
+def test_cuda_sources_compile_without_spills(arch, tmp_path):
+    for source in sorted((HERE.parent / "csrc").rglob("*.cu")):
+        command = ["nvcc", "-std=c++17", "-O3", f"-I{HERE.parent / 'csrc'}", f"-arch=sm_{arch}", "-Xptxas", "-v", "-c"]
+        done = subprocess.run([*command, source, "-o", tmp_path / "x.o"], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        usage = [line.strip() for line in done.stderr.splitlines() if "spill" in line]
+        assert usage
+        assert all(line.startswith("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") for line in usage)
+
+
+def test_the_binary_says_what_it_holds():
+    from mmlm_fast import _C
+
+    info = json.loads(_C.build_info_json())
+    assert info["cuda"] == _C.cuda_status()["compiled"]
+    assert info["cuda"] or info["reason"]  # a CPU-only build says why
+    if info["cuda"]:
+        assert {"80", "90", "100"} <= {arch.removesuffix("+PTX") for arch in info["cuda_archs"]}
