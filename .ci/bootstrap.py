@@ -48,7 +48,7 @@ def _settings() -> dict[str, str]:
 
 
 def main() -> None:
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036  this file runs before anything is installed
         sys.exit(f"the pinned development set needs Python 3.11 or newer, this is {sys.version.split()[0]}: "
                  "make PYTHON=python3.12 …")  # fmt: skip
     stamp, wanted = VENV / ".mmlm_fast_ready", fingerprint()

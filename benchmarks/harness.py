@@ -1,4 +1,4 @@
-"""Check, then time interleaved, then measure memory: one row per case and provider."""
+"""Check, then time in pairs, then measure memory: one row per case and provider."""
 
 import ctypes
 import gc
@@ -45,9 +45,12 @@ class Row:
     median_ms: float
     p20_ms: float
     p80_ms: float
-    speedup: float  # over the case's baseline: median of paired ratios
-    speedup_p20: float
-    speedup_p80: float
+    speedup: float  # over the case's baseline; ours: median of paired ratios, others: ratio of medians
+    speedup_p20: float | None
+    speedup_p80: float | None
+    ours_faster: float | None  # this provider's time over ours, median of paired ratios; None for ours
+    ours_faster_p20: float | None
+    ours_faster_p80: float | None
     peak_mib: float | None  # beyond what was held before the call
     relative_error: float | None  # norm, against float64
     allowed_error: float | None
@@ -69,12 +72,14 @@ def run(case: Case, seconds: float = 2.0) -> list[Row]:
         for d in found:
             if provider == case.ours:
                 assert d.ok, f"{case.name}: error {d.error:.3e}, allowed {d.allowed:.3e}"
-    samples = time_interleaved(case.providers, inputs, seconds)
-    baseline = samples[next(iter(case.providers))]
+    samples = time_pairs(case.providers, case.ours, inputs, seconds)
+    baseline = next(iter(case.providers))
     rows = []
     for provider, call in case.providers.items():
-        times = samples[provider]
-        ratios = [b / t for b, t in zip(baseline, times, strict=True)]
+        is_ours = provider == case.ours
+        times = [own for _, own in samples[baseline]] if is_ours else [theirs for theirs, _ in samples[provider]]
+        over = [theirs / own for theirs, own in samples[baseline if is_ours else provider]]
+        speedup = spread(over) if is_ours else (median(t for t, _ in samples[baseline]) / median(times), None, None)
         found = differences.get(provider, [])
         worst = max(found, key=lambda d: d.error / d.allowed if d.allowed else 0.0, default=None)
         rows.append(
@@ -83,9 +88,10 @@ def run(case: Case, seconds: float = 2.0) -> list[Row]:
                 case.name,
                 case.shape_from,
                 provider,
-                provider == case.ours,
+                is_ours,
                 *(1e3 * t for t in spread(times)),
-                *spread(ratios),
+                *speedup,
+                *((None, None, None) if is_ours else spread(over)),
                 peak_memory_mib(call, inputs[0]),
                 worst.relative if worst else None,
                 worst.allowed / worst.scale if worst and worst.scale else None,
@@ -106,17 +112,19 @@ def spread(values: list[float]) -> tuple[float, float, float]:
     return median(values), cuts[1], cuts[7]
 
 
-def time_interleaved(providers: dict[str, Call], inputs: list[tuple], seconds: float) -> dict[str, list[float]]:
-    """Seconds of single calls, providers taking turns, so that neighbours and clock drift hit all alike."""
+def time_pairs(
+    providers: dict[str, Call], ours: str, inputs: list[tuple], seconds: float
+) -> dict[str, list[tuple[float, float]]]:
+    """For every other provider, pairs of seconds (theirs, ours right after it, on the same inputs)."""
+    samples: dict[str, list[tuple[float, float]]] = {p: [] for p in providers if p != ours}
     for call in providers.values():  # warm-up: compilation, caches, allocator
         if timed(call, inputs[0]) < 0.2:
             call(*inputs[-1])
-    samples: dict[str, list[float]] = {provider: [] for provider in providers}
     start, turn = time.perf_counter(), 0
     while turn < 3 or (time.perf_counter() - start < seconds and turn < 1000):
         args = inputs[turn % len(inputs)]
-        for provider, call in providers.items():
-            samples[provider].append(timed(call, args))
+        for provider, pairs in samples.items():
+            pairs.append((timed(providers[provider], args), timed(providers[ours], args)))
         turn += 1
     return samples
 
@@ -254,4 +262,4 @@ def _lines(path: str) -> list[str]:
 
 
 def rows_as_json(rows: list[Row]) -> list[dict[str, Any]]:
-    return [{k: round(v, 6) if isinstance(v, float) else v for k, v in asdict(r).items()} for r in rows]
+    return [{k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in asdict(r).items()} for r in rows]

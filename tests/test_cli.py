@@ -41,6 +41,7 @@ def test_report_is_complete_and_self_contained(report):
     assert results["failures"] == []
     assert {r["provider"] for r in results["rows"]} == {"eager", "torch.compile", "mmlm_fast"}
     assert all(r["median_ms"] > 0 and r["speedup"] > 0 for r in results["rows"])
+    assert all(r["ours"] or r["ours_faster"] > 0 for r in results["rows"])
     assert all(r["peak_mib"] is not None for r in results["rows"])
     html = (report / "index.html").read_text(encoding="utf-8")
     sources = re.findall(r'(?:src|href)="([^"]{0,30})', html)

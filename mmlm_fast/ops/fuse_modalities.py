@@ -324,9 +324,11 @@ def _portable_mix_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = _weights_dtype(logits.dtype)
     gate, g = _effective_gate(logits.to(dtype), present), grad.to(dtype)
-    # Where a modality is missing the gate is 0 or 1 and g(1 - g) cuts the gradient of the logits.
-    dlogits = g * (first.to(dtype) - second.to(dtype)) * gate * (1 - gate)
-    return (g * gate).to(grad.dtype), (g * (1 - gate)).to(grad.dtype), dlogits.to(grad.dtype)
+    dfirst = g * gate
+    # g·(first − second)·gate·(1 − gate). Where a modality is missing the gate is 0 or 1, and this is zero.
+    dlogits = (first.to(dtype) - second.to(dtype)).mul_(dfirst)
+    dlogits.addcmul_(dlogits, gate, value=-1)
+    return dfirst.to(grad.dtype), (g - dfirst).to(grad.dtype), dlogits.to(grad.dtype)
 
 
 _mix_fwd = register_op(
