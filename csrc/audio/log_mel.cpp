@@ -50,22 +50,28 @@ void ask_for_huge_pages(void* begin, int64_t bytes) {
 
 int64_t num_tiles_of(const LogMelClip& clip) { return (clip.num_samples / kHopLength + kTileFrames - 1) / kTileFrames; }
 
-// Raise every value of the tiles that reach below `max_value` - 8 to that floor.
+// Raise every value of the tiles that reach below `max_value` - 8 to that floor, and write the silent ones.
 void clip_range(const LogMelPlan& plan, const LogMelClip& clip, const float* tile_min, int64_t first_tile,
                 int64_t last_tile, float max_value) {
   const float log_floor = max_value - kDynamicRange;
   const float floor = (log_floor + 4.f) * 0.25f;
+  const float silent = (std::max(kSilentLog, log_floor) + 4.f) * 0.25f;
   const int64_t num_frames = clip.num_samples / kHopLength;
-  for (int64_t tile = first_tile; tile < last_tile; ++tile) {
+  for (int64_t tile = first_tile, end; tile < last_tile; tile = end) {
+    end = tile + 1;
     if (tile_min[tile] >= log_floor) continue;
-    int64_t end = tile + 1;  // neighbours that need it too: one pass along the row
-    while (end < last_tile && tile_min[end] < log_floor) ++end;
+    const bool is_silent = tile_min[tile] == kSilentTile;
+    // Neighbours that need the same: one pass along each row.
+    while (end < last_tile && tile_min[end] < log_floor && (tile_min[end] == kSilentTile) == is_silent) ++end;
     const int64_t first = tile * kTileFrames, last = std::min(num_frames, end * kTileFrames);
     for (int m = 0; m < plan.num_mel_bins; ++m) {
       float* row = clip.out + m * num_frames;
-      for (int64_t t = first; t < last; ++t) row[t] = row[t] < floor ? floor : row[t];
+      if (is_silent) {
+        std::fill(row + first, row + last, silent);
+      } else {
+        for (int64_t t = first; t < last; ++t) row[t] = row[t] < floor ? floor : row[t];
+      }
     }
-    tile = end - 1;
   }
 }
 

@@ -48,8 +48,8 @@ struct LogMelRange {
   float max_value;  // largest log10 value of the range
   bool finite;
 };
-// Frames [first, last) of a clip, `first` a multiple of kTileFrames: writes (log10 + 4) / 4 without clipping, and
-// the smallest log10 of tile t to tile_min[t].
+// Frames [first, last) of a clip, `first` a multiple of kTileFrames: writes (log10 + 4) / 4 without clipping, and the
+// smallest log10 of tile t to tile_min[t]; tiles of zeros are marked there and not written (log_mel_tile.h).
 using LogMelFrames = LogMelRange (*)(const LogMelPlan&, const LogMelClip&, int64_t first, int64_t last,
                                      float* tile_min);
 LogMelRange log_mel_frames_baseline(const LogMelPlan&, const LogMelClip&, int64_t, int64_t, float*);

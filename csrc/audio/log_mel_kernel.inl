@@ -279,13 +279,7 @@ MMLM_INLINE Vec mel_log10(const LogMelPlan& plan, const float* __restrict power,
   return total;
 }
 
-// Frames of a tile of zeros: log10(1e-10), no transform needed.
-MMLM_INLINE void silent_tile(const LogMelPlan& plan, float* out, int64_t row_stride, int num_frames) {
-  for (int m = 0; m < plan.num_mel_bins; ++m) {
-    for (int i = 0; i < num_frames; ++i) out[m * row_stride + i] = (-10.f + 4.f) * 0.25f;
-  }
-}
-
+// Every sample the frames see is zero.
 bool is_silent(const LogMelClip& clip, int64_t start, int num_frames) {
   const int64_t last = start + kHopLength * (num_frames - 1) + kFrameLength - 1;
   const int64_t reflected = last < clip.num_samples ? last : 2 * (clip.num_samples - 1) - last;
@@ -305,8 +299,7 @@ LogMelRange MMLM_LOG_MEL_FRAMES(const LogMelPlan& plan, const LogMelClip& clip, 
     const int64_t start = f * kHopLength - kFrameLength / 2;
     float* out = clip.out + f;
     if (is_silent(clip, start, num_frames)) {
-      silent_tile(plan, out, row_stride, num_frames);
-      tile_min[f / kTileFrames] = -10.f;
+      tile_min[f / kTileFrames] = kSilentTile;
       continue;
     }
     const bool inside = start >= 0 && start + kTileSamples <= clip.num_valid;
