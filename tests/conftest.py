@@ -5,6 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
+if "MMLM_FAST_SANITIZED" in os.environ:  # `make sanitize`: this build of the native core in place of the installed one
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("mmlm_fast._C", os.environ["MMLM_FAST_SANITIZED"])
+    sys.modules["mmlm_fast._C"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["mmlm_fast._C"])
+
 # Without a GPU the Triton kernels run in Triton's interpreter, on CPU tensors. Set before any kernel is imported.
 INTERPRETED = not torch.cuda.is_available()
 if INTERPRETED:

@@ -1,4 +1,5 @@
 import multiprocessing
+import os
 import threading
 
 import numpy as np
@@ -141,18 +142,22 @@ def _in_child(queue):
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(2)
     speech = torch.from_numpy(np.concatenate([s.waveform for s in load_speech()]))
-    queue.put(log_mel(speech).numpy().sum(dtype=np.float64))
+    before = len(os.listdir("/proc/self/task"))
+    total = log_mel(speech).numpy().sum(dtype=np.float64)
+    queue.put((total, len(os.listdir("/proc/self/task")) - before))
 
 
 def test_safe_after_fork(two_threads):
-    """The parent's pool has no threads in a forked child, as in a DataLoader worker."""
+    """The parent's pool has no threads in a forked child, as in a DataLoader worker: the child starts its own."""
     speech = torch.from_numpy(np.concatenate([s.waveform for s in load_speech()]))
     expected = log_mel(speech).numpy().sum(dtype=np.float64)
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     child = context.Process(target=_in_child, args=(queue,), daemon=True)
     child.start()
-    assert queue.get(timeout=60) == expected
+    total, new_threads = queue.get(timeout=60)
+    assert total == expected
+    assert new_threads == 1
     child.join(timeout=60)
     assert child.exitcode == 0
 

@@ -10,6 +10,7 @@ from mmlm_fast import reference
 from mmlm_fast.data import load_image, load_prompts, load_speech
 from mmlm_fast.models import MMLMConfig, MMLMForConditionalGeneration, presets
 from mmlm_fast.models.configuration import FUSIONS
+from mmlm_fast.models.fusion import merge_tokens
 from mmlm_fast.testing import difference
 
 SPEECH = [s.waveform for s in load_speech()]
@@ -48,6 +49,16 @@ def loss_and_gradients(model, batch):
     out = model(**batch, labels=batch["input_ids"])
     out.loss.backward()
     return out.logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_merge_is_masked_scatter():
+    """Against what transformers' models do, with placeholders anywhere."""
+    ids = (torch.rand(3, 20) < 0.4).long() * 7
+    features = torch.randn(int((ids == 7).sum()), 1, 5)
+    embeds = torch.randn(3, 20, 5)
+    expected = embeds.masked_scatter((ids == 7)[..., None].expand_as(embeds), features)
+    assert torch.equal(merge_tokens(embeds, ids, 7, features, "image"), expected)
+    assert torch.equal(merge_tokens(embeds, ids * 0, 7, features[:0], "image"), embeds)
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
