@@ -175,6 +175,11 @@ def _chunks(features: list[Tensor], num_rows: int, present: Tensor | None):
         yield rows, chunk
 
 
+def _if_same_dtype(target: Tensor, like: Tensor) -> Tensor | None:
+    """`target` as the ``out=`` of a float32 result, or None where that must be rounded first."""
+    return target if target.dtype == like.dtype else None
+
+
 def _as_rows(features: list[Tensor], present: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
     num_tokens = _num_tokens(features)
     rows = [x.expand(*x.shape[:-2], num_tokens, x.shape[-1]).reshape(-1, x.shape[-1]) for x in features]
@@ -199,10 +204,12 @@ def _portable_fwd(
             scores = torch.stack([(x * query).sum(-1) for x in chunk], -1)  # pairwise sums: closer than BLAS's
             weights[rows] = _weights(scores, None if present is None else present[rows])
         a = weights[rows]
-        total = chunk[0] * a[:, :1]
+        target = out[rows]
+        total = torch.mul(chunk[0], a[:, :1], out=_if_same_dtype(target, chunk[0]))
         for i, x in enumerate(chunk[1:], 1):
             total.addcmul_(x, a[:, i : i + 1])
-        out[rows] = total
+        if total is not target:
+            target.copy_(total)
     return out.view(shape), weights.view(*shape[:-1], len(features))
 
 
@@ -214,7 +221,7 @@ def _portable_bwd(
     num_rows, hidden_size = features[0].shape
     flat_grad, weights = grad.reshape(num_rows, hidden_size), weights.reshape(num_rows, len(shapes))
     dfeatures = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in features]
-    dweight = None if weight is None else torch.zeros(weight.shape, dtype=weights.dtype)
+    dweight = None if weight is None else torch.zeros(weight.shape, dtype=weights.dtype, device=weight.device)
     scale = hidden_size**-0.5
     query = weight.to(weights.dtype) * scale if mode == "attention" else None  # type: ignore[union-attr]
     for rows, chunk in _chunks(features, num_rows, present):
@@ -223,11 +230,17 @@ def _portable_bwd(
             da = torch.stack([(g * x).sum(-1) for x in chunk], -1)
             dscores = a * (da - (a * da).sum(-1, keepdim=True))
         for i, x in enumerate(chunk):
-            dx = g * a[:, i : i + 1]
+            target = dfeatures[i][rows]
+            dx = torch.mul(g, a[:, i : i + 1], out=_if_same_dtype(target, g))
             if query is not None and dweight is not None:
                 dx.addcmul_(dscores[:, i : i + 1], query)
-                dweight += (dscores[:, i : i + 1] * x).sum(0) * scale
-            dfeatures[i][rows] = dx
+            if dx is not target:
+                target.copy_(dx)
+        if query is not None and dweight is not None:
+            weighted = chunk[0] * dscores[:, :1]
+            for i, x in enumerate(chunk[1:], 1):
+                weighted.addcmul_(x, dscores[:, i : i + 1])
+            dweight += weighted.sum(0) * scale
         if mode == "weighted":
             assert dweight is not None
             dweight += dscores.sum(0)
