@@ -146,7 +146,8 @@ def _portable_bwd(
         dz_x = dz if x.shape[-2] == num_tokens else per_sample
         dinputs.append(dz_x @ weight[:, columns] if needs else nothing)
         if needs_weight:
-            dweight[:, columns] = dz_x.reshape(-1, weight.shape[0]).T @ x.reshape(-1, x.shape[-1])
+            dz_rows, x_rows = dz_x.reshape(-1, weight.shape[0]), x.reshape(-1, x.shape[-1])
+            torch.mm(dz_rows.T, x_rows, out=dweight[:, columns])
     dbias = rows.sum(0) if needs_bias else nothing
     return [dweight, dbias, *dinputs]
 

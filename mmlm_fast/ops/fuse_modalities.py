@@ -229,8 +229,8 @@ def _portable_bwd(
         if weight is not None:
             da = torch.stack([(g * x).sum(-1) for x in chunk], -1)
             dscores = a * (da - (a * da).sum(-1, keepdim=True))
-        for i, x in enumerate(chunk):
-            target = dfeatures[i][rows]
+        for i, dfeature in enumerate(dfeatures):
+            target = dfeature[rows]
             dx = torch.mul(g, a[:, i : i + 1], out=_if_same_dtype(target, g))
             if query is not None and dweight is not None:
                 dx.addcmul_(dscores[:, i : i + 1], query)

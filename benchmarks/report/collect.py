@@ -1,0 +1,165 @@
+"""Run the cases and gather what the report shows."""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from tqdm import tqdm
+
+from mmlm_benchmarks import harness
+from mmlm_benchmarks.audio import log_mel
+from mmlm_benchmarks.models import thin
+from mmlm_benchmarks.ops import OPS
+from mmlm_fast.audio import WhisperFeatureExtractor
+
+JOBS = (*OPS, "log_mel", "model")
+RESULTS = Path(__file__).parents[1] / "results"
+SCALING_SECONDS = (1, 3, 10, 30, 120, 600)
+
+
+def op_cases(op: str, device: str) -> list[harness.Case]:
+    return import_module(f"mmlm_benchmarks.ops.{op}").cases(device)
+
+
+def collect(
+    device: str, jobs: Sequence[str] | None = None, *, full: bool = False, seconds: float = 0.6, progress: bool = True
+) -> dict[str, Any]:
+    """Measure and return what results.json holds.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+        jobs: Some of ``JOBS``; all by default.
+        full: Also what takes minutes of compilation.
+        seconds: Timed per case.
+        progress: Show a progress bar on stderr.
+
+    Returns:
+        A JSON-serialisable dict: environment, machine, rows, generation, scaling, not_measured, failures.
+    """
+    jobs = tuple(jobs) if jobs else JOBS
+    transformers.logging.set_verbosity_error()
+    results: dict[str, Any] = {"environment": harness.environment(device), "rows": [], "generation": []}
+    results |= {"scaling": [], "not_measured": [], "failures": [], "seconds_by_case": {}}
+    steps = list(_steps(device, jobs, full, seconds, results))
+    with tqdm(total=len(steps), disable=not progress, unit="case", dynamic_ncols=True) as bar:
+        for name, step in steps:
+            bar.set_description(name[:48])
+            start = time.perf_counter()
+            try:
+                step()
+            except Exception as exception:  # one failing case must not lose the others: reported, exit code 1
+                results["failures"].append({"case": name, "error": f"{type(exception).__name__}: {exception}"})
+            results["seconds_by_case"][name] = round(time.perf_counter() - start, 1)
+            bar.update()
+    if device == "cpu":
+        results["not_measured"] = _gpu_rows(jobs)
+        results["last_gpu_result"] = last_gpu_result()
+    return results
+
+
+def _steps(
+    device: str, jobs: Sequence[str], full: bool, seconds: float, results: dict[str, Any]
+) -> Iterable[tuple[str, Callable[[], None]]]:
+    every, one = torch.get_num_threads(), 1
+    machines: dict[int, harness.Machine] = {}
+
+    def rates() -> None:  # before and after, the better of both: neighbours only ever slow a machine
+        for count in sorted({one, every}):
+            with harness.threads(count):
+                found = harness.measure_machine(device)
+            machines[count] = found.best_of(machines[count]) if count in machines else found
+
+    def limits() -> None:
+        rates()
+        for row in results["rows"]:
+            fraction = machines[row["threads"]].fraction_of_limit(row)
+            row["fraction_of_limit"] = None if fraction is None else round(fraction, 4)
+        results["machine"] = {
+            "copy_gb_per_s": round(machines[every].bytes_per_second / 1e9, 1),
+            "matmul_gflop_per_s": round(machines[every].flops_per_second / 1e9, 1),
+        }
+
+    def run(case: harness.Case, num_threads: int, budget: float = seconds) -> None:
+        with harness.threads(num_threads):
+            results["rows"] += harness.rows_as_json(harness.run(case, budget))
+
+    yield "machine rates", rates
+    if "log_mel" in jobs:
+        for case in log_mel.cases(device):
+            yield case.name, lambda case=case: run(case, one)
+        yield "log-mel, scaling", lambda: results["scaling"].extend(_scaling())
+    for op in OPS:
+        if op in jobs:
+            for case in op_cases(op, device):
+                yield case.name, lambda case=case: run(case, every)
+    if "model" in jobs:
+        for case in thin.cases(device, full):  # long calls: fewer samples in the same time
+            yield case.name, lambda case=case: run(case, every, 3 * seconds)
+        for fusion in ("merge", "concat", "attention"):
+            yield (
+                f"generation, fusion {fusion}",
+                lambda fusion=fusion: results["generation"].append(thin.generation_agrees(fusion, device)),
+            )
+    yield "machine rates again", limits
+
+
+def _scaling() -> list[dict[str, Any]]:
+    """Time over clip length: ours on one thread and on two, transformers on one."""
+    options = {"padding": "longest", "truncation": False}
+    calls = {
+        "transformers": log_mel.extractor(transformers.WhisperFeatureExtractor, **options),
+        "mmlm_fast": log_mel.extractor(WhisperFeatureExtractor, **options),
+    }
+    points = []
+
+    def add(provider: str, num_threads: int, length: int, times: list[float]) -> None:
+        label = f"{provider}, {num_threads} thread{'s' if num_threads > 1 else ''}"
+        median, low, high = (round(1e3 * t, 5) for t in harness.spread(times))
+        points.append({"provider": label, "seconds": length, "ms": median, "p20_ms": low, "p80_ms": high})
+
+    for length in SCALING_SECONDS:
+        clips = [(c,) for c in log_mel.speech(length * log_mel.RATE, 4)]
+        with harness.threads(1):
+            pairs = harness.time_pairs(calls, "mmlm_fast", clips, 0.2)["transformers"]
+        add("transformers", 1, length, [theirs for theirs, _ in pairs])
+        add("mmlm_fast", 1, length, [ours for _, ours in pairs])
+        with harness.threads(2):
+            pairs = harness.time_pairs(calls | {"transformers": calls["mmlm_fast"]}, "mmlm_fast", clips, 0.1)
+        add("mmlm_fast", 2, length, [t for pair in pairs["transformers"] for t in pair])
+    return sorted(points, key=lambda p: p["provider"])
+
+
+def _gpu_rows(jobs: Sequence[str]) -> list[str]:
+    rows = [f"{case.name}: {case.shape_from}" for op in OPS if op in jobs for case in op_cases(op, "cuda")]
+    if "log_mel" in jobs:
+        rows.append("log_mel on CUDA: torch.stft, then the fused mel, log and clipping kernel of csrc")
+    if "model" in jobs:
+        rows.append("thin model on CUDA with the Triton kernels")
+    return rows
+
+
+def last_gpu_result() -> dict[str, Any] | None:
+    """Environment of the newest committed GPU result, if there is one."""
+    found = []
+    for path in RESULTS.glob("*.json"):
+        environment = json.loads(path.read_text(encoding="utf-8"))["environment"]
+        if environment["device_type"] == "cuda":
+            found.append(environment | {"file": path.name})
+    return max(found, key=lambda e: e["date"], default=None)
+
+
+def sample_features() -> dict[str, np.ndarray]:
+    """Features of the English sample, and their error against float64, for the picture in the report."""
+    from mmlm_fast.audio import log_mel as ours
+    from mmlm_fast.audio import log_mel_ref
+    from mmlm_fast.data import load_speech
+
+    waveform = torch.from_numpy(load_speech()[0].waveform)
+    features = ours(waveform)
+    return {"features": features.numpy(), "error": (features - log_mel_ref(waveform.double())).abs().numpy()}
