@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -31,7 +31,6 @@ class Case:
     check: Callable[[dict[str, Call], tuple], dict[str, list[Difference]]]
     bytes_moved: int = 0  # each input read once, each output written once; 0: not stated
     flops: int = 0
-    notes: dict[str, str] = field(default_factory=dict)  # provider -> remark
     ours: str = "mmlm_fast"
 
 
@@ -57,7 +56,6 @@ class Row:
     threads: int
     bytes_moved: int
     flops: int
-    note: str
 
 
 def run(case: Case, seconds: float = 2.0) -> list[Row]:
@@ -98,7 +96,6 @@ def run(case: Case, seconds: float = 2.0) -> list[Row]:
                 torch.get_num_threads(),
                 case.bytes_moved,
                 case.flops,
-                case.notes.get(provider, ""),
             )
         )
     return rows

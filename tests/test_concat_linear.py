@@ -204,6 +204,12 @@ def test_reference_switch_is_per_thread():
         (dict(weight=torch.zeros(5, 9)), r"weight must have shape \(5, 8\), got \(5, 9\)"),
         (dict(weight=torch.zeros(8)), "weight must be"),
         (dict(weight=torch.zeros(5, 8).half()), "weight must be torch.float32"),
+        (
+            dict(weight=torch.zeros(5, 8, device="meta")),
+            "weight must be torch.float32 on cpu, got torch.float32 on meta",
+        ),
+        (dict(inputs=[[0.0, 1.0]]), "tensors expected, got list"),
+        (dict(weight=None), "weight must be"),
         (dict(bias=torch.zeros(4)), r"bias must have shape \(5,\), got \(4,\)"),
     ],
 )

@@ -261,5 +261,13 @@ def test_errors_of_present():
         fuse_modalities(features, "mean", present=torch.ones(2, 1, 2))
     with pytest.raises(ValueError, match=r"present must broadcast to \(2, 3, 2\), got \(2, 3, 3\)"):
         fuse_modalities(features, "mean", present=torch.ones(2, 3, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="present must be on cpu, got meta"):
+        fuse_modalities(features, "mean", present=torch.ones(2, 3, 2, dtype=torch.bool, device="meta"))
+    with pytest.raises(ValueError, match="must share dtype and device"):
+        fuse_modalities([features[0], torch.zeros(2, 3, 4, device="meta")], "mean")
+    with pytest.raises(ValueError, match="tensors expected, got float"):
+        fuse_modalities([features[0], 1.0], "mean")
+    with pytest.raises(ValueError, match="at least one tensor, got none"):
+        fuse_modalities([], "mean")
     with pytest.raises(ValueError, match="got one tensor"):
         fuse_modalities(torch.zeros(2, 3, 4), "mean")

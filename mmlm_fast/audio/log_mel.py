@@ -180,13 +180,18 @@ def _device_tables(num_mel_bins: int, device: torch.device) -> list[Tensor]:
 
 
 @lru_cache
+def _has_cuda_code() -> bool:
+    return bool(_C.cuda_status()["compiled"])
+
+
+@lru_cache
 def _device_window(device: torch.device) -> Tensor:
     return torch.hann_window(N_FFT, dtype=torch.float64).float().to(device)
 
 
 def _cuda(waveforms: list[Tensor], num_mel_bins: int, num_samples: int) -> Tensor:
     padded = torch.stack([torch.nn.functional.pad(x, (0, num_samples - x.shape[0])) for x in waveforms])
-    if not _C.cuda_status()["compiled"]:  # this build has no CUDA code: still on the device, in plain torch
+    if not _has_cuda_code():  # this build has no CUDA code: still on the device, in plain torch
         return log_mel_ref(padded, num_mel_bins)
     spectrum = torch.stft(padded, N_FFT, HOP_LENGTH, window=_device_window(padded.device), return_complex=True)
     num_frames = num_samples // HOP_LENGTH  # the last frame is dropped

@@ -88,8 +88,11 @@ def _lazy(name: str, kernel: str, portable: Callable) -> Callable:
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Cast floating-point tensors to autocast's dtype where autocast is on, as torch's own linear does."""
-    device = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(device):
+    for tensor in tensors:
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise ValueError(f"tensors expected, got {type(tensor).__name__}")
+    device = next((t.device.type for t in tensors if t is not None), "cpu")
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors)
