@@ -11,6 +11,4 @@ CudaStatus cuda_status() {
 
 const char* cuda_error_text(int) { return "built without nvcc"; }
 
-int log_mel_cuda(const LogMelCudaArgs&, void*, int) { return 36; }  // cudaErrorCallRequiresNewerDriver
-
 }  // namespace mmlm

@@ -1,47 +1,43 @@
 """Drop-in for transformers' WhisperFeatureExtractor: the same call and the same output, from the native core."""
 
-from collections import OrderedDict
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from transformers import BatchFeature
 from transformers.models.whisper.feature_extraction_whisper import logger
 from transformers.utils import PaddingStrategy
 
 from mmlm_fast import _C
-from mmlm_fast.audio.log_mel import HOP_LENGTH, MIN_SAMPLES, N_FFT, check_mono, run_plan
+from mmlm_fast.audio.extractors import WhisperMixin
+from mmlm_fast.audio.log_mel import HOP_LENGTH, N_FFT
+from mmlm_fast.audio.spectral import raise_if_not_finite
+from mmlm_fast.audio.waveforms import check_mono
 from mmlm_fast.ops._registry import using_reference
 
-# Plans by the identity of the filter array, which is read-only: another array is another plan.
-_PLANS: OrderedDict[int, tuple[np.ndarray, "_C.LogMelPlan"]] = OrderedDict()
-_MAX_PLANS = 16
+MIN_SAMPLES = N_FFT // 2 + 1
+_FORMAT = _C.Format(2, 1, 0, 1, None)  # float32, mono, contiguous
 
 
-def _plan_of(filters: np.ndarray) -> "_C.LogMelPlan":
-    known = _PLANS.get(id(filters))
-    if known is None or known[0] is not filters:
-        filters.setflags(write=False)
-        known = (filters, _C.LogMelPlan(filters.T))
-        _PLANS[id(filters)] = known
-        while len(_PLANS) > _MAX_PLANS:
-            _PLANS.popitem(last=False)
-    return known[1]
-
-
-class WhisperFeatureExtractor(transformers.WhisperFeatureExtractor):
+class FastWhisperMixin(WhisperMixin):
     """`transformers.WhisperFeatureExtractor` with Whisper's log-mel from the native core.
 
     Same constructor, call, keys, dtypes, padding, truncation and attention mask; `from_pretrained`, `save_pretrained`
     and Processors work as before, and what it saves loads without this package. It differs where the original's answer
     helps nobody, and raises ValueError: integer samples (unscaled in silence there), NaN, infinite or overflowing
     samples (a whole clip of NaN there), and arrays shaped ``[num_samples, channels]`` (taken for as many clips there).
-    `do_normalize` works in float32 for float16 samples too. Options the core does not cover (another `n_fft` or
-    `hop_length`) run the original code.
+    `do_normalize` works in float32 for float16 samples too.
     """
 
-    def __call__(  # type: ignore[override]
+    # Set by the original's constructor.
+    sampling_rate: int
+    feature_size: int
+    n_samples: int
+    padding_value: float
+    padding_side: str
+    return_attention_mask: bool
+
+    def __call__(
         self,
         raw_speech: Any,
         truncation: bool = True,
@@ -62,7 +58,7 @@ class WhisperFeatureExtractor(transformers.WhisperFeatureExtractor):
         if wrong_rate or lengths is None or do_normalize or device != "cpu" or not self._is_native():
             # Dither, normalisation and other devices: padding as there, features still from our core (see below).
             # Clips that come out unequal: the original's own error.
-            return super().__call__(
+            return super().__call__(  # type: ignore[misc]
                 clips,
                 truncation=truncation,
                 pad_to_multiple_of=pad_to_multiple_of,
@@ -82,9 +78,20 @@ class WhisperFeatureExtractor(transformers.WhisperFeatureExtractor):
             )
         num_valid, num_samples = lengths
         _check_length(num_samples)
-        out = torch.empty(len(clips), self.feature_size, num_samples // HOP_LENGTH)
-        addresses = [clip.__array_interface__["data"][0] for clip in clips]
-        run_plan(_plan_of(self.mel_filters), addresses, num_valid, num_samples, out.data_ptr())
+        frames = num_samples // HOP_LENGTH
+        out = torch.empty(len(clips), self.feature_size, frames)
+        step, start = self.feature_size * frames * 4, out.data_ptr()
+        bad = self.log_mel_plan().run(
+            _FORMAT,
+            [clip.__array_interface__["data"][0] for clip in clips],
+            num_valid,
+            [num_samples] * len(clips),
+            [frames] * len(clips),
+            [start + step * i for i in range(len(clips))],
+            frames,
+            torch.get_num_threads(),
+        )
+        raise_if_not_finite(bad)
 
         wants_tensor = return_tensors == "pt"
         features: dict[str, Any] = {"input_features": out if wants_tensor else out.numpy()}
@@ -118,30 +125,13 @@ class WhisperFeatureExtractor(transformers.WhisperFeatureExtractor):
             return n if multiple is None else -(-n // multiple) * multiple
 
         num_valid = [min(len(c), rounded(limit)) if truncation else len(c) for c in clips]
-        strategy = self._get_padding_strategies(padding=padding, max_length=limit)
+        strategy = self._get_padding_strategies(padding=padding, max_length=limit)  # type: ignore[attr-defined]
         if strategy == PaddingStrategy.DO_NOT_PAD:
             target = 0
         else:
             target = rounded(max(num_valid) if strategy == PaddingStrategy.LONGEST else limit)
         padded = {max(n, target) for n in num_valid}
         return (num_valid, padded.pop()) if len(padded) == 1 else None
-
-    def _torch_extract_fbank_features(self, waveform: np.ndarray, device: str = "cpu") -> np.ndarray:
-        if using_reference() or not self._is_covered():
-            return super()._torch_extract_fbank_features(waveform, device)
-        _check_length(waveform.shape[-1])
-        if torch.device(device).type != "cpu":
-            return super()._torch_extract_fbank_features(waveform, device)
-        samples = torch.from_numpy(waveform).float()
-        if self.dither != 0.0:  # the same draw from the same generator as in the original
-            samples = samples + self.dither * torch.randn(samples.shape)
-        rows = samples.reshape(-1, samples.shape[-1]).contiguous()
-        num_clips, num_samples = rows.shape
-        out = torch.empty(num_clips, self.feature_size, num_samples // HOP_LENGTH)
-        step = num_samples * rows.element_size()
-        addresses = [rows.data_ptr() + i * step for i in range(num_clips)]
-        run_plan(_plan_of(self.mel_filters), addresses, [num_samples] * num_clips, num_samples, out.data_ptr())
-        return out.reshape(*samples.shape[:-1], *out.shape[1:]).numpy()
 
 
 def _check_length(num_samples: int) -> None:

@@ -1,0 +1,2 @@
+#define MMLM_ISA baseline
+#include "audio/spectral_kernel.inl"

@@ -1,0 +1,431 @@
+// The spectral kernel, one frame per vector lane. Included once per ISA with MMLM_ISA naming the symbols' suffix.
+//
+// A tile of 16 frames goes through L1 and L2: transposed samples -> DFT -> spectrum -> sparse filters -> log (-> DCT).
+// Floor for Whisper's shape with AVX2: about 950 vector instructions for 8 frames; see CONTRIBUTING, measured facts.
+#include "audio/simd.h"
+//
+#include "audio/source.inl"
+//
+#include "audio/dft.inl"
+//
+#include "audio/dft400.inl"
+
+namespace mmlm {
+namespace {
+
+template <typename T>
+constexpr int kGroups = kTileFrames / kWidth<T>;
+
+template <typename T>
+const SpectralTables<T>& tables_of(const SpectralPlan& plan);
+template <>
+const SpectralTables<float>& tables_of(const SpectralPlan& plan) {
+  return plan.f;
+}
+template <>
+const SpectralTables<double>& tables_of(const SpectralPlan& plan) {
+  return plan.d;
+}
+
+template <typename T>
+struct Scratch {
+  T *stage, *tile, *frame, *dft, *power, *filtered, *out;
+};
+
+template <typename T>
+Scratch<T> scratch_of(const SpectralPlan& plan) {
+  static thread_local Arena<T> arena;
+  const int64_t w = kWidth<T>;
+  const int64_t stage = aligned_count(plan.tile_samples + 16);
+  const int64_t tile = aligned_count(int64_t{plan.tile_rows} * plan.tile_stride);
+  const int64_t frame = plan.prepares_frames ? int64_t{plan.o.frame_length} * kTileFrames : 0;
+  const int64_t dft = plan.is_400 ? kColumns400 * kOuter400 * 2 * w
+                                  : (2 * int64_t{plan.dft_length} + plan.largest_radix) * 2 * w;
+  const int64_t power = int64_t{plan.num_bins} * kTileFrames;
+  const int64_t filtered = plan.num_ceps > 0 ? int64_t{plan.num_filters} * kTileFrames : 0;
+  const int64_t out = int64_t{plan.num_out} * kTileFrames;
+  Scratch<T> s;
+  s.stage = arena.at_least(stage + tile + frame + dft + power + filtered + out);
+  s.tile = s.stage + stage;
+  s.frame = s.tile + tile;
+  s.dft = s.frame + frame;
+  s.power = s.dft + dft;
+  s.filtered = s.power + power;
+  s.out = s.filtered + filtered;
+  return s;
+}
+
+#if defined(__AVX2__)
+MMLM_INLINE __m256 two_rows(const float* near, const float* far) {
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(near)), _mm_loadu_ps(far), 1);
+}
+// Four rows of `out` from the same four columns of eight rows of `x`.
+MMLM_INLINE void transpose_8x4(const float* x, int64_t x_stride, float* out, int64_t out_stride) {
+  const __m256 r0 = two_rows(x, x + 4 * x_stride), r1 = two_rows(x + x_stride, x + 5 * x_stride);
+  const __m256 r2 = two_rows(x + 2 * x_stride, x + 6 * x_stride);
+  const __m256 r3 = two_rows(x + 3 * x_stride, x + 7 * x_stride);
+  const __m256 a = _mm256_unpacklo_ps(r0, r1), b = _mm256_unpackhi_ps(r0, r1);
+  const __m256 c = _mm256_unpacklo_ps(r2, r3), d = _mm256_unpackhi_ps(r2, r3);
+  _mm256_storeu_ps(out, _mm256_shuffle_ps(a, c, 0x44));
+  _mm256_storeu_ps(out + out_stride, _mm256_shuffle_ps(a, c, 0xEE));
+  _mm256_storeu_ps(out + 2 * out_stride, _mm256_shuffle_ps(b, d, 0x44));
+  _mm256_storeu_ps(out + 3 * out_stride, _mm256_shuffle_ps(b, d, 0xEE));
+}
+MMLM_INLINE void transpose_4x4(const double* x, int64_t x_stride, double* out, int64_t out_stride) {
+  const __m256d r0 = _mm256_loadu_pd(x), r1 = _mm256_loadu_pd(x + x_stride);
+  const __m256d r2 = _mm256_loadu_pd(x + 2 * x_stride), r3 = _mm256_loadu_pd(x + 3 * x_stride);
+  const __m256d a = _mm256_unpacklo_pd(r0, r1), b = _mm256_unpackhi_pd(r0, r1);
+  const __m256d c = _mm256_unpacklo_pd(r2, r3), d = _mm256_unpackhi_pd(r2, r3);
+  _mm256_storeu_pd(out, _mm256_permute2f128_pd(a, c, 0x20));
+  _mm256_storeu_pd(out + out_stride, _mm256_permute2f128_pd(b, d, 0x20));
+  _mm256_storeu_pd(out + 2 * out_stride, _mm256_permute2f128_pd(a, c, 0x31));
+  _mm256_storeu_pd(out + 3 * out_stride, _mm256_permute2f128_pd(b, d, 0x31));
+}
+#endif
+
+// out[c][r] = x[r][c] for a matrix of rows x columns.
+template <typename T, typename Out>
+MMLM_INLINE void transpose(const T* __restrict x, int64_t x_stride, int rows, int columns, Out* __restrict out,
+                           int64_t out_stride) {
+  int done = 0;
+#if defined(__AVX2__)
+  if constexpr (std::is_same_v<T, float> && std::is_same_v<Out, float>) {
+    const int even = columns / 4 * 4;
+    for (; done + 8 <= rows; done += 8) {
+      for (int c = 0; c < even; c += 4) {
+        transpose_8x4(x + done * x_stride + c, x_stride, out + c * out_stride + done, out_stride);
+      }
+      for (int c = even; c < columns; ++c) {
+        for (int r = done; r < done + 8; ++r) out[c * out_stride + r] = x[r * x_stride + c];
+      }
+    }
+  }
+#endif
+#if defined(__AVX2__)
+  if constexpr (std::is_same_v<T, double> && std::is_same_v<Out, double>) {
+    const int even = columns / 4 * 4;
+    for (; done + 4 <= rows; done += 4) {
+      for (int c = 0; c < even; c += 4) {
+        transpose_4x4(x + done * x_stride + c, x_stride, out + c * out_stride + done, out_stride);
+      }
+      for (int c = even; c < columns; ++c) {
+        for (int r = done; r < done + 4; ++r) out[c * out_stride + r] = x[r * x_stride + c];
+      }
+    }
+  }
+#endif
+  for (int c = 0; c < columns && done < rows; ++c) {
+    for (int r = done; r < rows; ++r) out[c * out_stride + r] = static_cast<Out>(x[r * x_stride + c]);
+  }
+}
+
+// Frames of one group, unrolled from the tile and prepared before the window: mean removed, pre-emphasised. Returns
+// the energy (sum of squares) of the frames, before or after the rest as the plan says.
+template <typename T>
+__attribute__((noinline)) Vec<T> prepare_frames(const SpectralPlan& plan, const T* __restrict tile,
+                                                T* __restrict frame) {
+  const SpectralTables<T>& tables = tables_of<T>(plan);
+  const int n = plan.o.frame_length;
+  const int* offset = plan.offset.data();
+  Vec<T> mean{};
+  if (plan.o.remove_dc_offset) {
+    Vec<T> sum[4] = {};
+    int i = 0;
+    for (; i + 4 <= n; i += 4) {
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) sum[k] += load(tile + offset[i + k]);
+    }
+    for (; i < n; ++i) sum[0] += load(tile + offset[i]);
+    mean = ((sum[0] + sum[1]) + (sum[2] + sum[3])) / T(n);
+  }
+  const T c = T(plan.o.frame_preemphasis);
+  const bool wants_raw = plan.o.energy != Energy::none && plan.o.raw_energy;
+  const bool wants_windowed = plan.o.energy != Energy::none && !plan.o.raw_energy;
+  Vec<T> energy[2] = {};
+  Vec<T> before = load(tile + offset[0]) - mean;
+  for (int i = 0; i < n; ++i) {
+    const Vec<T> x = load(tile + offset[i]) - mean, y = x - c * before;
+    if (wants_raw) energy[i & 1] += x * x;
+    if (wants_windowed) energy[i & 1] += (y * tables.plain_window[i]) * (y * tables.plain_window[i]);
+    store(frame + i * kTileFrames, y);
+    before = x;
+  }
+  return energy[0] + energy[1];
+}
+
+// Elementwise spectrum of one group: |X|^2 or what the plan makes of it.
+template <typename T>
+struct PowerSink {
+  const SpectralPlan& plan;
+  T* power;
+  bool rounds, adds, is_power;
+  explicit PowerSink(const SpectralPlan& p, T* to)
+      : plan(p),
+        power(to),
+        rounds(p.o.round_spectrum),
+        adds(p.o.power_add != 0 || p.o.power_floor != 0),
+        is_power(p.o.spectrum == Spectrum::power) {}
+  MMLM_INLINE void operator()(int k, Vec<T> re, Vec<T> im) const {
+    if (rounds) {
+      re = round_to_float(re);
+      im = round_to_float(im);
+    }
+    Vec<T> value = re * re + im * im;
+    if (adds) value = max(value + T(plan.o.power_add), broadcast(T(plan.o.power_floor)));
+    if (!is_power) {
+      if (plan.o.spectrum == Spectrum::magnitude) {
+        value = square_root(value);
+      } else {
+        for (int i = 0; i < kWidth<T>; ++i) value[i] = std::pow(value[i], T(plan.o.exponent / 2));
+      }
+    }
+    store(power + static_cast<int64_t>(k) * kTileFrames, value);
+  }
+};
+// The plain |X|^2, without a branch a bin.
+template <typename T>
+struct PlainPowerSink {
+  T* power;
+  MMLM_INLINE void operator()(int k, Vec<T> re, Vec<T> im) const {
+    store(power + static_cast<int64_t>(k) * kTileFrames, re * re + im * im);
+  }
+};
+
+template <typename T, typename Sink>
+__attribute__((noinline)) void spectrum_of(const SpectralPlan& plan, const T* samples, const int* offset, T* buffers,
+                                           const Sink& sink) {
+  if (plan.is_400) {
+    dft_400(plan, tables_of<T>(plan), samples, offset, buffers, sink);
+  } else {
+    dft_real(plan, tables_of<T>(plan), samples, offset, buffers, sink);
+  }
+}
+
+template <typename T>
+MMLM_INLINE Vec<T> logarithm(const SpectralPlan& plan, Vec<T> x) {
+  if (plan.o.log == Log::none) return x;
+  if (plan.o.floor <= 0 && plan.o.add <= 0) {  // zeros may arrive
+    for (int i = 0; i < kWidth<T>; ++i) x[i] = plan.o.log == Log::natural ? std::log(x[i]) : std::log10(x[i]);
+    return x;
+  }
+  return plan.o.log == Log::natural ? ln_positive<T>(x) : log10_positive<T>(x);
+}
+
+constexpr int kTermsOfASum = 8;  // sums of sums: wide filters of long transforms erred more than peers' otherwise
+
+// Filter sums of one tile, floored, in log. Returns the sum of all of them: NaN or infinite as soon as one is.
+template <typename T>
+__attribute__((noinline)) Vec<T> filter_and_log(const SpectralPlan& plan, const T* __restrict power,
+                                                T* __restrict out) {
+  constexpr int w = kWidth<T>, groups = kGroups<T>;
+  const T* weight = tables_of<T>(plan).weights.data();
+  const Vec<T> floor = broadcast(T(plan.o.floor));
+  const T add = T(plan.o.add), multiply = T(plan.o.multiply), shift = T(plan.o.shift);
+  const bool floors = plan.o.floor != 0 || plan.o.log != Log::none, scales = multiply != 1 || shift != 0;
+  Vec<T> total{};
+  for (int m = 0; m < plan.num_filters; ++m) {
+    Vec<T> sum[groups] = {};
+    if (plan.has_filters) {
+      const T* p = power + static_cast<int64_t>(plan.first_bin[m]) * kTileFrames;
+      for (int left = plan.count[m]; left > 0; left -= kTermsOfASum) {
+        Vec<T> part[groups] = {};
+        for (int k = std::min(left, kTermsOfASum); k > 0; --k, ++weight, p += kTileFrames) {
+#pragma GCC unroll 8
+          for (int g = 0; g < groups; ++g) part[g] += load(p + g * w) * *weight;
+        }
+#pragma GCC unroll 8
+        for (int g = 0; g < groups; ++g) sum[g] += part[g];
+      }
+    } else {
+#pragma GCC unroll 8
+      for (int g = 0; g < groups; ++g) sum[g] = load(power + static_cast<int64_t>(m) * kTileFrames + g * w);
+    }
+#pragma GCC unroll 8
+    for (int g = 0; g < groups; ++g) {
+      total += sum[g];
+      Vec<T> value = sum[g] + add;
+      if (floors) value = max(value, floor);
+      value = logarithm<T>(plan, value);
+      if (scales) value = value * multiply + shift;
+      store(out + static_cast<int64_t>(m) * kTileFrames + g * w, value);
+    }
+  }
+  return total;
+}
+
+template <typename T>
+__attribute__((noinline)) void cosine_transform(const SpectralPlan& plan, const T* __restrict x, T* __restrict out) {
+  constexpr int w = kWidth<T>;
+  const T* row = tables_of<T>(plan).dct.data();
+  for (int c = 0; c < plan.num_ceps; ++c, row += plan.num_filters) {
+    for (int g = 0; g < kGroups<T>; ++g) {
+      Vec<T> even{}, odd{};
+      int m = 0;
+      for (; m + 2 <= plan.num_filters; m += 2) {
+        even += load(x + m * kTileFrames + g * w) * row[m];
+        odd += load(x + (m + 1) * kTileFrames + g * w) * row[m + 1];
+      }
+      if (m < plan.num_filters) even += load(x + m * kTileFrames + g * w) * row[m];
+      store(out + c * kTileFrames + g * w, even + odd);
+    }
+  }
+}
+
+template <typename T>
+MMLM_INLINE void put_energy(const SpectralPlan& plan, Vec<T> energy, T* out) {
+  const double least = std::max(plan.o.energy_floor, 1.1920928955078125e-07);  // FLT_EPSILON, as Kaldi and torchaudio
+  if (plan.o.raw_energy) energy = energy * T(plan.o.scale * plan.o.scale);
+  store(out, ln_positive<T>(max(energy, broadcast(T(least)))));
+}
+
+// Every sample the frames see is zero.
+bool is_silent(const SpectralPlan& plan, const SpectralClip& clip, int64_t start, int num_frames) {
+  const int64_t last = start + int64_t{plan.o.hop_length} * (num_frames - 1) + plan.o.frame_length - 1;
+  if (start < clip.num_valid || start < 0) return false;
+  if (last < clip.num_samples) return true;
+  if (plan.o.edge != Edge::reflect && plan.o.edge != Edge::mirror) return true;
+  return 2 * (clip.num_samples - 1) + (plan.o.edge == Edge::mirror) - last >= clip.num_valid;
+}
+
+template <typename T, typename Out>
+MMLM_INLINE void write_tile(const SpectralPlan& plan, const SpectralClip& clip, const T* values, int64_t frame,
+                            int num_frames) {
+  Out* out = static_cast<Out*>(clip.out);
+  if (!plan.o.bins_first) {
+    out += frame * clip.out_stride;
+    if (num_frames == kTileFrames) {
+      transpose(values, kTileFrames, plan.num_out, kTileFrames, out, clip.out_stride);
+    } else {
+      transpose(values, kTileFrames, plan.num_out, num_frames, out, clip.out_stride);
+    }
+    return;
+  }
+  for (int m = 0; m < plan.num_out; ++m, values += kTileFrames) {
+    Out* row = out + m * clip.out_stride + frame;
+    if (std::is_same_v<T, Out> && num_frames == kTileFrames) {
+      for (int g = 0; g < kGroups<T>; ++g) store(reinterpret_cast<T*>(row) + g * kWidth<T>, load(values + g * kWidth<T>));
+    } else {
+      for (int l = 0; l < num_frames; ++l) row[l] = static_cast<Out>(values[l]);
+    }
+  }
+}
+
+// Smallest and largest of a tile's values, lanes past the last frame left out.
+template <typename T>
+MMLM_INLINE void extremes(const T* values, int num_rows, int num_frames, double& smallest, double& largest) {
+  Vec<T> low = load(values), high = low;
+  T least = values[0], most = values[0];
+  if (num_frames == kTileFrames) {
+    for (int64_t i = 0; i < int64_t{num_rows} * kTileFrames; i += kWidth<T>) {
+      low = min(load(values + i), low);
+      high = max(load(values + i), high);
+    }
+    for (int i = 0; i < kWidth<T>; ++i) {
+      least = low[i] < least ? low[i] : least;
+      most = high[i] > most ? high[i] : most;
+    }
+  } else {
+    for (int m = 0; m < num_rows; ++m) {
+      for (int l = 0; l < num_frames; ++l) {
+        const T v = values[m * kTileFrames + l];
+        least = v < least ? v : least;
+        most = v > most ? v : most;
+      }
+    }
+  }
+  smallest = static_cast<double>(least);
+  largest = std::max(largest, static_cast<double>(most));
+}
+
+template <typename T>
+constexpr SampleType kOwnType = std::is_same_v<T, float> ? SampleType::float32 : SampleType::float64;
+
+template <typename T, typename Out>
+SpectralRange frames_of(const SpectralPlan& plan, const SpectralClip& clip, int64_t first, int64_t last,
+                        double* tile_min) {
+  constexpr int w = kWidth<T>;
+  const SpectralOptions& o = plan.o;
+  const Scratch<T> s = scratch_of<T>(plan);
+  const bool is_plain = o.spectrum == Spectrum::power && !o.round_spectrum && o.power_add == 0 && o.power_floor == 0;
+  const bool in_place = clip.type == kOwnType<T> && clip.num_channels == 1 && clip.sample_stride == 1 &&
+                        clip.resampler == nullptr && o.signal_preemphasis == 0;
+  const T* memory = static_cast<const T*>(clip.samples);
+  T* values = s.out + (o.energy == Energy::first ? kTileFrames : 0);
+  const bool energy_is_last = o.energy == Energy::last || o.energy == Energy::replace_last;
+  T* energy_row = s.out + (energy_is_last ? int64_t{plan.num_out - 1} * kTileFrames : 0);
+  alignas(64) T energy[kTileFrames] = {};
+  double largest = -1e300;
+  Vec<T> total{};
+  for (int64_t f = first; f < last; f += kTileFrames) {
+    const int num_frames = static_cast<int>(std::min<int64_t>(kTileFrames, last - f));
+    const int64_t start = (clip.first_frame + f) * o.hop_length + o.offset;
+    if (tile_min != nullptr && is_silent(plan, clip, start, num_frames)) {
+      tile_min[f / kTileFrames] = kSilentTile;
+      continue;
+    }
+    const bool direct = in_place && start >= clip.first_sample && start + plan.tile_samples <= clip.num_valid;
+    const T* samples = direct ? memory + (start - clip.first_sample) : s.stage;
+    if (!direct) {
+      const int64_t needed = int64_t{o.hop_length} * (num_frames - 1) + o.frame_length;
+      read_with_edges(plan, clip, start, needed, s.stage);
+      // Lanes past the last frame: zeros, so that nothing stale can pass for a sample that is not finite.
+      std::fill(s.stage + needed, s.stage + std::max(needed, plan.tile_samples), T(0));
+    }
+    transpose(samples, o.hop_length, plan.tile_columns, plan.tile_rows, s.tile, plan.tile_stride);
+    // The next tile's samples come in while this one is transformed: half the time of a cold clip was waiting.
+    const int64_t next = start + plan.tile_samples - clip.first_sample;
+    const int64_t fresh = int64_t{kTileFrames} * o.hop_length;
+    if (direct && next + fresh <= clip.num_valid - clip.first_sample) {
+      for (int64_t i = 0; i < fresh; i += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(memory + next + i, 0, 3);
+    }
+    for (int g = 0; g < kGroups<T>; ++g) {
+      const T* frames = s.tile + g * w;
+      const int* offset = plan.is_400 ? plan.offset_400.data() : plan.offset.data();
+      if (plan.prepares_frames) {
+        const Vec<T> sums = prepare_frames(plan, frames, s.frame + g * w);
+        if (o.energy != Energy::none) put_energy<T>(plan, sums, energy + g * w);
+        frames = s.frame + g * w;
+        offset += o.n_fft;
+      }
+      if (is_plain) {
+        spectrum_of(plan, frames, offset, s.dft, PlainPowerSink<T>{s.power + g * w});
+      } else {
+        spectrum_of(plan, frames, offset, s.dft, PowerSink<T>(plan, s.power + g * w));
+      }
+    }
+    total += filter_and_log(plan, s.power, plan.num_ceps > 0 ? s.filtered : values);
+    if (plan.num_ceps > 0) cosine_transform(plan, s.filtered, values);
+    if (o.energy != Energy::none) std::copy(energy, energy + kTileFrames, energy_row);
+    if (o.dynamic_range > 0) {
+      double smallest;
+      extremes(s.out, plan.num_out, num_frames, smallest, largest);
+      if (tile_min != nullptr) tile_min[f / kTileFrames] = smallest;
+    } else if (tile_min != nullptr) {
+      tile_min[f / kTileFrames] = 0;
+    }
+    write_tile<T, Out>(plan, clip, s.out, f, num_frames);
+  }
+  T sum = 0;
+  for (int i = 0; i < w; ++i) sum += total[i];
+  return {largest, sum - sum == 0};
+}
+
+}  // namespace
+
+#define MMLM_JOIN(a, b) a##b
+#define MMLM_NAME(a, b) MMLM_JOIN(a, b)
+
+SpectralRange MMLM_NAME(spectral_frames_, MMLM_ISA)(const SpectralPlan& plan, const SpectralClip& clip, int64_t first,
+                                                    int64_t last, double* tile_min) {
+  if (!plan.o.double_precision) return frames_of<float, float>(plan, clip, first, last, tile_min);
+  if (!plan.o.double_output) return frames_of<double, float>(plan, clip, first, last, tile_min);
+  return frames_of<double, double>(plan, clip, first, last, tile_min);
+}
+
+void MMLM_NAME(resample_range_, MMLM_ISA)(const SpectralClip& clip, int64_t first, int64_t count, void* out,
+                                          bool is_double) {
+  if (is_double) return read_valid(clip, first, count, static_cast<double*>(out));
+  read_valid(clip, first, count, static_cast<float*>(out));
+}
+
+}  // namespace mmlm
