@@ -16,19 +16,10 @@ struct CudaStatus {
 CudaStatus cuda_status();
 const char* cuda_error_text(int error);
 
-// Whisper's mel, log10 and clipping from a complex spectrum on the device. All pointers are device pointers.
-struct LogMelCudaArgs {
-  const float* spectrum;  // interleaved complex, element strides below count complex numbers
-  int64_t clip_stride, bin_stride, frame_stride;
-  const int32_t *first_bin, *count, *offset;  // [num_mel_bins], sparse filters as in LogMelPlan
-  const float* weights;
-  float* out;          // [num_clips, num_mel_bins, num_frames]
-  uint32_t* clip_max;  // [num_clips], scratch
-  int64_t num_clips, num_frames;
-  int num_mel_bins;
-};
+struct SpectralCudaArgs;  // spectral_device.h
+struct DeviceClip;
 
-// Enqueues two kernels on `stream`; never synchronises. Returns a cudaError_t.
-int log_mel_cuda(const LogMelCudaArgs& args, void* stream, int device);
+// Enqueues the kernels for `args` on `stream`; never synchronises, allocates nothing. Returns a cudaError_t.
+int spectral_cuda(SpectralCudaArgs& args, const DeviceClip* clips, int64_t num_clips, void* stream, int device);
 
 }  // namespace mmlm

@@ -11,4 +11,8 @@ CudaStatus cuda_status() {
 
 const char* cuda_error_text(int) { return "built without nvcc"; }
 
+int spectral_cuda(SpectralCudaArgs&, const DeviceClip*, int64_t, void*, int) {
+  return 36;  // cudaErrorCallRequiresNewerDriver
+}
+
 }  // namespace mmlm

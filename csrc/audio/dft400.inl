@@ -27,8 +27,8 @@ constexpr double kSin25[9] = {0.,
 
 // Real 5-point DFT from x0 and the folded pairs s1 = x1 + x4, s2 = x2 + x3, d1 = x1 - x4, d2 = x2 - x3.
 template <typename T>
-MMLM_INLINE void dft5_real(Vec<T> x0, Vec<T> s1, Vec<T> s2, Vec<T> d1, Vec<T> d2, Vec<T>& y0, Complex<T>& y1,
-                           Complex<T>& y2) {
+MMLM_INLINE void dft5_real(Vec<T> x0, Vec<T> s1, Vec<T> s2, Vec<T> d1, Vec<T> d2, Vec<T>& y0, Complex<Vec<T>>& y1,
+                           Complex<Vec<T>>& y2) {
   y0 = x0 + s1 + s2;
   y1 = {x0 + T(kCos72) * s1 + T(kCos144) * s2, T(-kSin72) * d1 - T(kSin144) * d2};
   y2 = {x0 + T(kCos144) * s1 + T(kCos72) * s2, T(kSin72) * d2 - T(kSin144) * d1};
@@ -38,12 +38,12 @@ MMLM_INLINE void dft5_real(Vec<T> x0, Vec<T> s1, Vec<T> s2, Vec<T> d1, Vec<T> d2
 template <typename T>
 __attribute__((noinline)) void first_stage_400(const int* offsets, const T* windows, const T* __restrict samples,
                                                T* __restrict columns) {
-  const auto column = [&](int c, int a, Complex<T> z) { put(columns, c * kOuter400 + a, z); };
+  const auto column = [&](int c, int a, Complex<Vec<T>> z) { put(columns, c * kOuter400 + a, z); };
   for (int a = 0; a < kOuter400; ++a) {
     const int* offset = offsets + a * kInner400;
     const T* window = windows + a * kInner400;
     Vec<T> real[5];
-    Complex<T> one[5], two[5];
+    Complex<Vec<T>> one[5], two[5];
 #pragma GCC unroll 5
     for (int b = 0; b < 5; ++b) {
       const Vec<T> x0 = load(samples + offset[b]) * window[b];
@@ -59,7 +59,7 @@ __attribute__((noinline)) void first_stage_400(const int* offsets, const T* wind
       }
     }
     Vec<T> zero;
-    Complex<T> five, ten, y[5];
+    Complex<Vec<T>> five, ten, y[5];
     dft5_real<T>(real[0], real[1] + real[4], real[2] + real[3], real[1] - real[4], real[2] - real[3], zero, five, ten);
     store(columns + a * 2 * kWidth<T>, zero);
     column(1, a, five);
@@ -77,7 +77,7 @@ __attribute__((noinline)) void first_stage_400(const int* offsets, const T* wind
 template <typename T, typename Emit>
 MMLM_INLINE void real_column_400(const int* bin, const T* __restrict columns, const Emit& emit) {
   Vec<T> sum[4], difference[4];
-  Complex<T> odd[4];
+  Complex<Vec<T>> odd[4];
 #pragma GCC unroll 4
   for (int a = 0; a < 4; ++a) {
     const auto x = [&](int i) { return load(columns + i * 2 * kWidth<T>); };
@@ -94,11 +94,35 @@ MMLM_INLINE void real_column_400(const int* bin, const T* __restrict columns, co
   const Vec<T> u = (difference[1] - difference[3]) * h, v = (difference[1] + difference[3]) * h;
   emit(bin[2], difference[0] + u, difference[2] + v);
   emit(bin[6], difference[0] - u, v - difference[2]);
-  Complex<T> y[4];
+  Complex<Vec<T>> y[4];
   dft4(odd[0], rotate(odd[1], T(kCosPi8), T(kSinPi8)), rotate(odd[2], h, h), rotate(odd[3], T(kSinPi8), T(kCosPi8)),
        y);
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) emit(bin[1 + 4 * i], y[i].re, y[i].im);
+}
+
+// 16-point DFT as 4 x 4: in(a) is input a, emit(q, y) takes output q.
+template <typename T, typename In, typename Emit>
+MMLM_INLINE void dft16(const In& in, const Emit& emit) {
+  Complex<Vec<T>> h[4][4];
+#pragma GCC unroll 4
+  for (int a = 0; a < 4; ++a) dft4(in(a), in(a + 4), in(a + 8), in(a + 12), h[a]);
+  h[1][1] = rotate(h[1][1], T(kCosPi8), T(kSinPi8));
+  h[1][2] = rotate_45(h[1][2]);
+  h[1][3] = rotate(h[1][3], T(kSinPi8), T(kCosPi8));
+  h[2][1] = rotate_45(h[2][1]);
+  h[2][2] = {h[2][2].im, -h[2][2].re};
+  h[2][3] = rotate_135(h[2][3]);
+  h[3][1] = rotate(h[3][1], T(kSinPi8), T(kCosPi8));
+  h[3][2] = rotate_135(h[3][2]);
+  h[3][3] = rotate(h[3][3], T(-kCosPi8), T(-kSinPi8));
+#pragma GCC unroll 4
+  for (int q = 0; q < 4; ++q) {
+    Complex<Vec<T>> y[4];
+    dft4(h[0][q], h[1][q], h[2][q], h[3][q], y);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) emit(q + 4 * i, y[i]);
+  }
 }
 
 template <typename T, typename Emit>
@@ -109,7 +133,7 @@ MMLM_INLINE void dft_400(const SpectralPlan& plan, const SpectralTables<T>& tabl
   for (int c = 1; c < kColumns400; ++c) {
     const int* bin = plan.bin_400.data() + c * kOuter400;
     dft16<T>([&](int a) { return get(columns, c * kOuter400 + a); },
-             [&](int q, Complex<T> y) { emit(bin[q], y.re, y.im); });
+             [&](int q, Complex<Vec<T>> y) { emit(bin[q], y.re, y.im); });
   }
 }
 

@@ -38,6 +38,7 @@ struct SpectralOptions {
   bool bins_first = true;    // out is [bins, frames], else [frames, bins]
   bool double_precision = false;  // compute in float64
   bool double_output = false;     // only with double_precision
+  bool prime_factor_400 = true;   // the faster transform for n_fft = 400; the CUDA side reads the others' tables
 };
 
 constexpr int kTileFrames = 16;  // frames computed together; a multiple of every ISA's vector width

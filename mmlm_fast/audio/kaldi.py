@@ -213,12 +213,12 @@ def _run(
 
 def _dithered(spec: SpectralSpec, waveform: Tensor, orig_freq: int, dither: float) -> Tensor:
     """Noise is drawn per frame, as torchaudio draws it: the frames are taken apart first."""
-    x = as_float(waveform, spec.dtype)
+    x = as_float(waveform, spec.compute_dtype)
     if orig_freq:
         x = resample(x, orig_freq, spec.sampling_rate)
     spec.layout.check_length(x.shape[-1])
     frames = frames_ref(spec, x, spec.layout.num_frames(x.shape[-1]))
-    return spectrum_ref(spec, frames + torch.randn_like(frames) * dither)
+    return spectrum_ref(spec, frames + torch.randn_like(frames) * dither).to(spec.dtype)
 
 
 def kaldi_fbank(
@@ -291,7 +291,7 @@ def kaldi_fbank(
         scale: Factor on the samples.
         channel_dim: Dimension that holds channels, which are averaged.
         orig_freq: Rate of the waveform where it is not `sample_frequency`: resampled in the same pass.
-        dtype: Of the arithmetic and the result: float32 or float64.
+        dtype: Of the result: float32, float16, bfloat16 (computed in float32), or float64, computed in float64.
 
     Returns:
         ``[frames, num_mel_bins (+ 1)]``; a list of them where a sequence of clips came. Differentiable.

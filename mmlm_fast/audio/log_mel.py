@@ -88,7 +88,8 @@ def log_mel(
         channel_dim: Dimension that holds channels, which are averaged; by default there is none.
         log_mel_max: Clip to 8 below this value of log₁₀ mel, not below each clip's own maximum: 1.5 is Voxtral
             Realtime's. Then frames do not depend on what comes later, and `StreamingLogMel` has the same bits.
-        dtype: Of the arithmetic and the result: float32, or float64 for what a peer in float64 computes.
+        dtype: Of the result: float32, float16, bfloat16 (computed in float32, rounded once), or float64, computed in
+            float64, for what a peer in float64 computes.
 
     Returns:
         ``[*batch, num_mel_bins, num_samples // 160]`` of `dtype` on the device of the waveform. On a CPU the native

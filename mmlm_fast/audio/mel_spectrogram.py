@@ -311,7 +311,7 @@ def mel_spectrogram(
         convention: "torchaudio" or "librosa".
         orig_freq: Rate of the waveform where it is not `sample_rate`: resampled in the same pass (see `resample`).
         channel_dim: Dimension that holds channels, which are averaged.
-        dtype: Of the arithmetic and the result: float32 or float64.
+        dtype: Of the result: float32, float16, bfloat16 (computed in float32), or float64, computed in float64.
 
     Returns:
         ``[*batch, n_mels, frames]`` of `dtype`, ``frames = 1 + N // hop_length`` where centred; a list where a

@@ -66,7 +66,7 @@ class SpectralSpec:
     drop: int = 0
     min_samples: int = 0
     bins_first: bool = True
-    dtype: torch.dtype = torch.float32  # of the arithmetic and the output
+    dtype: torch.dtype = torch.float32  # of the result; arithmetic is in float64 for float64, else in float32
     options: dict[str, Any] = field(default_factory=dict)
     frame_length: int = field(init=False)
     num_out: int = field(init=False)
@@ -78,6 +78,10 @@ class SpectralSpec:
         rows = rows if self.dct is None else self.dct.shape[0]
         object.__setattr__(self, "frame_length", len(self.window))
         object.__setattr__(self, "num_out", rows + (self.options.get("energy") in ("first", "last")))
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     @property
     def plan(self) -> "_C.SpectralPlan":
@@ -117,6 +121,15 @@ def _is_smooth(n: int) -> bool:
     return n == 1
 
 
+def constant_in_graphs(function: Callable) -> Callable:
+    """Dynamo calls the plain function while tracing and takes its result as a constant: no table is made in a graph.
+
+    What `torch.compiler.assume_constant_result` does, which would import Dynamo, two seconds, with this package.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 _SPECS: dict[str, SpectralSpec] = {}
 _FAMILIES: dict[str, Callable[..., dict]] = {}
 
@@ -131,8 +144,7 @@ def family(name: str) -> Callable[[Callable[..., dict]], Callable[..., str]]:
             spec_of(key)  # bad arguments are the caller's error, not the op's
             return key
 
-        # Dynamo takes the key as a constant: no table is made inside a graph. It wants a plain function here.
-        @torch.compiler.assume_constant_result
+        @constant_in_graphs
         def key_of(**arguments: Any) -> str:
             return cached(**arguments)
 
@@ -152,19 +164,19 @@ def spec_of(key: str) -> SpectralSpec:
     return known
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _layout_of(key: str) -> tuple:
     return tuple(spec_of(key).layout)
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _dtype_of(key: str) -> torch.dtype:
     return spec_of(key).dtype
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+    if dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        raise ValueError(f"dtype must be torch.float32, float64, float16 or bfloat16, got {dtype}")
     return str(dtype).removeprefix("torch.")
 
 
@@ -273,7 +285,7 @@ def raise_if_not_finite(bad: Sequence[int]) -> None:
         )
 
 
-def _offsets(sizes: Sequence[int]) -> list[int]:
+def offsets_of(sizes: Sequence[int]) -> list[int]:
     offsets = [0]
     for size in sizes:
         offsets.append(offsets[-1] + size)
@@ -284,8 +296,8 @@ def _cpu(waveforms: list[Tensor], key: str, num_samples: list[int], orig_freq: i
     spec = spec_of(key)
     frames = [spec.layout.num_frames(n) for n in num_samples]
     sizes = [spec.num_out * f for f in frames]
-    offsets = _offsets(sizes)
-    out = torch.empty(offsets[-1], dtype=spec.dtype)
+    offsets = offsets_of(sizes)
+    out = torch.empty(offsets[-1], dtype=spec.compute_dtype)
     stride = spec.num_out
     if spec.bins_first:
         stride = max(frames, default=0)
@@ -293,7 +305,7 @@ def _cpu(waveforms: list[Tensor], key: str, num_samples: list[int], orig_freq: i
             for i, waveform in enumerate(waveforms):
                 part = _cpu([waveform], key, [num_samples[i]], orig_freq)
                 out[offsets[i] : offsets[i + 1]] = part
-            return out
+            return out.to(spec.dtype)
     format = native_format(waveforms, native_resampler(orig_freq, spec.sampling_rate))
     start, size = out.data_ptr(), out.element_size()
     bad = spec.plan.run(
@@ -307,7 +319,7 @@ def _cpu(waveforms: list[Tensor], key: str, num_samples: list[int], orig_freq: i
         torch.get_num_threads(),
     )
     raise_if_not_finite(bad)
-    return out
+    return out.to(spec.dtype)
 
 
 def _cuda(waveforms: list[Tensor], key: str, num_samples: list[int], orig_freq: int) -> Tensor:
@@ -406,11 +418,11 @@ def features_of(key: str, clips: Clips, num_samples: int | None = None) -> Tenso
 
 
 def _by_reference(spec: SpectralSpec, waveform: Tensor, num_samples: int, orig_freq: int) -> Tensor:
-    x = as_float(waveform, spec.dtype)
+    x = as_float(waveform, spec.compute_dtype)
     if orig_freq and orig_freq != spec.sampling_rate:
         x = resample_ref(x, orig_freq, spec.sampling_rate)
     x = torch.nn.functional.pad(x, (0, num_samples - x.shape[-1]))
-    return spectral_ref(spec, x, spec.layout.num_frames(num_samples))
+    return spectral_ref(spec, x, spec.layout.num_frames(num_samples)).to(spec.dtype)
 
 
 def run_native(

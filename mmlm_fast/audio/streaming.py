@@ -25,6 +25,8 @@ class _Stream:
     _stream: "_C.SpectralStream"
 
     def _start(self, spec: SpectralSpec, settings: dict[str, Any]) -> None:
+        if spec.dtype != spec.compute_dtype:
+            raise ValueError(f"dtype must be torch.float32 or torch.float64, got {spec.dtype}")
         self._spec, self._settings, self._flushed = spec, settings, False
         self._dtype = spec.dtype
         self._stream = _C.SpectralStream(spec.plan)

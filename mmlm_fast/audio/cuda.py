@@ -1,0 +1,83 @@
+"""Spectral features of tensors on a GPU: the native core's fused kernel, or plain PyTorch where it does not apply."""
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmlm_fast import _C
+from mmlm_fast.audio.resample import resample_ref
+from mmlm_fast.audio.spectral import SpectralSpec, offsets_of, spectral_ref, spec_of
+from mmlm_fast.audio.waveforms import as_float
+
+_OUT_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+# What every supported architecture has (sm_120 least); longer transforms run in plain PyTorch.
+_MAX_SHARED_BYTES = 96 * 1024
+_MIN_N_FFT = 16
+
+
+@lru_cache
+def _has_cuda_code() -> bool:
+    return bool(_C.cuda_status()["compiled"])
+
+
+@lru_cache(maxsize=64)
+def device_plan(key: str) -> "_C.SpectralPlan":
+    return spec_of(key).native_plan(double_precision=False, double_output=False, prime_factor_400=False)
+
+
+@lru_cache(maxsize=64)
+def _tables(key: str, device: torch.device) -> list[Tensor]:
+    return [torch.from_numpy(np.array(table)).to(device) for table in device_plan(key).device_tables()]
+
+
+def is_covered(spec: SpectralSpec) -> bool:
+    """float64, and transforms that do not fit a block's shared memory, run in plain PyTorch."""
+    if spec.dtype == torch.float64 or spec.n_fft < _MIN_N_FFT:
+        return False
+    return device_plan(spec.key).device_bytes() <= _MAX_SHARED_BYTES
+
+
+def spectral(spec: SpectralSpec, waveforms: list[Tensor], num_samples: list[int], orig_freq: int) -> Tensor:
+    """The flat features of the op, on the waveforms' device and its current stream; nothing synchronises."""
+    if orig_freq and orig_freq != spec.sampling_rate:
+        resampled = [as_float(w, torch.float32) for w in waveforms]
+        waveforms = [resample_ref(w, orig_freq, spec.sampling_rate) for w in resampled]
+    layout = spec.layout
+    frames = [layout.num_frames(n) for n in num_samples]
+    if not _has_cuda_code() or not is_covered(spec):
+        compute = torch.float64 if spec.dtype == torch.float64 else torch.float32
+        parts = []
+        for waveform, n, f in zip(waveforms, num_samples, frames, strict=True):
+            x = torch.nn.functional.pad(as_float(waveform, compute), (0, n - waveform.shape[-1]))
+            parts.append(spectral_ref(spec, x, f).to(spec.dtype).flatten())
+        return torch.cat(parts)
+    first = waveforms[0]
+    if first.dim() != 1 or first.dtype not in (torch.int16, torch.float32):
+        waveforms = [as_float(w, torch.float32) for w in waveforms]
+        first = waveforms[0]
+    starts = offsets_of([spec.num_out * f for f in frames])
+    out = torch.empty(starts[-1], dtype=spec.dtype, device=first.device)
+    clip_max = torch.empty(len(waveforms), dtype=torch.int32, device=first.device)
+    stream = torch.cuda.current_stream(first.device).cuda_stream
+    # Clips of one length go in one launch of up to 64; rows of other lengths have another stride, a launch each.
+    groups = [range(len(waveforms))] if len(set(frames)) == 1 or not spec.bins_first else [[i] for i in range(len(frames))]
+    for group in groups:
+        device_plan(spec.key).run_device(
+            [t.data_ptr() for t in _tables(spec.key, first.device)],
+            [waveforms[i].data_ptr() for i in group],
+            [waveforms[i].shape[-1] for i in group],
+            [num_samples[i] for i in group],
+            [frames[i] for i in group],
+            [out.data_ptr() + starts[i] * out.element_size() for i in group],
+            first.stride(0) if first.shape[0] > 1 else 1,
+            first.dtype == torch.int16,
+            _OUT_TYPES[spec.dtype],
+            frames[group[0]] if spec.bins_first else spec.num_out,
+            clip_max.data_ptr(),
+            stream,
+            first.device.index,
+            False,
+        )
+    return out

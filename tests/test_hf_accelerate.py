@@ -1,0 +1,97 @@
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import mmlm_fast
+from mmlm_fast.audio import ParakeetFeatureExtractor, WhisperFeatureExtractor
+from mmlm_fast.data import load_speech
+
+CLIP = load_speech()[0].waveform
+
+
+@pytest.fixture
+def processor():
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, unk_token="a")))
+    made = transformers.WhisperProcessor.__new__(transformers.WhisperProcessor)
+    made.feature_extractor = transformers.WhisperFeatureExtractor(feature_size=128)
+    made.tokenizer = fast
+    return made
+
+
+def test_processor(processor):
+    before = processor.feature_extractor(CLIP, sampling_rate=16000, return_tensors="np")["input_features"]
+    done = mmlm_fast.accelerate(processor)
+    assert type(processor.feature_extractor) is WhisperFeatureExtractor
+    assert [r.path for r in done.replaced] == ["feature_extractor"]
+    assert done.replaced[0].max_difference < 1e-4
+    assert not done.refused
+    assert "replaced feature_extractor: WhisperFeatureExtractor" in str(done)
+    after = processor.feature_extractor(CLIP, sampling_rate=16000, return_tensors="np")["input_features"]
+    np.testing.assert_allclose(after, before, rtol=0, atol=7e-5)
+    assert not np.array_equal(after, before)
+    again = mmlm_fast.accelerate(processor)
+    assert not again.replaced
+    assert again.refused[0].reason == "accelerated already"
+    done.undo()
+    assert type(processor.feature_extractor) is transformers.WhisperFeatureExtractor
+    undone = processor.feature_extractor(CLIP, sampling_rate=16000, return_tensors="np")["input_features"]
+    assert np.array_equal(undone, before)
+
+
+def test_extractor_itself_and_saving(tmp_path):
+    extractor = transformers.ParakeetFeatureExtractor(feature_size=40)
+    state = extractor.to_dict().keys()
+    mmlm_fast.accelerate(extractor)
+    assert type(extractor) is ParakeetFeatureExtractor
+    assert extractor.to_dict().keys() == state
+    extractor.save_pretrained(tmp_path)
+    assert type(transformers.AutoFeatureExtractor.from_pretrained(tmp_path)) is transformers.ParakeetFeatureExtractor
+
+
+def test_what_is_left_is_said():
+    done = mmlm_fast.accelerate(transformers.Wav2Vec2FeatureExtractor())
+    assert not done.replaced
+    assert "left     this object: Wav2Vec2FeatureExtractor: waveform, normalised" in str(done)
+
+    class WhisperFeatureExtractor(transformers.WhisperFeatureExtractor):
+        pass
+
+    done = mmlm_fast.accelerate(WhisperFeatureExtractor())
+    assert "a subclass of its own" in done.refused[0].reason
+    extractor = transformers.WhisperFeatureExtractor()
+    assert not mmlm_fast.accelerate(extractor, exclude=["WhisperFeatureExtractor"]).replaced
+    assert not mmlm_fast.accelerate(extractor, only=["ParakeetFeatureExtractor"]).replaced
+    assert mmlm_fast.accelerate(extractor, verify=False).replaced[0].max_difference is None
+
+
+def test_a_wrong_replacement_is_refused(monkeypatch):
+    from mmlm_fast.audio import extractors
+
+    right = extractors.ParakeetMixin._torch_extract_fbank_features
+    for wrong, reason in (
+        (lambda self, *a: right(self, *a).exp(), "input_features differs by up to"),
+        (lambda self, *a: right(self, *a)[:, :-1], "where the original has"),
+        (lambda self, *a: right(self, *a).double(), "is float64"),
+        (lambda self, *a: 1 / 0, "fails on a test clip: ZeroDivisionError"),
+    ):
+        monkeypatch.setattr(extractors.ParakeetMixin, "_torch_extract_fbank_features", wrong)
+        extractor = transformers.ParakeetFeatureExtractor()
+        done = mmlm_fast.accelerate(extractor)
+        assert not done.replaced
+        assert reason in done.refused[0].reason
+        assert type(extractor) is transformers.ParakeetFeatureExtractor
+
+
+@pytest.mark.parametrize("thing", [None, torch.nn.Linear(2, 2), "openai/whisper-tiny"])
+def test_other_objects(thing):
+    with pytest.raises(ValueError, match="takes a transformers processor or feature extractor, got"):
+        mmlm_fast.accelerate(thing)
+
+
+def test_names_must_be_a_collection():
+    with pytest.raises(ValueError, match="only must be a collection"):
+        mmlm_fast.accelerate(transformers.WhisperFeatureExtractor(), only="WhisperFeatureExtractor")
