@@ -382,9 +382,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
            })
       .def("finish", &SpectralStream::finish)
       .def("pull",
-           [](SpectralStream& s, uintptr_t out, int64_t out_stride) {
+           [](SpectralStream& s, uintptr_t out, int64_t out_stride, int64_t count) {
              py::gil_scoped_release release;
-             return s.pull(reinterpret_cast<void*>(out), out_stride);
+             return s.pull(reinterpret_cast<void*>(out), out_stride, count);
            })
       .def_property_readonly("num_received", &SpectralStream::num_received)
       .def_property_readonly("next_frame", &SpectralStream::next_frame)

@@ -65,8 +65,9 @@ int64_t SpectralStream::finish(int64_t total_frames) {
   return ready_ = std::max<int64_t>(0, total_frames - next_frame_);
 }
 
-bool SpectralStream::pull(void* out, int64_t out_stride) {
+bool SpectralStream::pull(void* out, int64_t out_stride, int64_t count) {
   std::lock_guard<std::mutex> lock(mutex_);
+  count = std::min(count, ready_);
   SpectralClip clip;
   const bool is_double = plan_->o.double_precision;
   clip.samples = is_double ? static_cast<const void*>(kept_.data()) : kept_f_.data();
@@ -75,12 +76,12 @@ bool SpectralStream::pull(void* out, int64_t out_stride) {
   clip.num_input = static_cast<int64_t>(is_double ? kept_.size() : kept_f_.size());
   clip.num_valid = clip.num_samples = received_;
   clip.first_frame = next_frame_;
-  clip.num_frames = ready_;
+  clip.num_frames = count;
   clip.out = out;
   clip.out_stride = out_stride;
-  const SpectralRange range = ready_ > 0 ? spectral_frames()(*plan_, clip, 0, ready_, nullptr) : SpectralRange{0, true};
-  next_frame_ += ready_;
-  ready_ = 0;
+  const SpectralRange range = count > 0 ? spectral_frames()(*plan_, clip, 0, count, nullptr) : SpectralRange{0, true};
+  next_frame_ += count;
+  ready_ -= count;
   forget();
   return range.finite;
 }

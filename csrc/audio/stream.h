@@ -20,8 +20,8 @@ class SpectralStream {
   int64_t push(const void* samples, SampleType type, int64_t count);
   // The signal has ended and has `total_frames` frames in all: the rest is ready, its edge made up as the plan says.
   int64_t finish(int64_t total_frames);
-  // Write the frames that are ready to `out` (rows of `out_stride` elements); returns false when one is not finite.
-  bool pull(void* out, int64_t out_stride);
+  // Write `count` of the frames that are ready to `out` (rows of `out_stride` elements); false when one is not finite.
+  bool pull(void* out, int64_t out_stride, int64_t count);
 
   int64_t num_received() const;
   int64_t next_frame() const;

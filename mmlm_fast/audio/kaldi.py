@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmlm_fast.audio.filters import cosine_matrix, kaldi_mel_filters, lifter, window_of
 from mmlm_fast.audio.resample import num_resampled, resample
-from mmlm_fast.audio.spectral import SpectralSpec, dtype_name, family, features_of, frames_ref, spec_of, spectrum_ref
+from mmlm_fast.audio.spectral import SpectralSpec, dtype_name, family, features_of, frames_ref, plain_float, spec_of, spectrum_ref
 from mmlm_fast.audio.waveforms import Clips, as_float, clips_of
 
 EPSILON = 1.1920928955078125e-07  # FLT_EPSILON: the floor of energies
@@ -113,6 +113,8 @@ def checked_key(
     cepstral_lifter: float = 0.0,
 ) -> str:
     """From torchaudio's keywords to a spec's key, or ValueError."""
+    sample_frequency, frame_shift, frame_length = map(plain_float, (sample_frequency, frame_shift, frame_length))
+    vtln = (plain_float(vtln_low), plain_float(vtln_high), plain_float(vtln_warp))
     if sample_frequency <= 0:
         raise ValueError(f"sample_frequency must be positive, got {sample_frequency}")
     shift, length = (int(sample_frequency * ms * 0.001) for ms in (frame_shift, frame_length))
@@ -137,27 +139,27 @@ def checked_key(
         raise ValueError(f"num_ceps must be at most num_mel_bins={num_mel_bins}, got {num_ceps}")
     return kaldi_key(
         num_ceps=num_ceps,
-        cepstral_lifter=float(cepstral_lifter),
-        blackman_coeff=float(blackman_coeff),
-        energy_floor=float(energy_floor),
+        cepstral_lifter=plain_float(cepstral_lifter),
+        blackman_coeff=plain_float(blackman_coeff),
+        energy_floor=plain_float(energy_floor),
         frame_length=length,
         frame_shift=shift,
         n_fft=n_fft,
-        high_freq=float(high_freq),
+        high_freq=plain_float(high_freq),
         htk_compat=bool(htk_compat),
-        low_freq=float(low_freq),
+        low_freq=plain_float(low_freq),
         num_mel_bins=int(num_mel_bins),
-        preemphasis_coefficient=float(preemphasis_coefficient),
+        preemphasis_coefficient=plain_float(preemphasis_coefficient),
         raw_energy=bool(raw_energy),
         remove_dc_offset=bool(remove_dc_offset),
-        sample_frequency=int(sample_frequency) if float(sample_frequency).is_integer() else sample_frequency,
+        sample_frequency=int(sample_frequency) if sample_frequency.is_integer() else sample_frequency,
         snip_edges=bool(snip_edges),
         use_energy=bool(use_energy),
         use_log_fbank=bool(use_log_fbank),
         use_power=bool(use_power),
-        vtln=(float(vtln_low), float(vtln_high), float(vtln_warp)),
+        vtln=vtln,
         window_type=window_type,
-        scale=float(scale),
+        scale=plain_float(scale),
         dtype=dtype_name(dtype),
     )
 

@@ -1,6 +1,7 @@
 """Spectrogram, mel spectrogram and MFCC with the parameters of torchaudio.transforms and of librosa."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor
 
 from mmlm_fast.audio.filters import cosine_matrix, lifter, mel_filters, window_of
-from mmlm_fast.audio.spectral import dtype_name, family, features_of
-from mmlm_fast.audio.waveforms import clips_of
+from mmlm_fast.audio.resample import resample
+from mmlm_fast.audio.spectral import dtype_name, family, features_of, plain_float
+from mmlm_fast.audio.waveforms import as_float, clips_of
 
 _EDGES = {"reflect": "reflect", "constant": "zero", "symmetric": "mirror"}
 # What differs between the two libraries' defaults. torchaudio makes its tables in float32, librosa in float64; librosa
@@ -48,7 +50,6 @@ def spectrogram_key(
     window: tuple[float, ...] | str,
     win_length: int,
     hop_length: int,
-    pad: int,
     power: float,
     normalized: str,
     center: bool,
@@ -73,8 +74,6 @@ def spectrogram_key(
         options["round_spectrum"] = True
     if center:
         options["edge"] = _EDGES[pad_mode]
-    elif pad:
-        options["edge"] = "zero"
     if normalized != "none":
         norm = np.sqrt(np.square(weights).sum()) if normalized == "window" else np.sqrt(n_fft)
         options["scale"] = 1 / float(norm)
@@ -88,11 +87,11 @@ def spectrogram_key(
         options |= dict(log="natural" if log == "log" else "decimal")
         options |= {"add": 1e-6} if log == "log" and amin == 0 else {"floor": amin}
     middle = n_fft // 2 if center else 0
-    min_samples = 0
+    min_samples = 1
     if center and pad_mode == "reflect":
-        min_samples = middle + 1 - 2 * pad if pad == 0 else 0
+        min_samples = middle + 1
     elif not center:
-        min_samples = n_fft - 2 * pad
+        min_samples = n_fft
     return dict(
         sampling_rate=sample_rate,
         window=weights,
@@ -111,10 +110,10 @@ def spectrogram_key(
         ),
         dct=None if dct is None else _scaled_dct(*dct, tables),
         # torch.stft and librosa put a short window in the middle of the transform.
-        offset=(n_fft - win_length) // 2 - middle - pad,
-        pad_total=2 * middle + 2 * pad,
+        offset=(n_fft - win_length) // 2 - middle,
+        pad_total=2 * middle,
         span=n_fft,
-        min_samples=max(min_samples, 1),
+        min_samples=min_samples,
         dtype=getattr(torch, dtype),
         options=options,
     )
@@ -182,24 +181,23 @@ def _key(convention: str, mel: bool, given: dict[str, Any]) -> str:
     if mel:
         _positive(n_mels=value("n_mels"))
         norm = defaults["norm"] if given["norm"] == "default" else given["norm"]
-        top = None if given["f_max"] is None else float(given["f_max"])
-        bands = (value("n_mels"), float(given["f_min"]), top, norm, value("mel_scale"))
+        top = None if given["f_max"] is None else plain_float(given["f_max"])
+        bands = (value("n_mels"), plain_float(given["f_min"]), top, norm, value("mel_scale"))
     return spectrogram_key(
         sample_rate=rate,
         n_fft=n_fft,
         window=_window_argument(given["window_fn"], given["wkwargs"], win_length),
         win_length=win_length,
         hop_length=hop_length,
-        pad=given["pad"],
-        power=float(given["power"]),
+        power=plain_float(given["power"]),
         normalized=normalized,
         center=bool(given["center"]),
         pad_mode=value("pad_mode"),
         mel=bands,
         log=given["log"],
-        amin=float(given["amin"]),
-        ref=float(given["ref"]),
-        top_db=None if given["top_db"] is None else float(given["top_db"]),
+        amin=plain_float(given["amin"]),
+        ref=plain_float(given["ref"]),
+        top_db=None if given["top_db"] is None else plain_float(given["top_db"]),
         dct=given.get("dct"),
         table_dtype=defaults["table_dtype"],
         round_spectrum=False,
@@ -207,8 +205,18 @@ def _key(convention: str, mel: bool, given: dict[str, Any]) -> str:
     )
 
 
-def _run(key: str, waveform: Any, orig_freq: int | None, channel_dim: int | None) -> Any:
-    return features_of(key, clips_of(waveform, channel_dim=channel_dim, orig_freq=orig_freq))
+def _run(key: str, waveform: Any, orig_freq: int | None, channel_dim: int | None, pad: int, rate: int | None) -> Any:
+    clips = clips_of(waveform, channel_dim=channel_dim, orig_freq=orig_freq)
+    if pad < 0:
+        raise ValueError(f"pad must not be negative, got {pad}")
+    if pad:  # zeros before everything else, so also before what centring makes up
+        rate = rate or clips.orig_freq
+        waveforms = [as_float(w, torch.float64 if w.dtype == torch.float64 else torch.float32) for w in clips.waveforms]
+        if clips.orig_freq and rate != clips.orig_freq:
+            waveforms = [resample(w, clips.orig_freq, rate) for w in waveforms]
+        waveforms = [torch.nn.functional.pad(w, (pad, pad)) for w in waveforms]
+        clips = replace(clips, waveforms=waveforms, orig_freq=0, num_samples=clips.num_samples + 2 * pad)
+    return features_of(key, clips)
 
 
 def spectrogram(
@@ -237,7 +245,7 @@ def spectrogram(
     """Compute ``|STFT| ** power``, ``[*batch, n_fft // 2 + 1, frames]``; arguments as in `mel_spectrogram`."""
     given = dict(locals())
     key = _key(given.pop("convention"), False, given)
-    return _run(key, waveform, orig_freq, channel_dim)
+    return _run(key, waveform, orig_freq, channel_dim, pad, sample_rate or _CONVENTIONS[convention]["sample_rate"])
 
 
 def mel_spectrogram(
@@ -325,7 +333,7 @@ def mel_spectrogram(
     """
     given = dict(locals())
     key = _key(given.pop("convention"), True, given)
-    return _run(key, waveform, orig_freq, channel_dim)
+    return _run(key, waveform, orig_freq, channel_dim, pad, sample_rate or _CONVENTIONS[convention]["sample_rate"])
 
 
 def mel_mfcc(
@@ -378,7 +386,7 @@ def mel_mfcc(
             **melkwargs,
         )
         table_dtype = getattr(torch, defaults["table_dtype"])
-        matrix = torch.tensor(_scaled_dct(n_mfcc, n_mels, dct_norm, float(lifter), table_dtype), dtype=dtype)
+        matrix = torch.tensor(_scaled_dct(n_mfcc, n_mels, dct_norm, plain_float(lifter), table_dtype), dtype=dtype)
         if isinstance(mel, Tensor):
             return matrix.to(mel.device) @ mel
         return [matrix.to(m.device) @ m for m in mel]
@@ -388,5 +396,6 @@ def mel_mfcc(
         raise ValueError(f"melkwargs must be mel_spectrogram's keywords, got {', '.join(unknown)}")
     given = known | melkwargs | dict(sample_rate=sample_rate, dtype=dtype, top_db=None)
     given |= dict(log="log", amin=0.0) if log_mels else dict(log="dB")
-    given["dct"] = (n_mfcc, n_mels, dct_norm, float(lifter))
-    return _run(_key(convention, True, given), waveform, orig_freq, channel_dim)
+    given["dct"] = (n_mfcc, n_mels, dct_norm, plain_float(lifter))
+    rate = sample_rate or defaults["sample_rate"]
+    return _run(_key(convention, True, given), waveform, orig_freq, channel_dim, given["pad"], rate)

@@ -79,10 +79,11 @@ def resample_ref(
     filters, before = sinc_kernel(old, new, width, rolloff, method, beta)
     kernel = torch.tensor(filters, dtype=waveform.dtype, device=waveform.device)[:, None]
     num_samples = waveform.shape[-1]
-    padded = torch.nn.functional.pad(waveform.reshape(-1, 1, num_samples), (before, before + old))
+    wanted = num_resampled(num_samples, orig_freq, new_freq)
+    rows = waveform.reshape(math.prod(waveform.shape[:-1]), 1, num_samples)
+    padded = torch.nn.functional.pad(rows, (before, before + old))
     phases = torch.nn.functional.conv1d(padded, kernel, stride=old)  # [B, new, j]
-    out = phases.transpose(1, 2).flatten(1)[:, : num_resampled(num_samples, orig_freq, new_freq)]
-    return out.reshape(*waveform.shape[:-1], -1)
+    return phases.transpose(1, 2).flatten(1)[:, :wanted].reshape(*waveform.shape[:-1], wanted)
 
 
 def _cpu(
@@ -182,8 +183,9 @@ def _resampled(clips: Clips, orig_freq: int, new_freq: int, options: tuple) -> T
     if using_reference() or any(w.requires_grad for w in clips.waveforms):
         dtype = torch.float64 if clips.waveforms[0].dtype == torch.float64 else torch.float32
         parts = [resample_ref(as_float(w, dtype), orig_freq, new_freq, *options) for w in clips.waveforms]
-        return parts if clips.batch is None else torch.stack(parts).reshape(*clips.batch, -1)
+        return parts if clips.batch is None else torch.stack(parts).reshape(*clips.batch, parts[0].shape[-1])
     flat = _fwd(clips.waveforms, orig_freq, new_freq, *options)
     if clips.batch is not None:
-        return flat.reshape(*clips.batch, -1)
+        wanted = num_resampled(clips.waveforms[0].shape[-1], orig_freq, new_freq)
+        return flat.reshape(*clips.batch, wanted)
     return list(flat.split([num_resampled(w.shape[-1], orig_freq, new_freq) for w in clips.waveforms]))

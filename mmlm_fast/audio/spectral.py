@@ -130,6 +130,11 @@ def constant_in_graphs(function: Callable) -> Callable:
     return function
 
 
+def plain_float(value: float) -> float:
+    """A float that Dynamo takes for a constant: it traces arguments, defaults too, as symbols otherwise."""
+    return float(value).__float__()
+
+
 _SPECS: dict[str, SpectralSpec] = {}
 _FAMILIES: dict[str, Callable[..., dict]] = {}
 

@@ -1,6 +1,7 @@
 """Features of a signal that arrives in pieces. A frame comes out as soon as its samples are there, with the bits that
 the function on the whole signal gives it."""
 
+from threading import Lock
 from typing import Any, Self
 
 import numpy as np
@@ -30,6 +31,7 @@ class _Stream:
         self._spec, self._settings, self._flushed = spec, settings, False
         self._dtype = spec.dtype
         self._stream = _C.SpectralStream(spec.plan)
+        self._lock = Lock()
 
     @property
     def num_samples(self) -> int:
@@ -51,8 +53,6 @@ class _Stream:
         Raises:
             ValueError: for other shapes and dtypes, NaN or infinite samples (then nothing is taken), and after `flush`.
         """
-        if self._flushed:
-            raise ValueError("the stream was flushed: reset() it to start another signal")
         array = waveform.detach().numpy() if isinstance(waveform, Tensor) else waveform
         kind = SAMPLE_TYPES.get(str(getattr(array, "dtype", None)))
         if kind is None or array.ndim != 1:
@@ -62,7 +62,10 @@ class _Stream:
             )
         if array.shape[0] > 1 and array.strides[0] != array.itemsize:
             array = np.ascontiguousarray(array)
-        return self._pull(self._stream.push(array.__array_interface__["data"][0], kind, array.shape[0]))
+        with self._lock:
+            if self._flushed:
+                raise ValueError("the stream was flushed: reset() it to start another signal")
+            return self._pull(self._stream.push(array.__array_interface__["data"][0], kind, array.shape[0]))
 
     __call__ = accept
 
@@ -72,13 +75,14 @@ class _Stream:
         Raises:
             ValueError: where the whole signal would be too short for the function, and when flushed already.
         """
-        if self._flushed:
-            raise ValueError("the stream was flushed already: reset() it to start another signal")
-        if self.num_samples > 0:
-            self._spec.layout.check_length(self.num_samples)
-        self._flushed = True
-        total = self._spec.layout.num_frames(self.num_samples) if self.num_samples else 0
-        return self._pull(self._stream.finish(total))
+        with self._lock:
+            if self._flushed:
+                raise ValueError("the stream was flushed already: reset() it to start another signal")
+            if self.num_samples > 0:
+                self._spec.layout.check_length(self.num_samples)
+            self._flushed = True
+            total = self._spec.layout.num_frames(self.num_samples) if self.num_samples else 0
+            return self._pull(self._stream.finish(total))
 
     def reset(self) -> None:
         """Forget everything: the next samples start another signal."""
@@ -86,7 +90,7 @@ class _Stream:
 
     def _pull(self, frames: int) -> Tensor:
         out = torch.empty(self._spec.layout.shape(frames), dtype=self._dtype)
-        if frames and not self._stream.pull(out.data_ptr(), out.shape[1]):
+        if frames and not self._stream.pull(out.data_ptr(), out.shape[1], frames):
             raise ValueError("samples must not be too large for their squares, got an overflow")
         return out
 

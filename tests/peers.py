@@ -1,0 +1,50 @@
+"""Audio libraries that the tests compare with, where they are installed (`make peers`)."""
+
+import importlib
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from mmlm_fast.data import load_speech
+
+
+def need(name: str):
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module(name)
+    except (ImportError, OSError) as error:
+        pytest.skip(f"{name} is not installed here (make peers): {error}")
+
+
+def signals() -> dict[str, torch.Tensor]:
+    """Real speech in three languages, noise, silence around speech, clicks, full-scale clipping."""
+    generator = np.random.default_rng(0)
+    made = {f"speech_{s.language}": s.waveform for s in load_speech()}
+    made["noise"] = generator.standard_normal(48000).astype(np.float32) * 0.1
+    made["padded"] = np.concatenate([np.zeros(8000, np.float32), made["speech_en"][:20000], np.zeros(8000, np.float32)])
+    clicks = np.zeros(20000, np.float32)
+    clicks[[0, 7000, 19999]] = 1.0
+    made["clicks"] = clicks
+    made["clipped"] = np.clip(generator.standard_normal(30000) * 2, -1, 1).astype(np.float32)
+    return {name: torch.from_numpy(x) for name, x in made.items()}
+
+
+def errors(ours, theirs, exact) -> tuple[torch.Tensor, torch.Tensor]:
+    """Absolute errors of both against float64, where the exact result is finite."""
+    ours, theirs, exact = (torch.as_tensor(np.asarray(x)).double() for x in (ours, theirs, exact))
+    assert ours.shape == exact.shape == theirs.shape, (ours.shape, theirs.shape, exact.shape)
+    keep = exact.isfinite()
+    assert torch.equal(ours.isfinite(), keep)
+    return (ours - exact)[keep].abs().flatten(), (theirs - exact)[keep].abs().flatten()
+
+
+def assert_no_worse(pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Mean and 99.9th percentile over all signals no larger than the peer's: both compute in float32, and the single
+    largest error sits in whichever bin cancels most. Relative to each signal's largest exact value by the caller."""
+    ours, theirs = (torch.cat(part) for part in zip(*pairs.values(), strict=True))
+    summary = {name: (f"{a.mean():.2e}", f"{b.mean():.2e}") for name, (a, b) in pairs.items()}
+    assert ours.mean() <= theirs.mean(), summary
+    assert ours.quantile(0.999) <= theirs.quantile(0.999) if len(ours) < 2**24 else True, summary
