@@ -40,38 +40,61 @@ SpectralOptions options_of(const py::dict& given) {
   };
   for (const auto& [key_object, value] : given) {
     const auto key = key_object.cast<std::string>();
-    if (key == "frame_length") o.frame_length = value.cast<int>();
-    else if (key == "hop_length") o.hop_length = value.cast<int>();
-    else if (key == "n_fft") o.n_fft = value.cast<int>();
-    else if (key == "offset") o.offset = value.cast<int64_t>();
-    else if (key == "edge") o.edge = static_cast<Edge>(one_of(key, value, {"none", "zero", "reflect", "mirror"}));
-    else if (key == "scale") o.scale = value.cast<double>();
-    else if (key == "signal_preemphasis") o.signal_preemphasis = value.cast<double>();
-    else if (key == "frame_preemphasis") o.frame_preemphasis = value.cast<double>();
-    else if (key == "remove_dc_offset") o.remove_dc_offset = value.cast<bool>();
+    if (key == "frame_length")
+      o.frame_length = value.cast<int>();
+    else if (key == "hop_length")
+      o.hop_length = value.cast<int>();
+    else if (key == "n_fft")
+      o.n_fft = value.cast<int>();
+    else if (key == "offset")
+      o.offset = value.cast<int64_t>();
+    else if (key == "edge")
+      o.edge = static_cast<Edge>(one_of(key, value, {"none", "zero", "reflect", "mirror"}));
+    else if (key == "scale")
+      o.scale = value.cast<double>();
+    else if (key == "signal_preemphasis")
+      o.signal_preemphasis = value.cast<double>();
+    else if (key == "frame_preemphasis")
+      o.frame_preemphasis = value.cast<double>();
+    else if (key == "remove_dc_offset")
+      o.remove_dc_offset = value.cast<bool>();
     else if (key == "exponent") {
       o.exponent = value.cast<double>();
       o.spectrum = o.exponent == 2 ? Spectrum::power : o.exponent == 1 ? Spectrum::magnitude : Spectrum::exponent;
-    }
-    else if (key == "power_add") o.power_add = value.cast<double>();
-    else if (key == "power_floor") o.power_floor = value.cast<double>();
-    else if (key == "round_spectrum") o.round_spectrum = value.cast<bool>();
-    else if (key == "add") o.add = value.cast<double>();
-    else if (key == "floor") o.floor = value.cast<double>();
-    else if (key == "log") o.log = static_cast<Log>(one_of(key, value, {"none", "natural", "decimal"}));
-    else if (key == "multiply") o.multiply = value.cast<double>();
-    else if (key == "shift") o.shift = value.cast<double>();
-    else if (key == "dynamic_range") o.dynamic_range = value.cast<double>();
+    } else if (key == "power_add")
+      o.power_add = value.cast<double>();
+    else if (key == "power_floor")
+      o.power_floor = value.cast<double>();
+    else if (key == "round_spectrum")
+      o.round_spectrum = value.cast<bool>();
+    else if (key == "add")
+      o.add = value.cast<double>();
+    else if (key == "floor")
+      o.floor = value.cast<double>();
+    else if (key == "log")
+      o.log = static_cast<Log>(one_of(key, value, {"none", "natural", "decimal"}));
+    else if (key == "multiply")
+      o.multiply = value.cast<double>();
+    else if (key == "shift")
+      o.shift = value.cast<double>();
+    else if (key == "dynamic_range")
+      o.dynamic_range = value.cast<double>();
     else if (key == "energy") {
       o.energy = static_cast<Energy>(one_of(key, value, {"none", "first", "last", "replace_first", "replace_last"}));
-    }
-    else if (key == "raw_energy") o.raw_energy = value.cast<bool>();
-    else if (key == "energy_floor") o.energy_floor = value.cast<double>();
-    else if (key == "bins_first") o.bins_first = value.cast<bool>();
-    else if (key == "double_precision") o.double_precision = value.cast<bool>();
-    else if (key == "double_output") o.double_output = value.cast<bool>();
-    else if (key == "prime_factor_400") o.prime_factor_400 = value.cast<bool>();
-    else throw py::value_error("unknown option " + key);
+    } else if (key == "raw_energy")
+      o.raw_energy = value.cast<bool>();
+    else if (key == "energy_floor")
+      o.energy_floor = value.cast<double>();
+    else if (key == "bins_first")
+      o.bins_first = value.cast<bool>();
+    else if (key == "double_precision")
+      o.double_precision = value.cast<bool>();
+    else if (key == "double_output")
+      o.double_output = value.cast<bool>();
+    else if (key == "prime_factor_400")
+      o.prime_factor_400 = value.cast<bool>();
+    else
+      throw py::value_error("unknown option " + key);
   }
   return o;
 }
@@ -142,8 +165,8 @@ std::vector<SpectralClip> clips_of(const Format& format, const std::vector<uintp
 // Returns the clips whose output is not finite.
 std::vector<int64_t> run(const SpectralPlan& plan, const Format& format, const std::vector<uintptr_t>& samples,
                          const std::vector<int64_t>& num_input, const std::vector<int64_t>& num_samples,
-                         const std::vector<int64_t>& num_frames, const std::vector<uintptr_t>& out,
-                         int64_t out_stride, int num_threads) {
+                         const std::vector<int64_t>& num_frames, const std::vector<uintptr_t>& out, int64_t out_stride,
+                         int num_threads) {
   std::vector<SpectralClip> clips = clips_of(format, samples, num_input);
   if (num_samples.size() != clips.size() || num_frames.size() != clips.size() || out.size() != clips.size()) {
     throw py::value_error("samples, num_samples, num_frames and out must be of one length");
@@ -299,8 +322,12 @@ void run_device(const SpectralPlan& plan, const std::vector<uintptr_t>& tables, 
   args.clip_max = reinterpret_cast<uint32_t*>(clip_max);
   std::vector<DeviceClip> clips(n);
   for (size_t i = 0; i < n; ++i) {
-    clips[i] = {reinterpret_cast<const void*>(samples[i]), sample_stride,  num_valid[i],
-                num_samples[i],                            num_frames[i], reinterpret_cast<void*>(out[i])};
+    clips[i] = {reinterpret_cast<const void*>(samples[i]),
+                sample_stride,
+                num_valid[i],
+                num_samples[i],
+                num_frames[i],
+                reinterpret_cast<void*>(out[i])};
   }
   int error = 0;
   {
@@ -360,8 +387,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   py::class_<Resampler, std::shared_ptr<Resampler>>(m, "Resampler")
       .def(py::init(&make_resampler))
       .def("num_output", &Resampler::num_output);
-  py::class_<Format>(m, "Format")
-      .def(py::init<int, int, int64_t, int64_t, std::shared_ptr<Resampler>>());
+  py::class_<Format>(m, "Format").def(py::init<int, int, int64_t, int64_t, std::shared_ptr<Resampler>>());
   py::class_<SpectralPlan, std::shared_ptr<SpectralPlan>>(m, "SpectralPlan")
       .def(py::init(&make_plan), py::arg("options"), py::arg("window"), py::arg("filters") = py::none(),
            py::arg("dct") = py::none())
@@ -371,7 +397,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       .def("device_bytes", &device_bytes)
       .def("run_device", &run_device);
   py::class_<SpectralStream>(m, "SpectralStream")
-      .def(py::init([](std::shared_ptr<SpectralPlan> plan) { return std::make_unique<SpectralStream>(std::move(plan)); }))
+      .def(py::init(
+          [](std::shared_ptr<SpectralPlan> plan) { return std::make_unique<SpectralStream>(std::move(plan)); }))
       .def("push",
            [](SpectralStream& s, uintptr_t samples, int type, int64_t count) {
              const SampleType checked = sample_type(type);

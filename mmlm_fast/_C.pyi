@@ -4,28 +4,90 @@ from typing import Any
 
 import numpy as np
 
-class LogMelPlan:
-    num_mel_bins: int
-    def __init__(self, filters: np.ndarray) -> None: ...
-    def run(
-        self, samples: list[int], num_valid: list[int], num_samples: int, out: int, num_threads: int
-    ) -> list[int]: ...
-    def sparse_filters(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]: ...
+class Resampler:
+    def __init__(self, old_rate: int, new_rate: int, taps: np.ndarray, before: int) -> None: ...
+    def num_output(self, num_input: int) -> int: ...
 
+class Format:
+    def __init__(
+        self,
+        type: int,
+        num_channels: int,
+        channel_stride: int,
+        sample_stride: int,
+        resampler: Any,
+    ) -> None: ...
+
+class SpectralPlan:
+    num_out: int
+    def __init__(
+        self,
+        options: dict[str, Any],
+        window: np.ndarray,
+        filters: np.ndarray | None = None,
+        dct: np.ndarray | None = None,
+    ) -> None: ...
+    def run(
+        self,
+        format: Format,
+        samples: list[int],
+        num_input: list[int],
+        num_samples: list[int],
+        num_frames: list[int],
+        out: list[int],
+        out_stride: int,
+        num_threads: int,
+    ) -> list[int]: ...
+    def device_tables(self) -> tuple[np.ndarray, ...]: ...
+    def device_bytes(self) -> int: ...
+    def run_device(
+        self,
+        tables: list[int],
+        samples: list[int],
+        num_valid: list[int],
+        num_samples: list[int],
+        num_frames: list[int],
+        out: list[int],
+        sample_stride: int,
+        is_int16: bool,
+        out_type: int,
+        out_stride: int,
+        clip_max: int,
+        stream: int,
+        device: int,
+        on_host: bool,
+    ) -> None: ...
+
+class SpectralStream:
+    def __init__(self, plan: SpectralPlan) -> None: ...
+    def push(self, samples: int, type: int, count: int) -> int: ...
+    def finish(self, total_frames: int) -> int: ...
+    def pull(self, out: int, out_stride: int, count: int) -> bool: ...
+    @property
+    def num_received(self) -> int: ...
+    @property
+    def next_frame(self) -> int: ...
+    def state(self) -> tuple[int, int, int, np.ndarray]: ...
+    def set_state(self, received: int, next_frame: int, first_kept: int, kept: np.ndarray) -> None: ...
+
+def read_samples(
+    format: Format, samples: list[int], num_input: list[int], out: list[int], is_double: bool, num_threads: int
+) -> None: ...
+def standardize(
+    features: list[int],
+    num_frames: list[int],
+    num_valid: list[int],
+    num_bins: int,
+    is_double: bool,
+    ddof: int,
+    eps_inside: float,
+    eps_outside: float,
+    means: bool,
+    variances: bool,
+    padding: float,
+) -> None: ...
 def active_isa() -> str: ...
 def best_isa() -> str: ...
 def set_isa(name: str) -> str: ...
 def build_info_json() -> str: ...
 def cuda_status() -> dict[str, Any]: ...
-def log_mel_cuda(
-    spectrum: int,
-    strides: list[int],
-    tables: list[int],
-    out: int,
-    clip_max: int,
-    num_clips: int,
-    num_frames: int,
-    num_mel_bins: int,
-    stream: int,
-    device: int,
-) -> None: ...

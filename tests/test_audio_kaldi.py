@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from peers import assert_no_worse, errors, need, signals
 
 from mmlm_fast import reference
 from mmlm_fast.audio import kaldi_fbank, mfcc
 from mmlm_fast.audio.kaldi import checked_key
-from peers import assert_no_worse, errors, need, signals
 
 SIGNALS = signals()
 FBANK = {
@@ -115,7 +115,7 @@ def test_sample_types_channels_and_batches():
     assert torch.equal(kaldi_fbank(stereo, num_mel_bins=80, channel=1), expected)
     assert torch.equal(kaldi_fbank(stereo, num_mel_bins=80, channel_dim=0), expected)
     assert torch.equal(kaldi_fbank(stereo.t(), num_mel_bins=80, channel_dim=1), expected)
-    with pytest.raises(ValueError, match="has 2 channels.*channel=0.*channel_dim=0"):
+    with pytest.raises(ValueError, match=r"has 2 channels.*channel=0.*channel_dim=0"):
         kaldi_fbank(stereo)
     clips = [x, x[:5000], x[100:20000]]
     for clip, out in zip(clips, kaldi_fbank(clips, num_mel_bins=80), strict=True):

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from peers import assert_no_worse, errors, need, signals
 
 from mmlm_fast import _C, reference
 from mmlm_fast.audio import mel_mfcc, mel_spectrogram, spectrogram
-from peers import assert_no_worse, errors, need, signals
 
 SIGNALS = signals()
 OPTIONS = {
@@ -48,7 +48,9 @@ def test_against_torchaudio(name):
     assert ours.quantile(0.999) <= 1.2 * peer.quantile(0.999)
 
 
-@pytest.mark.parametrize("n_fft", [1, 2, 3, 7, 16, 30, 64, 120, 243, 250, 343, 400, 480, 509, 512, 1000, 1023, 1331, 4096])
+@pytest.mark.parametrize(
+    "n_fft", [1, 2, 3, 7, 16, 30, 64, 120, 243, 250, 343, 400, 480, 509, 512, 1000, 1023, 1331, 4096]
+)
 def test_any_transform_length(n_fft):
     """Against torch.stft in float64, whatever the prime factors."""
     x = SIGNALS["noise"][: 4 * n_fft + 50].double()
@@ -115,7 +117,7 @@ LIBROSA = {
 
 @pytest.mark.parametrize("name", LIBROSA)
 def test_against_librosa(name):
-    """The float64 mode has librosa's numbers, of float64 samples exactly, and errs less than librosa on float32 ones."""
+    """The float64 mode has librosa's numbers of float64 samples, and errs less than librosa on float32 ones."""
     librosa = need("librosa")
     theirs_options, options = LIBROSA[name]
     for x in SIGNALS.values():

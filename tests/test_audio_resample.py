@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from peers import errors, need, signals
 
 from mmlm_fast import reference
 from mmlm_fast.audio import kaldi_fbank, log_mel, mel_spectrogram, resample
-from peers import errors, need, signals
 
 SIGNALS = signals()
 RATES = [(48000, 16000), (44100, 16000), (8000, 16000), (16000, 44100), (22050, 16000), (16000, 8000), (11025, 48000)]
@@ -21,7 +21,9 @@ def test_against_torchaudio(old, new, method):
         exact = theirs(x.double(), old, new, resampling_method=method)
         ours_64 = resample(x.double(), old, new, resampling_method=method)
         torch.testing.assert_close(ours_64, exact, rtol=0, atol=1e-7 if "kaiser" in method else 1e-12)
-        a, b = errors(resample(x, old, new, resampling_method=method), theirs(x, old, new, resampling_method=method), exact)
+        a, b = errors(
+            resample(x, old, new, resampling_method=method), theirs(x, old, new, resampling_method=method), exact
+        )
         total[0] += a.mean().item()
         total[1] += b.mean().item()
     assert total[0] <= 1.03 * total[1]  # by the exact ratio 2 both only round
@@ -31,7 +33,9 @@ def test_against_torchaudio(old, new, method):
 def test_options_against_torchaudio(options):
     theirs = need("torchaudio").functional.resample
     x = SIGNALS["speech_en"].double()
-    torch.testing.assert_close(resample(x, 32000, 22050, **options), theirs(x, 32000, 22050, **options), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        resample(x, 32000, 22050, **options), theirs(x, 32000, 22050, **options), rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("num_samples", [0, 1, 2, 3, 40, 441, 442, 12345, 100003])

@@ -70,7 +70,11 @@ def test_bits_of_the_whole_signal(name, sizes):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.integers(0, 3000), min_size=1, max_size=6).filter(any), st.integers(450, 20000), st.sampled_from(sorted(STREAMS)))
+@given(
+    st.lists(st.integers(0, 3000), min_size=1, max_size=6).filter(any),
+    st.integers(450, 20000),
+    st.sampled_from(sorted(STREAMS)),
+)
 def test_any_cut(sizes, length, name):
     make, whole, dim = STREAMS[name]
     x, stream = SPEECH[30000 : 30000 + length], make()
@@ -213,5 +217,5 @@ def test_errors():
     ):
         with pytest.raises(ValueError, match=message):
             StreamingFbank(**options)
-    with pytest.raises(ValueError, match="dtype must be torch.float32 or torch.float64"):
+    with pytest.raises(ValueError, match=r"dtype must be torch\.float32 or torch\.float64"):
         StreamingLogMel(dtype=torch.float16)

@@ -69,21 +69,24 @@ def test_what_is_left_is_said():
 
 
 def test_a_wrong_replacement_is_refused(monkeypatch):
-    from mmlm_fast.audio import extractors
+    InklingFeatureExtractor = pytest.importorskip(
+        "transformers.models.inkling.feature_extraction_inkling"
+    ).InklingFeatureExtractor
+    from mmlm_fast.audio.extractors.torch_family import InklingMixin
 
-    right = extractors.ParakeetMixin._torch_extract_fbank_features
+    right = InklingMixin._torch_extract_fbank_features
     for wrong, reason in (
         (lambda self, *a: right(self, *a).exp(), "input_features differs by up to"),
         (lambda self, *a: right(self, *a)[:, :-1], "where the original has"),
         (lambda self, *a: right(self, *a).double(), "is float64"),
         (lambda self, *a: 1 / 0, "fails on a test clip: ZeroDivisionError"),
     ):
-        monkeypatch.setattr(extractors.ParakeetMixin, "_torch_extract_fbank_features", wrong)
-        extractor = transformers.ParakeetFeatureExtractor()
+        monkeypatch.setattr(InklingMixin, "_torch_extract_fbank_features", wrong)
+        extractor = InklingFeatureExtractor()
         done = mmlm_fast.accelerate(extractor)
         assert not done.replaced
         assert reason in done.refused[0].reason
-        assert type(extractor) is transformers.ParakeetFeatureExtractor
+        assert type(extractor) is InklingFeatureExtractor
 
 
 @pytest.mark.parametrize("thing", [None, torch.nn.Linear(2, 2), "openai/whisper-tiny"])

@@ -46,8 +46,8 @@ constexpr double kHalfSqrt2 = 0.70710678118654752440;
 constexpr double kCosPi8 = 0.92387953251128675613, kSinPi8 = 0.38268343236508977173;
 constexpr double kSin60 = 0.86602540378443864676;
 
-// x times sqrt(1/2). The float nearest to it is 1.7e-8 too small, and as every pass uses it, that adds up to a gain below
-// one which shows in sums over a peak: what is missing is added.
+// x times sqrt(1/2). The float nearest to it is 1.7e-8 too small, and as every pass uses it, that adds up to a gain
+// below one which shows in sums over a peak: what is missing is added.
 template <typename V>
 MMLM_INLINE V times_half_sqrt2(V x) {
   using T = Scalar<V>;

@@ -48,10 +48,10 @@ __attribute__((noinline)) void one_pass(const DftPass& pass, const T* twiddles, 
     for (int q = 0; q < stride; ++q) {
       const int64_t from = q + static_cast<int64_t>(stride) * p, to = q + static_cast<int64_t>(stride) * R * p;
       butterfly<R, Vec<T>>([&](int k) { return input(from + static_cast<int64_t>(stride) * points * k); },
-                      [&](int k, Complex<Vec<T>> y) {
-                        if (k > 0 && p > 0) y = rotate(y, twiddles[2 * k - 2], twiddles[2 * k - 1]);
-                        put(out, to + static_cast<int64_t>(stride) * k, y);
-                      });
+                           [&](int k, Complex<Vec<T>> y) {
+                             if (k > 0 && p > 0) y = rotate(y, twiddles[2 * k - 2], twiddles[2 * k - 1]);
+                             put(out, to + static_cast<int64_t>(stride) * k, y);
+                           });
     }
   }
 }

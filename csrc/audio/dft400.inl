@@ -95,8 +95,7 @@ MMLM_INLINE void real_column_400(const int* bin, const T* __restrict columns, co
   emit(bin[2], difference[0] + u, difference[2] + v);
   emit(bin[6], difference[0] - u, v - difference[2]);
   Complex<Vec<T>> y[4];
-  dft4(odd[0], rotate(odd[1], T(kCosPi8), T(kSinPi8)), rotate(odd[2], h, h), rotate(odd[3], T(kSinPi8), T(kCosPi8)),
-       y);
+  dft4(odd[0], rotate(odd[1], T(kCosPi8), T(kSinPi8)), rotate(odd[2], h, h), rotate(odd[3], T(kSinPi8), T(kCosPi8)), y);
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) emit(bin[1 + 4 * i], y[i].re, y[i].im);
 }
@@ -126,8 +125,8 @@ MMLM_INLINE void dft16(const In& in, const Emit& emit) {
 }
 
 template <typename T, typename Emit>
-MMLM_INLINE void dft_400(const SpectralPlan& plan, const SpectralTables<T>& tables, const T* samples,
-                         const int* offset, T* columns, const Emit& emit) {
+MMLM_INLINE void dft_400(const SpectralPlan& plan, const SpectralTables<T>& tables, const T* samples, const int* offset,
+                         T* columns, const Emit& emit) {
   first_stage_400(offset, tables.window.data(), samples, columns);
   real_column_400(plan.bin_400.data(), columns, emit);
   for (int c = 1; c < kColumns400; ++c) {

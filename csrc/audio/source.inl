@@ -213,7 +213,8 @@ void read_emphasised(const SpectralPlan& plan, const SpectralClip& clip, int64_t
   T before = 0;
   if (first > 0) read_valid(clip, first - 1, 1, &before);
   int64_t i = count;
-  for (; i > kWidth<T>; i -= kWidth<T>) store(out + i - kWidth<T>, load(out + i - kWidth<T>) - c * load(out + i - kWidth<T> - 1));
+  for (; i > kWidth<T>; i -= kWidth<T>)
+    store(out + i - kWidth<T>, load(out + i - kWidth<T>) - c * load(out + i - kWidth<T> - 1));
   for (--i; i > 0; --i) out[i] -= c * out[i - 1];
   out[0] -= c * before;
 }

@@ -212,9 +212,8 @@ void clip_range(const SpectralPlan& plan, const std::vector<double>& silent, con
 
 void finish(const SpectralPlan& plan, const SpectralClip& clip, const double* tile_min, int64_t first_tile,
             int64_t last_tile, double max_value) {
-  const std::vector<double> silent = plan.o.double_precision
-                                         ? plan.d.silent
-                                         : std::vector<double>(plan.f.silent.begin(), plan.f.silent.end());
+  const std::vector<double> silent =
+      plan.o.double_precision ? plan.d.silent : std::vector<double>(plan.f.silent.begin(), plan.f.silent.end());
   if (plan.o.double_output) {
     clip_range<double>(plan, silent, clip, tile_min, first_tile, last_tile, max_value);
   } else {

@@ -17,7 +17,8 @@ __global__ void __launch_bounds__(kDeviceThreads) features_kernel(const __grid_c
   const int64_t first = static_cast<int64_t>(blockIdx.x) * args.frames_per_block;
   if (first >= clip.num_frames) return;
   const int64_t left = clip.num_frames - first;
-  const Tile t = {args, clip, shared, first, static_cast<int>(left < args.frames_per_block ? left : args.frames_per_block)};
+  const Tile t = {args, clip, shared, first,
+                  static_cast<int>(left < args.frames_per_block ? left : args.frames_per_block)};
   const int i = threadIdx.x, n = kDeviceThreads;
   if (i == 0) block_max = 0;
   stage_samples(t, i, n);

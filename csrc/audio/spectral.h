@@ -20,10 +20,10 @@ struct SpectralOptions {
   int n_fft = 400;     // at least frame_length; frames are padded with zeros
   int64_t offset = 0;  // index of the first sample of frame 0, negative where frames are centred
   Edge edge = Edge::none;
-  double scale = 1;                // samples are multiplied by this
-  double signal_preemphasis = 0;   // y[t] = x[t] - c x[t-1] on the whole signal, x[-1] = 0
-  double frame_preemphasis = 0;    // the same inside each frame, with x[-1] = x[0]
-  bool remove_dc_offset = false;   // subtract each frame's mean first
+  double scale = 1;               // samples are multiplied by this
+  double signal_preemphasis = 0;  // y[t] = x[t] - c x[t-1] on the whole signal, x[-1] = 0
+  double frame_preemphasis = 0;   // the same inside each frame, with x[-1] = x[0]
+  bool remove_dc_offset = false;  // subtract each frame's mean first
   Spectrum spectrum = Spectrum::power;
   double exponent = 2;
   double power_add = 0, power_floor = 0;  // |X|^2 becomes max(|X|^2 + add, floor)
@@ -33,9 +33,9 @@ struct SpectralOptions {
   double multiply = 1, shift = 0;  // y = multiply * log(...) + shift
   double dynamic_range = 0;        // raise values to the clip's largest less this; 0: do not. In units of y.
   Energy energy = Energy::none;
-  bool raw_energy = true;    // before pre-emphasis and window, else after
-  double energy_floor = 0;   // energies are floored at this and at FLT_EPSILON before the log
-  bool bins_first = true;    // out is [bins, frames], else [frames, bins]
+  bool raw_energy = true;         // before pre-emphasis and window, else after
+  double energy_floor = 0;        // energies are floored at this and at FLT_EPSILON before the log
+  bool bins_first = true;         // out is [bins, frames], else [frames, bins]
   bool double_precision = false;  // compute in float64
   bool double_output = false;     // only with double_precision
   bool prime_factor_400 = true;   // the faster transform for n_fft = 400; the CUDA side reads the others' tables
@@ -76,10 +76,10 @@ struct SpectralPlan {
   int64_t tile_samples;
   bool prepares_frames;  // frames are changed before the window, so they are unrolled from the tile
 
-  bool is_400;                   // the prime-factor transform of dft400.inl
+  bool is_400;              // the prime-factor transform of dft400.inl
   std::vector<int> offset;  // [2][n_fft]: where sample n of a frame lies in the tile, and among prepared frames
   std::vector<int> offset_400, bin_400;  // [2][16][25] likewise; [13][16]: the bin of output q of column c
-  bool packed;                   // even n_fft: a complex transform of half the length
+  bool packed;                           // even n_fft: a complex transform of half the length
   int dft_length;
   std::vector<DftPass> passes;
   int largest_radix;

@@ -39,8 +39,8 @@ Scratch<T> scratch_of(const SpectralPlan& plan) {
   const int64_t stage = aligned_count(plan.tile_samples + 16);
   const int64_t tile = aligned_count(int64_t{plan.tile_rows} * plan.tile_stride);
   const int64_t frame = plan.prepares_frames ? int64_t{plan.o.frame_length} * kTileFrames : 0;
-  const int64_t dft = plan.is_400 ? kColumns400 * kOuter400 * 2 * w
-                                  : (2 * int64_t{plan.dft_length} + plan.largest_radix) * 2 * w;
+  const int64_t dft =
+      plan.is_400 ? kColumns400 * kOuter400 * 2 * w : (2 * int64_t{plan.dft_length} + plan.largest_radix) * 2 * w;
   const int64_t power = int64_t{plan.num_bins} * kTileFrames;
   const int64_t filtered = plan.num_ceps > 0 ? int64_t{plan.num_filters} * kTileFrames : 0;
   const int64_t out = int64_t{plan.num_out} * kTileFrames;
@@ -303,7 +303,8 @@ MMLM_INLINE void write_tile(const SpectralPlan& plan, const SpectralClip& clip, 
   for (int m = 0; m < plan.num_out; ++m, values += kTileFrames) {
     Out* row = out + m * clip.out_stride + frame;
     if (std::is_same_v<T, Out> && num_frames == kTileFrames) {
-      for (int g = 0; g < kGroups<T>; ++g) store(reinterpret_cast<T*>(row) + g * kWidth<T>, load(values + g * kWidth<T>));
+      for (int g = 0; g < kGroups<T>; ++g)
+        store(reinterpret_cast<T*>(row) + g * kWidth<T>, load(values + g * kWidth<T>));
     } else {
       for (int l = 0; l < num_frames; ++l) row[l] = static_cast<Out>(values[l]);
     }

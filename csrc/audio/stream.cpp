@@ -53,7 +53,8 @@ int64_t SpectralStream::num_ready() const {
 int64_t SpectralStream::push(const void* samples, SampleType type, int64_t count) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (count > 0) {
-    const bool finite = plan_->o.double_precision ? append(samples, type, count, kept_) : append(samples, type, count, kept_f_);
+    const bool finite =
+        plan_->o.double_precision ? append(samples, type, count, kept_) : append(samples, type, count, kept_f_);
     if (!finite) return -1;
     received_ += count;
   }

@@ -41,7 +41,7 @@ class SpectralStream {
   void forget();
 
   std::shared_ptr<const SpectralPlan> plan_;
-  mutable std::mutex mutex_;  // the GIL is released around calls
+  mutable std::mutex mutex_;   // the GIL is released around calls
   std::vector<double> kept_;   // samples not yet done with, of double-precision plans
   std::vector<float> kept_f_;  // and of the others
   int64_t received_ = 0, next_frame_ = 0, first_kept_ = 0, ready_ = 0;

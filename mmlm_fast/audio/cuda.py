@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mmlm_fast import _C
 from mmlm_fast.audio.resample import resample_ref
-from mmlm_fast.audio.spectral import SpectralSpec, offsets_of, spectral_ref, spec_of
+from mmlm_fast.audio.spectral import SpectralSpec, offsets_of, spec_of, spectral_ref
 from mmlm_fast.audio.waveforms import as_float
 
 _OUT_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -62,7 +62,9 @@ def spectral(spec: SpectralSpec, waveforms: list[Tensor], num_samples: list[int]
     clip_max = torch.empty(len(waveforms), dtype=torch.int32, device=first.device)
     stream = torch.cuda.current_stream(first.device).cuda_stream
     # Clips of one length go in one launch of up to 64; rows of other lengths have another stride, a launch each.
-    groups = [range(len(waveforms))] if len(set(frames)) == 1 or not spec.bins_first else [[i] for i in range(len(frames))]
+    groups = (
+        [range(len(waveforms))] if len(set(frames)) == 1 or not spec.bins_first else [[i] for i in range(len(frames))]
+    )
     for group in groups:
         device_plan(spec.key).run_device(
             [t.data_ptr() for t in _tables(spec.key, first.device)],

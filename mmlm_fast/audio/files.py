@@ -83,16 +83,14 @@ def _with_av(path: Path) -> tuple[Tensor, int, str | None]:
     try:
         import av
     except ImportError:
-        raise AudioFileError(
-            path, "not a format that soundfile reads; PyAV may: pip install av"
-        ) from None
+        raise AudioFileError(path, "not a format that soundfile reads; PyAV may: pip install av") from None
     problem = None
     try:
         with av.open(str(path)) as container:
             if not container.streams.audio:
                 raise AudioFileError(path, "it has no audio stream")
             stream = container.streams.audio[0]
-            promised = float(stream.duration * stream.time_base) if stream.duration else None
+            promised = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else None
             parts = []
             resampler = av.AudioResampler(format="fltp", layout=stream.layout, rate=stream.rate)
             try:
@@ -136,7 +134,7 @@ def audio_info(path: str | os.PathLike) -> AudioInfo:
 
         with av.open(str(path)) as container:
             stream = container.streams.audio[0]
-            seconds = float(stream.duration * stream.time_base) if stream.duration else None
+            seconds = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else None
             length = -1 if seconds is None else round(seconds * stream.rate)
             return AudioInfo(stream.rate, stream.channels, length, stream.codec_context.name)
     except ImportError:

@@ -10,7 +10,16 @@ from torch import Tensor
 
 from mmlm_fast.audio.filters import cosine_matrix, kaldi_mel_filters, lifter, window_of
 from mmlm_fast.audio.resample import num_resampled, resample
-from mmlm_fast.audio.spectral import SpectralSpec, dtype_name, family, features_of, frames_ref, plain_float, spec_of, spectrum_ref
+from mmlm_fast.audio.spectral import (
+    SpectralSpec,
+    dtype_name,
+    family,
+    features_of,
+    frames_ref,
+    plain_float,
+    spec_of,
+    spectrum_ref,
+)
 from mmlm_fast.audio.waveforms import Clips, as_float, clips_of
 
 EPSILON = 1.1920928955078125e-07  # FLT_EPSILON: the floor of energies
@@ -215,7 +224,7 @@ def _run(
 
 def _dithered(spec: SpectralSpec, waveform: Tensor, orig_freq: int, dither: float) -> Tensor:
     """Noise is drawn per frame, as torchaudio draws it: the frames are taken apart first."""
-    x = as_float(waveform, spec.compute_dtype)
+    x: Any = as_float(waveform, spec.compute_dtype)
     if orig_freq:
         x = resample(x, orig_freq, spec.sampling_rate)
     spec.layout.check_length(x.shape[-1])

@@ -59,7 +59,7 @@ def spectrogram_key(
     amin: float,
     ref: float,
     top_db: float | None,
-    dct: tuple | None,
+    dct: tuple[int, int, str | None, float] | None,
     table_dtype: str,
     round_spectrum: bool,
     dtype: str,
@@ -97,7 +97,9 @@ def spectrogram_key(
         window=weights,
         hop_length=hop_length,
         n_fft=n_fft,
-        filters=None if mel is None else mel_filters(
+        filters=None
+        if mel is None
+        else mel_filters(
             mel[0],
             n_fft=n_fft,
             sampling_rate=sample_rate,
@@ -211,7 +213,9 @@ def _run(key: str, waveform: Any, orig_freq: int | None, channel_dim: int | None
         raise ValueError(f"pad must not be negative, got {pad}")
     if pad:  # zeros before everything else, so also before what centring makes up
         rate = rate or clips.orig_freq
-        waveforms = [as_float(w, torch.float64 if w.dtype == torch.float64 else torch.float32) for w in clips.waveforms]
+        waveforms: list[Any] = [
+            as_float(w, torch.float64 if w.dtype == torch.float64 else torch.float32) for w in clips.waveforms
+        ]
         if clips.orig_freq and rate != clips.orig_freq:
             waveforms = [resample(w, clips.orig_freq, rate) for w in waveforms]
         waveforms = [torch.nn.functional.pad(w, (pad, pad)) for w in waveforms]
@@ -390,7 +394,7 @@ def mel_mfcc(
         if isinstance(mel, Tensor):
             return matrix.to(mel.device) @ mel
         return [matrix.to(m.device) @ m for m in mel]
-    known = mel_spectrogram.__kwdefaults__
+    known: dict[str, Any] = mel_spectrogram.__kwdefaults__ or {}
     unknown = sorted(set(melkwargs) - set(known))
     if unknown:
         raise ValueError(f"melkwargs must be mel_spectrogram's keywords, got {', '.join(unknown)}")

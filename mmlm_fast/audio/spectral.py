@@ -161,12 +161,12 @@ def family(name: str) -> Callable[[Callable[..., dict]], Callable[..., str]]:
 
 def spec_of(key: str) -> SpectralSpec:
     """The spec of a key; made where it is not known yet, as in another process than the one that traced the call."""
-    known = _SPECS.get(key)
-    if known is None:
+    if key not in _SPECS:
         name, arguments = json.loads(key)
         plain = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
-        known = _SPECS.setdefault(key, SpectralSpec(key=key, **_FAMILIES[name](**plain)))
-    return known
+        fields: dict[str, Any] = _FAMILIES[name](**plain)
+        _SPECS.setdefault(key, SpectralSpec(key=key, **fields))
+    return _SPECS[key]
 
 
 @constant_in_graphs
@@ -187,13 +187,12 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def _spec(key: str) -> SpectralSpec:
     """The spec of an op's argument; made again where the process is not the one that traced the call."""
-    known = _SPECS.get(key)
-    if known is None:
+    if key not in _SPECS:
         name, arguments = json.loads(key)
-        known = _FAMILIES[name](
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()},
-        )
-    return known
+        plain = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
+        fields: dict[str, Any] = _FAMILIES[name](**plain)
+        _SPECS.setdefault(key, SpectralSpec(key=key, **fields))
+    return _SPECS[key]
 
 
 # ---- reference ----------------------------------------------------------------------------------------------------
@@ -223,7 +222,7 @@ def frames_ref(spec: SpectralSpec, waveform: Tensor, num_frames: int) -> Tensor:
 
 
 def spectral_ref(spec: SpectralSpec, waveform: Tensor, num_frames: int) -> Tensor:
-    """The definition in plain PyTorch, in the waveform's dtype: ``[*batch, N]`` to ``[*batch, *layout.shape(frames)]``."""
+    """The definition in plain PyTorch, in the waveform's dtype: ``[*batch, N]`` to ``[*batch, *layout.shape(F)]``."""
     if num_frames == 0:
         return waveform.new_zeros(*waveform.shape[:-1], *spec.layout.shape(0))
     out = spectrum_ref(spec, frames_ref(spec, waveform, num_frames))
@@ -333,9 +332,7 @@ def _cuda(waveforms: list[Tensor], key: str, num_samples: list[int], orig_freq: 
     return cuda.spectral(spec_of(key), waveforms, num_samples, orig_freq)
 
 
-def _backward(
-    grad: Tensor, waveforms: list[Tensor], key: str, num_samples: list[int], orig_freq: int
-) -> list[Tensor]:
+def _backward(grad: Tensor, waveforms: list[Tensor], key: str, num_samples: list[int], orig_freq: int) -> list[Tensor]:
     """Gradients of the waveforms, through the reference run again: nothing but the waveforms is kept for it."""
     spec = spec_of(key)
     layout = spec.layout
@@ -395,9 +392,7 @@ def features_of(key: str, clips: Clips, num_samples: int | None = None) -> Tenso
     if num_samples is not None:
         for n in lengths:
             if n > num_samples:
-                raise ValueError(
-                    f"clips must have at most num_samples={num_samples} samples, got {n}: cut them first"
-                )
+                raise ValueError(f"clips must have at most num_samples={num_samples} samples, got {n}: cut them first")
         lengths = [num_samples] * len(lengths)
     if not lengths and num_samples is not None:
         layout.check_length(num_samples)

@@ -49,7 +49,7 @@ def clips_of(
             return Clips([waveform], batch, rate)
         rows = list(waveform.reshape(math.prod(batch), *inner).unbind(0))
         return Clips(rows, batch, rate, inner[-1], waveform.device)
-    clips = []
+    clips: list[Tensor] = []
     for i, clip in enumerate(waveform):
         if not isinstance(clip, Tensor):
             raise ValueError(f"clip {i} must be a 1-D tensor of samples, got {type(clip).__name__}")

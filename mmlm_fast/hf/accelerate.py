@@ -1,4 +1,4 @@
-"""`accelerate`: swap the feature extractor of a processor for the drop-in, after proving it on the user's own object."""
+"""`accelerate`: swap the feature extractor of a processor for the drop-in, proved on the user's own object."""
 
 import inspect
 from collections.abc import Collection
@@ -117,7 +117,7 @@ def _try_to_replace(extractor: Any, verify: bool) -> tuple[str | None, float | N
         return f"a subclass of its own, {cls.__module__}.{cls.__qualname__}, whose changes would be lost", None
     if not verify:
         return None, None
-    twin = replacement.__new__(replacement)
+    twin: Any = object.__new__(replacement)
     twin.__dict__.update(extractor.__dict__)
     clip = _test_clip(int(getattr(extractor, "sampling_rate", 16000)))
     try:
@@ -173,7 +173,10 @@ def _compare(ours: Any, theirs: Any) -> tuple[str | None, float | None]:
             return f"{key} is not finite where the original is, or the other way round", None
         difference = np.abs(a[finite] - b[finite])
         scale = max(1.0, float(np.abs(b[finite]).max(initial=0)))
-        worst, mean = float(difference.max(initial=0)) / scale, float(difference.sum() / max(difference.size, 1)) / scale
+        worst, mean = (
+            float(difference.max(initial=0)) / scale,
+            float(difference.sum() / max(difference.size, 1)) / scale,
+        )
         if worst > MAX_DIFFERENCE or mean > MEAN_DIFFERENCE:
             return f"{key} differs by up to {worst:.1e}, {mean:.1e} in the mean, relative to its largest value", None
         largest = max(largest, worst)

@@ -9,7 +9,7 @@ from transformers.models.whisper.feature_extraction_whisper import logger
 from transformers.utils import PaddingStrategy
 
 from mmlm_fast import _C
-from mmlm_fast.audio.extractors import WhisperMixin
+from mmlm_fast.audio.extractors.whisper_family import WhisperMixin
 from mmlm_fast.audio.log_mel import HOP_LENGTH, N_FFT
 from mmlm_fast.audio.spectral import raise_if_not_finite
 from mmlm_fast.audio.waveforms import check_mono
@@ -58,7 +58,7 @@ class FastWhisperMixin(WhisperMixin):
         if wrong_rate or lengths is None or do_normalize or device != "cpu" or not self._is_native():
             # Dither, normalisation and other devices: padding as there, features still from our core (see below).
             # Clips that come out unequal: the original's own error.
-            return super().__call__(  # type: ignore[misc]
+            return super().__call__(
                 clips,
                 truncation=truncation,
                 pad_to_multiple_of=pad_to_multiple_of,
@@ -125,7 +125,7 @@ class FastWhisperMixin(WhisperMixin):
             return n if multiple is None else -(-n // multiple) * multiple
 
         num_valid = [min(len(c), rounded(limit)) if truncation else len(c) for c in clips]
-        strategy = self._get_padding_strategies(padding=padding, max_length=limit)  # type: ignore[attr-defined]
+        strategy = self._get_padding_strategies(padding=padding, max_length=limit)
         if strategy == PaddingStrategy.DO_NOT_PAD:
             target = 0
         else:

@@ -10,29 +10,30 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.utils import logging
 
 from mmlm_fast import _C
+from mmlm_fast.audio.extractors.plans import Original
 from mmlm_fast.audio.kaldi import kaldi_fbank
 from mmlm_fast.ops._registry import using_reference
 
 logger = logging.get_logger("transformers." + __name__)
 
 
-class NeuCodecMixin:
+class NeuCodecMixin(Original):
     """Kaldi's filter bank of each clip, standardised, two frames to one. Needs no torchaudio here."""
 
     def _waveform_of(self, clip: Tensor, padded: Tensor, num_valid: int | None) -> Tensor:
         """The samples whose features are taken: the clip padded by itself to a multiple of hop_length."""
-        alone = self.acoustic_encoder_padder.pad(  # type: ignore[attr-defined]
+        alone = self.acoustic_encoder_padder.pad(
             BatchFeature({"audio": [clip]}), pad_to_multiple_of=self.hop_length, return_tensors="pt"
         )
         return alone["audio"][0]
 
     def _standardised_fbank(self, waveform: Tensor) -> Tensor:
-        features = kaldi_fbank(
+        features: Any = kaldi_fbank(
             waveform,
             num_mel_bins=self.num_mel_bins,
-            frame_length=self.frame_length / self.sampling_rate * 1000,  # type: ignore[attr-defined]
+            frame_length=self.frame_length / self.sampling_rate * 1000,
             frame_shift=self.frame_shift / self.sampling_rate * 1000,
-            sample_frequency=self.sampling_rate,  # type: ignore[attr-defined]
+            sample_frequency=self.sampling_rate,
             scale=2.0**15,
         )
         frames = features.shape[0]
@@ -54,7 +55,7 @@ class NeuCodecMixin:
     ) -> BatchFeature:
         """Extract features; arguments and result are those of transformers' class."""
         if using_reference() or torch.device(device).type != "cpu":
-            return super().__call__(  # type: ignore[misc]
+            return super().__call__(
                 audio, padding, max_length, truncation, return_tensors, sampling_rate, device, **kwargs
             )
         if sampling_rate is None:
@@ -62,9 +63,9 @@ class NeuCodecMixin:
                 f"It is strongly recommended to pass the `sampling_rate` argument to `{self.__class__.__name__}()`. "
                 "Failing to do so can result in silent errors that might be hard to debug."
             )
-        elif sampling_rate != self.sampling_rate:  # type: ignore[attr-defined]
+        elif sampling_rate != self.sampling_rate:
             raise ValueError(
-                f"sampling_rate must be the {self.sampling_rate} this extractor was made for, "  # type: ignore
+                f"sampling_rate must be the {self.sampling_rate} this extractor was made for, "
                 f"got {sampling_rate}: resample the audio first"
             )
         clips = make_list_of_audio(audio)
@@ -72,7 +73,7 @@ class NeuCodecMixin:
             if clip.ndim > 2:
                 raise ValueError(f"Expected input shape (channels, length) but got shape {clip.shape}")
         clips = [pad(torch.as_tensor(clip), (0, 1)) for clip in clips]
-        padded = self.acoustic_encoder_padder.pad(  # type: ignore[attr-defined]
+        padded = self.acoustic_encoder_padder.pad(
             BatchFeature({"audio": clips}),
             max_length=max_length,
             truncation=truncation,
@@ -87,7 +88,7 @@ class NeuCodecMixin:
         for i, clip in enumerate(clips):
             num_valid = None if padding_mask is None else int(padding_mask[i].sum())
             features.append(self._standardised_fbank(self._waveform_of(clip, padded_audio[i, 0], num_valid)))
-        mel = self.pad(  # type: ignore[attr-defined]
+        mel = self.pad(
             BatchFeature({"input_features": features}),
             padding=padding,
             max_length=max_length,
