@@ -234,7 +234,19 @@ def environment(device: str) -> dict[str, Any]:
         cwd=Path(__file__).parent,
         check=False,
     )
-    packages = ["torch", "triton", "transformers", "numpy", "librosa", "torchaudio", "openai-whisper", "scipy"]
+    packages = [
+        "torch",
+        "triton",
+        "transformers",
+        "numpy",
+        "librosa",
+        "torchaudio",
+        "openai-whisper",
+        "scipy",
+        "kaldi-native-fbank",
+        "lhotse",
+        "soxr",
+    ]
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
         "device_type": device,

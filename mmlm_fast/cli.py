@@ -29,7 +29,10 @@ def main(argv: list[str] | None = None) -> int:
         "torch.compile and each audio library that is installed. Takes about three minutes on two cores.",
     )
     report.add_argument(
-        "--ops", nargs="+", metavar="JOB", help="only some of: concat_linear, fuse_modalities, log_mel, model"
+        "--ops",
+        nargs="+",
+        metavar="JOB",
+        help="only some of: concat_linear, fuse_modalities, log_mel, kaldi, mel_spectrogram, resample, streaming, model",
     )
     report.add_argument("--out", type=Path, default=Path("report"), help="folder to write (default: %(default)s)")
     report.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")

@@ -13,14 +13,19 @@ import transformers
 from tqdm import tqdm
 
 from mmlm_benchmarks import harness
-from mmlm_benchmarks.audio import log_mel
+from mmlm_benchmarks.audio import AUDIO, log_mel
+from mmlm_benchmarks.audio.speech import RATE, speech
 from mmlm_benchmarks.models import thin
 from mmlm_benchmarks.ops import OPS
 from mmlm_fast.audio import WhisperFeatureExtractor
 
-JOBS = (*OPS, "log_mel", "model")
+JOBS = (*OPS, *AUDIO, "model")
 RESULTS = Path(__file__).parents[1] / "results"
 SCALING_SECONDS = (1, 3, 10, 30, 120, 600)
+
+
+def audio_cases(family: str, device: str) -> list[harness.Case]:
+    return import_module(f"mmlm_benchmarks.audio.{family}").cases(device)
 
 
 def op_cases(op: str, device: str) -> list[harness.Case]:
@@ -90,9 +95,11 @@ def _steps(
             results["rows"] += harness.rows_as_json(harness.run(case, budget))
 
     yield "machine rates", rates
-    if "log_mel" in jobs:
-        for case in log_mel.cases(device):
-            yield case.name, lambda case=case: run(case, one)
+    for family in AUDIO:
+        if family in jobs:
+            for case in audio_cases(family, device):
+                yield case.name, lambda case=case: run(case, one)
+    if "log_mel" in jobs and device == "cpu":
         yield "log-mel, scaling", lambda: results["scaling"].extend(_scaling())
     for op in OPS:
         if op in jobs:
@@ -124,7 +131,7 @@ def _scaling() -> list[dict[str, Any]]:
         points.append({"provider": label, "seconds": length, "ms": median, "p20_ms": low, "p80_ms": high})
 
     for length in SCALING_SECONDS:
-        clips = [(c,) for c in log_mel.speech(length * log_mel.RATE, 4)]
+        clips = [(c,) for c in speech(length * RATE, 4)]
         for num_threads in (1, 2):  # each beside transformers, so that caches are equally cold
             with harness.threads(num_threads):
                 pairs = harness.time_pairs(calls, "mmlm_fast", clips, 0.2)["transformers"]
@@ -137,7 +144,9 @@ def _scaling() -> list[dict[str, Any]]:
 def _gpu_rows(jobs: Sequence[str]) -> list[str]:
     rows = [f"{case.name}: {case.shape_from}" for op in OPS if op in jobs for case in op_cases(op, "cuda")]
     if "log_mel" in jobs:
-        rows.append("log_mel on CUDA: torch.stft, then the fused mel, log and clipping kernel of csrc")
+        rows.append(
+            "spectral features on CUDA: the fused kernel of csrc, 64 clips of 30 s, against the torch.stft chain"
+        )
     if "model" in jobs:
         rows.append("thin model on CUDA with the Triton kernels")
     return rows

@@ -185,16 +185,6 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _spec(key: str) -> SpectralSpec:
-    """The spec of an op's argument; made again where the process is not the one that traced the call."""
-    if key not in _SPECS:
-        name, arguments = json.loads(key)
-        plain = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
-        fields: dict[str, Any] = _FAMILIES[name](**plain)
-        _SPECS.setdefault(key, SpectralSpec(key=key, **fields))
-    return _SPECS[key]
-
-
 # ---- reference ----------------------------------------------------------------------------------------------------
 
 
