@@ -21,15 +21,22 @@ template <typename T>
 struct FromBuffer {
   const T* buffer;
   MMLM_INLINE Complex<Vec<T>> operator()(int64_t i) const { return get(buffer, i); }
+  MMLM_INLINE Complex<Vec<T>> last(int64_t i) const { return get(buffer, i); }
 };
-// ... or the windowed samples of a frame, two to a complex number,
+// ... or the samples of a frame, less their mean and windowed, two to a complex number,
 template <typename T>
 struct FromFramePacked {
   const T* samples;
   const int* offset;
   const T* window;
+  Vec<T> mean;
+  int num_samples;  // zeros follow, where the transform is longer than the frame: the last quarter of Kaldi's, nearly
+  MMLM_INLINE Complex<Vec<T>> last(int64_t i) const {
+    return 2 * i < num_samples ? (*this)(i) : Complex<Vec<T>>{Vec<T>{}, Vec<T>{}};
+  }
   MMLM_INLINE Complex<Vec<T>> operator()(int64_t i) const {
-    return {load(samples + offset[2 * i]) * window[2 * i], load(samples + offset[2 * i + 1]) * window[2 * i + 1]};
+    return {(load(samples + offset[2 * i]) - mean) * window[2 * i],
+            (load(samples + offset[2 * i + 1]) - mean) * window[2 * i + 1]};
   }
 };
 // or one.
@@ -38,7 +45,11 @@ struct FromFrame {
   const T* samples;
   const int* offset;
   const T* window;
-  MMLM_INLINE Complex<Vec<T>> operator()(int64_t i) const { return {load(samples + offset[i]) * window[i], Vec<T>{}}; }
+  Vec<T> mean;
+  MMLM_INLINE Complex<Vec<T>> last(int64_t i) const { return (*this)(i); }
+  MMLM_INLINE Complex<Vec<T>> operator()(int64_t i) const {
+    return {(load(samples + offset[i]) - mean) * window[i], Vec<T>{}};
+  }
 };
 
 template <int R, typename T, typename Input>
@@ -47,11 +58,15 @@ __attribute__((noinline)) void one_pass(const DftPass& pass, const T* twiddles, 
   for (int p = 0; p < points; ++p, twiddles += 2 * (R - 1)) {
     for (int q = 0; q < stride; ++q) {
       const int64_t from = q + static_cast<int64_t>(stride) * p, to = q + static_cast<int64_t>(stride) * R * p;
-      butterfly<R, Vec<T>>([&](int k) { return input(from + static_cast<int64_t>(stride) * points * k); },
-                           [&](int k, Complex<Vec<T>> y) {
-                             if (k > 0 && p > 0) y = rotate(y, twiddles[2 * k - 2], twiddles[2 * k - 1]);
-                             put(out, to + static_cast<int64_t>(stride) * k, y);
-                           });
+      butterfly<R, Vec<T>>(
+          [&](int k) {
+            const int64_t i = from + static_cast<int64_t>(stride) * points * k;
+            return k == R - 1 ? input.last(i) : input(i);
+          },
+          [&](int k, Complex<Vec<T>> y) {
+            if (k > 0 && p > 0) y = rotate(y, twiddles[2 * k - 2], twiddles[2 * k - 1]);
+            put(out, to + static_cast<int64_t>(stride) * k, y);
+          });
     }
   }
 }
@@ -99,7 +114,7 @@ void run_pass(const DftPass& pass, const SpectralTables<T>& tables, const Input&
 // one of largest_radix.
 template <typename T, typename Emit>
 MMLM_INLINE void dft_real(const SpectralPlan& plan, const SpectralTables<T>& tables, const T* samples,
-                          const int* offset, T* buffers, const Emit& emit) {
+                          const int* offset, Vec<T> mean, T* buffers, const Emit& emit) {
   const int n = plan.dft_length;
   T *from = buffers, *to = buffers + static_cast<int64_t>(n) * 2 * kWidth<T>;
   T* scratch = to + static_cast<int64_t>(n) * 2 * kWidth<T>;
@@ -107,16 +122,17 @@ MMLM_INLINE void dft_real(const SpectralPlan& plan, const SpectralTables<T>& tab
     if (i > 0) {
       run_pass(plan.passes[i], tables, FromBuffer<T>{from}, scratch, to);
     } else if (plan.packed) {
-      run_pass(plan.passes[i], tables, FromFramePacked<T>{samples, offset, tables.window.data()}, scratch, to);
+      run_pass(plan.passes[i], tables,
+               FromFramePacked<T>{samples, offset, tables.window.data(), mean, plan.o.frame_length}, scratch, to);
     } else {
-      run_pass(plan.passes[i], tables, FromFrame<T>{samples, offset, tables.window.data()}, scratch, to);
+      run_pass(plan.passes[i], tables, FromFrame<T>{samples, offset, tables.window.data(), mean}, scratch, to);
     }
     std::swap(from, to);
   }
   if (plan.passes.empty()) {  // n_fft of 1 or 2
     put(from, 0,
-        plan.packed ? FromFramePacked<T>{samples, offset, tables.window.data()}(0)
-                    : FromFrame<T>{samples, offset, tables.window.data()}(0));
+        plan.packed ? FromFramePacked<T>{samples, offset, tables.window.data(), mean, plan.o.frame_length}(0)
+                    : FromFrame<T>{samples, offset, tables.window.data(), mean}(0));
   }
   if (!plan.packed) {
     for (int k = 0; k < plan.num_bins; ++k) {

@@ -305,15 +305,18 @@ SpectralPlan::SpectralPlan(const SpectralOptions& options, const double* window,
       largest_radix(1) {
   num_out = num_ceps > 0 ? num_ceps : num_filters;
   if (o.energy == Energy::first || o.energy == Energy::last) ++num_out;
-  prepares_frames = o.remove_dc_offset || o.frame_preemphasis != 0 || o.energy != Energy::none;
+  const bool changes_frames = o.remove_dc_offset || o.frame_preemphasis != 0;
+  prepares_frames = o.energy != Energy::none || (changes_frames && is_400);
+  prepares_tile = changes_frames && !prepares_frames;
   tile_rows = std::min(o.hop_length, o.frame_length);
   tile_columns = kTileFrames + (o.frame_length - 1) / o.hop_length;
   tile_stride = (tile_columns + 7) / 8 * 8;
   tile_samples = static_cast<int64_t>(o.hop_length) * (tile_columns - 1) + tile_rows;
-  offset.assign(2 * static_cast<size_t>(o.n_fft), 0);  // padding has weight 0: any finite sample does
+  offset.assign(3 * static_cast<size_t>(o.n_fft), 0);  // padding has weight 0: any finite sample does
   for (int n = 0; n < o.frame_length; ++n) {
     offset[n] = n % o.hop_length * tile_stride + n / o.hop_length;
     offset[o.n_fft + n] = n * kTileFrames;
+    offset[2 * o.n_fft + n] = n > 0 ? offset[n] : tile_rows * tile_stride;
   }
   for (int m = 0; has_filters && m < num_filters; ++m) {
     const double* row = filters + static_cast<int64_t>(m) * num_bins;

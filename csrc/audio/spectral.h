@@ -74,10 +74,13 @@ struct SpectralPlan {
   // sample n of consecutive frames is one vector at [n % hop][n / hop].
   int tile_rows, tile_columns, tile_stride;
   int64_t tile_samples;
-  bool prepares_frames;  // frames are changed before the window, so they are unrolled from the tile
+  bool prepares_frames;  // energies are wanted, or the 400-point transform: frames are unrolled from the tile first
+  bool prepares_tile;    // else: mean and pre-emphasis are applied to the tile, which frames share
 
-  bool is_400;              // the prime-factor transform of dft400.inl
-  std::vector<int> offset;  // [2][n_fft]: where sample n of a frame lies in the tile, and among prepared frames
+  bool is_400;  // the prime-factor transform of dft400.inl
+  // [3][n_fft]: where sample n of a frame lies in the tile, among unrolled frames, and in the pre-emphasised tile,
+  // whose extra last row holds the frames' first samples.
+  std::vector<int> offset;
   std::vector<int> offset_400, bin_400;  // [2][16][25] likewise; [13][16]: the bin of output q of column c
   bool packed;                           // even n_fft: a complex transform of half the length
   int dft_length;

@@ -38,7 +38,9 @@ Scratch<T> scratch_of(const SpectralPlan& plan) {
   const int64_t w = kWidth<T>;
   const int64_t stage = aligned_count(plan.tile_samples + 16);
   const int64_t tile = aligned_count(int64_t{plan.tile_rows} * plan.tile_stride);
-  const int64_t frame = plan.prepares_frames ? int64_t{plan.o.frame_length} * kTileFrames : 0;
+  const int64_t unrolled = int64_t{plan.o.frame_length} * kTileFrames;
+  const int64_t emphasised = aligned_count(int64_t{plan.tile_rows + 3} * plan.tile_stride + 32);  // two rows of sums
+  const int64_t frame = plan.prepares_frames ? unrolled : plan.prepares_tile ? emphasised : 0;
   const int64_t dft =
       plan.is_400 ? kColumns400 * kOuter400 * 2 * w : (2 * int64_t{plan.dft_length} + plan.largest_radix) * 2 * w;
   const int64_t power = int64_t{plan.num_bins} * kTileFrames;
@@ -71,6 +73,14 @@ MMLM_INLINE void transpose_8x4(const float* x, int64_t x_stride, float* out, int
   _mm256_storeu_ps(out + 2 * out_stride, _mm256_shuffle_ps(b, d, 0x44));
   _mm256_storeu_ps(out + 3 * out_stride, _mm256_shuffle_ps(b, d, 0xEE));
 }
+MMLM_INLINE void transpose_2x4(const float* x, int64_t x_stride, float* out, int64_t out_stride) {
+  const __m128 a = _mm_loadu_ps(x), b = _mm_loadu_ps(x + x_stride);
+  const __m128 low = _mm_unpacklo_ps(a, b), high = _mm_unpackhi_ps(a, b);
+  _mm_storel_pi(reinterpret_cast<__m64*>(out), low);
+  _mm_storeh_pi(reinterpret_cast<__m64*>(out + out_stride), low);
+  _mm_storel_pi(reinterpret_cast<__m64*>(out + 2 * out_stride), high);
+  _mm_storeh_pi(reinterpret_cast<__m64*>(out + 3 * out_stride), high);
+}
 MMLM_INLINE void transpose_4x4(const double* x, int64_t x_stride, double* out, int64_t out_stride) {
   const __m256d r0 = _mm256_loadu_pd(x), r1 = _mm256_loadu_pd(x + x_stride);
   const __m256d r2 = _mm256_loadu_pd(x + 2 * x_stride), r3 = _mm256_loadu_pd(x + 3 * x_stride);
@@ -97,6 +107,14 @@ MMLM_INLINE void transpose(const T* __restrict x, int64_t x_stride, int rows, in
       }
       for (int c = even; c < columns; ++c) {
         for (int r = done; r < done + 8; ++r) out[c * out_stride + r] = x[r * x_stride + c];
+      }
+    }
+    for (; done + 2 <= rows; done += 2) {  // the last columns of a tile: a frame reaches a few hops further
+      for (int c = 0; c < even; c += 4) {
+        transpose_2x4(x + done * x_stride + c, x_stride, out + c * out_stride + done, out_stride);
+      }
+      for (int c = even; c < columns; ++c) {
+        for (int r = done; r < done + 2; ++r) out[c * out_stride + r] = x[r * x_stride + c];
       }
     }
   }
@@ -153,6 +171,56 @@ __attribute__((noinline)) Vec<T> prepare_frames(const SpectralPlan& plan, const 
   return energy[0] + energy[1];
 }
 
+// Sums of the first `rows` rows of a tile, column by column.
+template <typename T>
+MMLM_INLINE void column_sums(const T* __restrict tile, int rows, int stride, T* __restrict sums) {
+  for (int l = 0; l < stride; l += kWidth<T>) {
+    Vec<T> sum[4] = {};
+    int m = 0;
+    for (; m + 4 <= rows; m += 4) {
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) sum[k] += load(tile + static_cast<int64_t>(m + k) * stride + l);
+    }
+    for (; m < rows; ++m) sum[0] += load(tile + static_cast<int64_t>(m) * stride + l);
+    store(sums + l, (sum[0] + sum[1]) + (sum[2] + sum[3]));
+  }
+}
+
+// What frames share of mean and pre-emphasis, done once a tile: y[n] = x[n] - c x[n-1] less (1 - c) times the mean,
+// with x[-1] = x[0]. Writes (1 - c) times the frames' means to `means` and the pre-emphasised tile, with a row for the
+// frames' first samples, to `emphasised`. The sums of whole hops are those of columns.
+template <typename T>
+__attribute__((noinline)) void prepare_tile(const SpectralPlan& plan, const T* __restrict tile,
+                                            T* __restrict emphasised, T* __restrict sums, T* __restrict means) {
+  const int stride = plan.tile_stride, rows = plan.tile_rows, hop = plan.o.hop_length, length = plan.o.frame_length;
+  const T c = T(plan.o.frame_preemphasis);
+  std::fill(means, means + kTileFrames, T(0));
+  if (plan.o.remove_dc_offset) {
+    const int whole = length / hop, rest = length % hop;
+    T* part = sums + stride;
+    column_sums(tile, whole > 0 ? rows : 0, stride, sums);
+    column_sums(tile, rest, stride, part);
+    for (int f = 0; f < kTileFrames; ++f) {
+      T sum = rest > 0 ? part[f + whole] : T(0);
+      for (int j = 0; j < whole; ++j) sum += sums[f + j];
+      means[f] = sum / T(length) * (1 - c);
+    }
+  }
+  if (c == 0) return;
+  T* first = emphasised + static_cast<int64_t>(rows) * stride;
+  for (int l = 0; l < stride; l += kWidth<T>) store(first + l, load(tile + l) * (1 - c));
+  // A column's first sample follows the last one of the column before; nothing comes before column 0, whose frame's
+  // first sample is in `first`.
+  const T* last = tile + static_cast<int64_t>(rows - 1) * stride;
+  emphasised[0] = 0;
+  for (int l = 1; l < stride; ++l) emphasised[l] = tile[l] - c * last[l - 1];
+  for (int m = 1; m < rows; ++m) {
+    const T* row = tile + static_cast<int64_t>(m) * stride;
+    T* to = emphasised + static_cast<int64_t>(m) * stride;
+    for (int l = 0; l < stride; l += kWidth<T>) store(to + l, load(row + l) - c * load(row - stride + l));
+  }
+}
+
 // Elementwise spectrum of one group: |X|^2 or what the plan makes of it.
 template <typename T>
 struct PowerSink {
@@ -192,12 +260,12 @@ struct PlainPowerSink {
 };
 
 template <typename T, typename Sink>
-__attribute__((noinline)) void spectrum_of(const SpectralPlan& plan, const T* samples, const int* offset, T* buffers,
-                                           const Sink& sink) {
+__attribute__((noinline)) void spectrum_of(const SpectralPlan& plan, const T* samples, const int* offset, Vec<T> mean,
+                                           T* buffers, const Sink& sink) {
   if (plan.is_400) {
     dft_400(plan, tables_of<T>(plan), samples, offset, buffers, sink);
   } else {
-    dft_real(plan, tables_of<T>(plan), samples, offset, buffers, sink);
+    dft_real(plan, tables_of<T>(plan), samples, offset, mean, buffers, sink);
   }
 }
 
@@ -354,7 +422,7 @@ SpectralRange frames_of(const SpectralPlan& plan, const SpectralClip& clip, int6
   T* values = s.out + (o.energy == Energy::first ? kTileFrames : 0);
   const bool energy_is_last = o.energy == Energy::last || o.energy == Energy::replace_last;
   T* energy_row = s.out + (energy_is_last ? int64_t{plan.num_out - 1} * kTileFrames : 0);
-  alignas(64) T energy[kTileFrames] = {};
+  alignas(64) T energy[kTileFrames] = {}, means[kTileFrames] = {};
   double largest = -1e300;
   Vec<T> total{};
   for (int64_t f = first; f < last; f += kTileFrames) {
@@ -379,9 +447,15 @@ SpectralRange frames_of(const SpectralPlan& plan, const SpectralClip& clip, int6
     if (direct && next + fresh <= clip.num_valid - clip.first_sample) {
       for (int64_t i = 0; i < fresh; i += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(memory + next + i, 0, 3);
     }
+    const T* shared = s.tile;  // what the frames are read from
+    if (plan.prepares_tile) {
+      prepare_tile(plan, s.tile, s.frame, s.frame + int64_t{plan.tile_rows + 1} * plan.tile_stride, means);
+      if (o.frame_preemphasis != 0) shared = s.frame;
+    }
     for (int g = 0; g < kGroups<T>; ++g) {
-      const T* frames = s.tile + g * w;
+      const T* frames = shared + g * w;
       const int* offset = plan.is_400 ? plan.offset_400.data() : plan.offset.data();
+      if (shared == s.frame) offset += 2 * o.n_fft;
       if (plan.prepares_frames) {
         const Vec<T> sums = prepare_frames(plan, frames, s.frame + g * w);
         if (o.energy != Energy::none) put_energy<T>(plan, sums, energy + g * w);
@@ -389,9 +463,9 @@ SpectralRange frames_of(const SpectralPlan& plan, const SpectralClip& clip, int6
         offset += o.n_fft;
       }
       if (is_plain) {
-        spectrum_of(plan, frames, offset, s.dft, PlainPowerSink<T>{s.power + g * w});
+        spectrum_of(plan, frames, offset, load(means + g * w), s.dft, PlainPowerSink<T>{s.power + g * w});
       } else {
-        spectrum_of(plan, frames, offset, s.dft, PowerSink<T>(plan, s.power + g * w));
+        spectrum_of(plan, frames, offset, load(means + g * w), s.dft, PowerSink<T>(plan, s.power + g * w));
       }
     }
     total += filter_and_log(plan, s.power, plan.num_ceps > 0 ? s.filtered : values);
