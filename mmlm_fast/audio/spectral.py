@@ -420,7 +420,7 @@ def run_native(
 ) -> None:
     """Features of equally long rows ``[num_clips, num_samples]`` (any strides between rows) into `out`."""
     num_samples = rows.shape[-1]
-    kind = SAMPLE_TYPES[str(rows.dtype)]
+    kind = SAMPLE_TYPES[rows.dtype]
     starts = [rows.__array_interface__["data"][0] + i * rows.strides[0] for i in range(len(rows))]
     to = [out.__array_interface__["data"][0] + i * out.strides[0] for i in range(len(rows))]
     bad = plan.run(

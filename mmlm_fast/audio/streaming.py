@@ -54,7 +54,7 @@ class _Stream:
             ValueError: for other shapes and dtypes, NaN or infinite samples (then nothing is taken), and after `flush`.
         """
         array = waveform.detach().numpy() if isinstance(waveform, Tensor) else waveform
-        kind = SAMPLE_TYPES.get(str(getattr(array, "dtype", None)))
+        kind = SAMPLE_TYPES.get(array.dtype) if isinstance(array, np.ndarray) else None
         if kind is None or array.ndim != 1:
             raise ValueError(
                 f"samples must be a 1-D tensor or array of int16, int32, float32 or float64, got "

@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mmlm_fast import _C
 
-SAMPLE_TYPES = {"int16": 0, "int32": 1, "float32": 2, "float64": 3}
+# The native core's codes. Keyed by dtype, in the machine's byte order: looking up its name took longer than a frame.
+SAMPLE_TYPES = {np.dtype(t): code for code, t in enumerate((np.int16, np.int32, np.float32, np.float64))}
 FULL_SCALE = {torch.int16: 2.0**-15, torch.int32: 2.0**-31}
 MAX_CHANNELS = 16
 _ACCEPTED = (torch.int16, torch.int32, torch.float16, torch.bfloat16, torch.float32, torch.float64)
