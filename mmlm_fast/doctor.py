@@ -66,12 +66,15 @@ def op_paths(gpu: bool, native_cuda: bool) -> dict[str, str]:
     has_triton = find_spec("triton") is not None
     paths = {}
     for name, (_, kernel) in sorted(REGISTERED.items()):
-        native = kernel.startswith("mmlm_fast.audio")
-        on_cpu = "CPU native core" if native else "CPU portable PyTorch"
+        in_audio = kernel.startswith("mmlm_fast.audio")
+        native = name == "spectral_features"
+        on_cpu = "CPU native core" if in_audio and not name.endswith("_bwd") else "CPU portable PyTorch"
         if not gpu:
             on_cuda = "CUDA unused, no device"
         elif native:
             on_cuda = "CUDA kernel of the native core" if native_cuda else "CUDA plain PyTorch, core built without nvcc"
+        elif in_audio:
+            on_cuda = "CUDA plain PyTorch"
         else:
             on_cuda = f"CUDA {kernel}" if has_triton else "CUDA portable PyTorch, Triton is not installed"
         paths[name] = f"{on_cpu}; {on_cuda}"

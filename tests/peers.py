@@ -1,4 +1,4 @@
-"""Audio libraries that the tests compare with, where they are installed (`make peers`)."""
+"""Audio libraries that the tests compare with, where they are installed (see PEERS in .ci/bootstrap.py)."""
 
 import importlib
 import warnings
@@ -16,7 +16,7 @@ def need(name: str):
             warnings.simplefilter("ignore")
             return importlib.import_module(name)
     except (ImportError, OSError) as error:
-        pytest.skip(f"{name} is not installed here (make peers): {error}")
+        pytest.skip(f"{name} is not installed here (see PEERS in .ci/bootstrap.py): {error}")
 
 
 def signals() -> dict[str, torch.Tensor]:

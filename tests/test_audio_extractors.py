@@ -36,7 +36,7 @@ def original(name):
 def pair(name, **constructor):
     theirs = original(name)
     if name.startswith(NEEDS_TORCHAUDIO) and not is_torchaudio_available():
-        pytest.skip("the original needs torchaudio (make peers)")
+        pytest.skip("the original needs torchaudio (see PEERS in .ci/bootstrap.py)")
     return drop_in(name)(**constructor), theirs(**constructor)
 
 

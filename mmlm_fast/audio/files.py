@@ -18,6 +18,9 @@ from torch import Tensor
 from mmlm_fast.audio.resample import resample
 
 
+NO_READER = "not a format that soundfile reads; PyAV may: pip install 'mmlm-fast[audio]'"
+
+
 class AudioFileError(ValueError):
     """A file that cannot be read, is cut short or lies about itself; `path` says which, the message why."""
 
@@ -83,7 +86,9 @@ def _with_av(path: Path) -> tuple[Tensor, int, str | None]:
     try:
         import av
     except ImportError:
-        raise AudioFileError(path, "not a format that soundfile reads; PyAV may: pip install av") from None
+        raise AudioFileError(
+            path, "not a format that soundfile reads; PyAV may: pip install 'mmlm-fast[audio]'"
+        ) from None
     problem = None
     try:
         with av.open(str(path)) as container:
@@ -138,7 +143,9 @@ def audio_info(path: str | os.PathLike) -> AudioInfo:
             length = -1 if seconds is None else round(seconds * stream.rate)
             return AudioInfo(stream.rate, stream.channels, length, stream.codec_context.name)
     except ImportError:
-        raise AudioFileError(path, "not a format that soundfile reads; PyAV may: pip install av") from None
+        raise AudioFileError(
+            path, "not a format that soundfile reads; PyAV may: pip install 'mmlm-fast[audio]'"
+        ) from None
     except (av.FFmpegError, IndexError, OSError) as error:
         raise AudioFileError(path, f"cannot be read: {error or 'no audio stream'}") from error
 
