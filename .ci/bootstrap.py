@@ -19,8 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 VENV = Path(os.environ.get("MMLM_FAST_VENV", ROOT / ".venv")).absolute()
 PYTHON = VENV / "bin/python"
-# What audio tests and benchmarks compare with, and a package with a real Whisper's weights. Each is optional: tests that
-# need a missing one skip and say so. torchaudio comes apart, see below.
+# What audio tests and benchmarks compare with, and a package with a real Whisper's weights. Each is optional: tests
+# that need a missing one skip and say so. torchaudio comes apart, see below.
 PEERS = [
     "librosa",
     "kaldi-native-fbank",

@@ -8,6 +8,7 @@ from typing import Any
 
 from mmlm_benchmarks.report.collect import RESULTS
 from mmlm_benchmarks.report.render import markdown_table
+from mmlm_fast.audio.extractors import EXTRACTORS, NOT_REPLACED
 
 README = Path(__file__).parents[1] / "README.md"
 COLUMNS = (
@@ -68,8 +69,18 @@ def table(device_type: str) -> str:
     return f"{told}\n\n{markdown_table(COLUMNS, lines(results))}"
 
 
+def extractors() -> str:
+    """Every feature extractor of transformers: the drop-ins, and those left as they are."""
+    rows = [(f"`{name}`", f"replaced: {entry.computes}") for name, entry in EXTRACTORS.items()]
+    rows += [(f"`{name}`", f"not replaced: {reason}") for name, reason in NOT_REPLACED.items()]
+    return markdown_table(("class of transformers", "status"), rows)
+
+
 def with_tables(text: str) -> str:
     """README text with the tables between its markers made anew."""
+    text = re.sub(
+        r"(<!-- extractors -->\n).*?(<!-- end -->)", lambda m: m[1] + extractors() + "\n" + m[2], text, flags=re.S
+    )
     for device_type in ("cpu", "cuda"):
         pattern = rf"(<!-- {device_type} results -->\n).*?(\n<!-- end -->)"
         assert re.search(pattern, text, re.S), f"README.md has no <!-- {device_type} results --> … <!-- end -->"

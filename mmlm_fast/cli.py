@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         "--ops",
         nargs="+",
         metavar="JOB",
-        help="only some of: concat_linear, fuse_modalities; log_mel, kaldi, mel_spectrogram, resample, streaming; model",
+        help="some of: concat_linear, fuse_modalities, log_mel, kaldi, mel_spectrogram, resample, streaming, model",
     )
     report.add_argument("--out", type=Path, default=Path("report"), help="folder to write (default: %(default)s)")
     report.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")

@@ -16,10 +16,7 @@ def processor():
     from tokenizers.models import WordLevel
 
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, unk_token="a")))
-    made = transformers.WhisperProcessor.__new__(transformers.WhisperProcessor)
-    made.feature_extractor = transformers.WhisperFeatureExtractor(feature_size=128)
-    made.tokenizer = fast
-    return made
+    return transformers.WhisperProcessor(transformers.WhisperFeatureExtractor(feature_size=128), fast)
 
 
 def test_processor(processor):
@@ -40,6 +37,16 @@ def test_processor(processor):
     assert type(processor.feature_extractor) is transformers.WhisperFeatureExtractor
     undone = processor.feature_extractor(CLIP, sampling_rate=16000, return_tensors="np")["input_features"]
     assert np.array_equal(undone, before)
+
+
+def test_processor_takes_saves_and_loads_the_drop_in(processor, tmp_path):
+    made = transformers.WhisperProcessor(WhisperFeatureExtractor(feature_size=128), processor.tokenizer)
+    made.save_pretrained(tmp_path)
+    loaded = transformers.WhisperProcessor.from_pretrained(tmp_path)
+    assert type(loaded.feature_extractor) is transformers.WhisperFeatureExtractor
+    assert mmlm_fast.accelerate(loaded).replaced
+    options = dict(sampling_rate=16000, return_tensors="np")
+    assert np.array_equal(loaded(CLIP, **options)["input_features"], made(CLIP, **options)["input_features"])
 
 
 def test_extractor_itself_and_saving(tmp_path):

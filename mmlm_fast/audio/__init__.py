@@ -6,6 +6,7 @@ from mmlm_fast.audio.files import AudioFileError, audio_info, read_audio, read_a
 from mmlm_fast.audio.kaldi import kaldi_fbank, mfcc
 from mmlm_fast.audio.log_mel import log_mel, log_mel_ref
 from mmlm_fast.audio.mel_spectrogram import mel_mfcc, mel_spectrogram, spectrogram
+from mmlm_fast.audio.nemo import nemo_log_mel, standardize
 from mmlm_fast.audio.resample import resample
 from mmlm_fast.audio.streaming import StreamingFbank, StreamingLogMel, StreamingMfcc
 
@@ -21,10 +22,12 @@ __all__ = [
     "mel_mfcc",
     "mel_spectrogram",
     "mfcc",
+    "nemo_log_mel",
     "read_audio",
     "read_audio_files",
     "resample",
     "spectrogram",
+    "standardize",
 ]
 
 

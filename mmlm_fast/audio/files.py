@@ -17,7 +17,6 @@ from torch import Tensor
 
 from mmlm_fast.audio.resample import resample
 
-
 NO_READER = "not a format that soundfile reads; PyAV may: pip install 'mmlm-fast[audio]'"
 
 

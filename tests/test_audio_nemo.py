@@ -1,0 +1,77 @@
+"""nemo_log_mel against transformers' Parakeet; standardize against the formulas."""
+
+import pytest
+import torch
+import transformers
+from peers import signals
+
+from mmlm_fast import reference
+from mmlm_fast.audio import nemo_log_mel, resample, standardize
+
+SIGNALS = signals()
+
+
+@pytest.mark.parametrize("num_mel_bins", [80, 128])
+def test_against_parakeet(num_mel_bins):
+    theirs = transformers.ParakeetFeatureExtractor(feature_size=num_mel_bins)
+    for name, x in SIGNALS.items():
+        expected = theirs(x.numpy(), sampling_rate=16000, return_tensors="pt").input_features[0]
+        actual = nemo_log_mel(x, num_mel_bins=num_mel_bins)
+        assert actual.shape == expected.shape
+        assert (actual - expected).abs().mean() < 2e-5, name
+        exact = nemo_log_mel(x, num_mel_bins=num_mel_bins, dtype=torch.float64)
+        assert (actual - exact).abs().mean() <= (expected - exact).abs().mean()
+
+
+def test_lists_rates_and_reference():
+    clips = [SIGNALS["speech_en"], SIGNALS["noise"][:9000], SIGNALS["clicks"][:320]]
+    for clip, out in zip(clips, nemo_log_mel(clips), strict=True):
+        assert torch.equal(out, nemo_log_mel(clip))
+        assert out.shape == (1 + len(clip) // 160, 80)
+        assert (out[len(clip) // 160 :] == 0).all()
+    x = SIGNALS["speech_es"].double()
+    with reference():
+        expected = nemo_log_mel(x, dtype=torch.float64)
+    torch.testing.assert_close(nemo_log_mel(x, dtype=torch.float64), expected, rtol=1e-9, atol=1e-9)
+    fused = nemo_log_mel(x, orig_freq=44100, dtype=torch.float64)
+    torch.testing.assert_close(fused, nemo_log_mel(resample(x, 44100, 16000), dtype=torch.float64))
+    raw = nemo_log_mel(SIGNALS["noise"], normalize=False)
+    assert torch.equal(standardize(raw, 300, ddof=1, eps_outside=1e-5), nemo_log_mel(SIGNALS["noise"]))
+
+
+def test_gradcheck():
+    x = torch.randn(500, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: nemo_log_mel(x, num_mel_bins=4, dtype=torch.float64), x)
+
+
+def test_standardize():
+    x = torch.randn(2, 50, 7, dtype=torch.float64) * 3 + 1
+    out = standardize(x, [50, 20], ddof=1, eps_inside=1e-7, padding=-1.0)
+    for row, source, n in zip(out, x, (50, 20), strict=True):
+        expected = (source[:n] - source[:n].mean(0)) / (source[:n].var(0) + 1e-7).sqrt()
+        torch.testing.assert_close(row[:n], expected)
+        assert (row[n:] == -1).all()
+    with reference():
+        torch.testing.assert_close(standardize(x, [50, 20], ddof=1, eps_inside=1e-7, padding=-1.0), out)
+    whole = standardize(x, 50, per="clip")
+    torch.testing.assert_close(whole[0], (x[0] - x[0].mean()) / x[0].std(correction=0))
+    torch.testing.assert_close(standardize(x, variances=False), x - x.mean(1, keepdim=True))
+    torch.testing.assert_close(standardize(x.float()), standardize(x).float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(standardize(x.transpose(1, 2).contiguous().transpose(1, 2)), standardize(x))
+    assert standardize(torch.zeros(0, 5, 3)).shape == (0, 5, 3)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: nemo_log_mel(torch.zeros(319)), "clip 0 must have at least 320 samples, two frames .* got 319"),
+        (lambda: nemo_log_mel(torch.zeros(16000), num_mel_bins=0), "num_mel_bins must be from 1 to 512"),
+        (lambda: standardize(torch.zeros(3)), r"\[\*batch, frames, bins\], got torch.float32 \(3,\)"),
+        (lambda: standardize(torch.zeros(3, 4, dtype=torch.int32)), "must be floating point"),
+        (lambda: standardize(torch.zeros(3, 4), 5), "from 0 to 3, got"),
+        (lambda: standardize(torch.zeros(3, 4), per="frame"), 'per must be "bin" or "clip"'),
+    ],
+)
+def test_errors(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
