@@ -1,6 +1,5 @@
 import multiprocessing
 import os
-import threading
 
 import numpy as np
 import pytest
@@ -134,21 +133,6 @@ def test_threads_give_the_same_bits(num_clips, two_threads, isa):
     parallel = log_mel(clips)
     torch.set_num_threads(1)
     assert torch.equal(parallel, log_mel(clips))
-
-
-def test_concurrent_calls_give_the_same_bits(two_threads):
-    speech = torch.from_numpy(np.concatenate([s.waveform for s in load_speech()]))
-    expected, results = log_mel(speech), [None] * 8
-
-    def work(i):
-        results[i] = [log_mel(speech) for _ in range(5)]
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(torch.equal(out, expected) for outs in results for out in outs)
 
 
 def _in_child(queue):

@@ -1,5 +1,6 @@
 """nemo_log_mel against transformers' Parakeet; standardize against the formulas."""
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -7,6 +8,7 @@ from peers import signals
 
 from mmlm_fast import reference
 from mmlm_fast.audio import nemo_log_mel, resample, standardize
+from mmlm_fast.audio.spectral import SpectralSpec, run_native, spectral_ref
 
 SIGNALS = signals()
 
@@ -75,3 +77,24 @@ def test_standardize():
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("edge", ["none", "zero", "reflect", "mirror"])
+def test_preemphasis_of_the_signal_at_every_sample(edge):
+    """With a window that is not 0 at the frame's first sample, which every tile of frames starts with."""
+    offset = 0 if edge == "none" else -200
+    spec = SpectralSpec(
+        key="test",
+        sampling_rate=16000,
+        window=np.linspace(1, 2, 400),
+        hop_length=160,
+        n_fft=512,
+        offset=offset,
+        dtype=torch.float64,
+        options=dict(edge=edge, signal_preemphasis=0.9),
+    )
+    x = SIGNALS["noise"].double()[:20000]
+    frames = 122
+    out = torch.empty(spec.num_out, frames, dtype=torch.float64)
+    run_native(spec.plan, x[None].numpy(), [len(x)], frames, out[None].numpy(), 1)
+    torch.testing.assert_close(out, spectral_ref(spec, x, frames), rtol=1e-10, atol=1e-12)

@@ -22,6 +22,7 @@ from mmlm_fast.data import load_speech
 
 TAPE = torch.from_numpy(np.concatenate([s.waveform for s in load_speech()]))
 CALLS = {
+    "log_mel": log_mel,
     "kaldi_fbank": lambda x: kaldi_fbank(x, num_mel_bins=80),
     "mfcc": mfcc,
     "mel_spectrogram": lambda x: mel_spectrogram(x, n_fft=1024),
