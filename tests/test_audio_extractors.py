@@ -126,9 +126,16 @@ def usable(name, clip, options):
     return True
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("clip", CLIPS)
-@pytest.mark.parametrize("name", NAMES)
+def _sweep():
+    """Every class with every clip and every option; the combinations that repeat most are marked slow."""
+    for name in NAMES:
+        for clip in CLIPS:
+            for options in OPTIONS:
+                repeats = clip in ("quiet", "equal", "long") and options not in ("default", "mask")
+                yield pytest.param(name, clip, options, marks=[pytest.mark.slow] if repeats else [])
+
+
+@pytest.mark.parametrize(("name", "clip", "options"), _sweep())
 def test_same_output(name, clip, options):
     if not usable(name, clip, options):
         pytest.skip("not an option of this class")
