@@ -8,44 +8,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from front_end import CALLS, TAPE, Clips
 
-from mmlm_fast.audio import (
-    ParakeetFeatureExtractor,
-    StreamingFbank,
-    kaldi_fbank,
-    log_mel,
-    mel_spectrogram,
-    mfcc,
-    resample,
-)
-from mmlm_fast.data import load_speech
-
-TAPE = torch.from_numpy(np.concatenate([s.waveform for s in load_speech()]))
-CALLS = {
-    "log_mel": log_mel,
-    "kaldi_fbank": lambda x: kaldi_fbank(x, num_mel_bins=80),
-    "mfcc": mfcc,
-    "mel_spectrogram": lambda x: mel_spectrogram(x, n_fft=1024),
-    "log_mel float64": lambda x: log_mel(x, dtype=torch.float64),
-    "fused": lambda x: log_mel(x, orig_freq=22050),
-    "resample": lambda x: resample(x, 44100, 16000),
-}
-
-
-class Clips(torch.utils.data.Dataset):
-    def __init__(self):
-        self.extractor = ParakeetFeatureExtractor()
-
-    def __len__(self):
-        return 12
-
-    def __getitem__(self, i):
-        x = TAPE[i * 1000 : i * 1000 + 40000]
-        features = [call(x).numpy() for call in CALLS.values()]
-        features.append(self.extractor(x.numpy(), sampling_rate=16000)["input_features"].numpy())
-        stream = StreamingFbank(num_mel_bins=80)
-        features.append(torch.cat([stream.accept(x[:777]), stream.accept(x[777:]), stream.flush()]).numpy())
-        return features
+from mmlm_fast.audio import kaldi_fbank, log_mel
 
 
 @pytest.mark.parametrize("start_method", ["fork", "spawn"])
