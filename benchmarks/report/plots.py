@@ -66,14 +66,15 @@ def peers(rows: Rows) -> bytes:
                 y, r["median_ms"], color=_colour(r["provider"], providers), height=0.85, xerr=whisker, ecolor="#333"
             )
             axes.text(r["p80_ms"], y, f"  {r['median_ms']:.3g} ms", va="center", fontsize=8)
-            labels.append((y, f"{case.removeprefix('log-mel, ')} — {r['provider']}"))
+            labels.append((y, f"{case} — {r['provider']}"))
             y -= 1
         y -= 0.6
     axes.set_yticks([p for p, _ in labels], [t for _, t in labels], fontsize=8)
     axes.set_xscale("log")
+    axes.margins(y=0.01)
     axes.set_xlim(right=4 * max(r["p80_ms"] for r in rows))
     axes.set_xlabel("milliseconds a call, one thread, logarithmic; shorter is better")
-    axes.set_title("Whisper log-mel on real speech")
+    axes.set_title("Audio features of real speech")
     return _png(figure)
 
 
