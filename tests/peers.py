@@ -47,4 +47,5 @@ def assert_no_worse(pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None
     ours, theirs = (torch.cat(part) for part in zip(*pairs.values(), strict=True))
     summary = {name: (f"{a.mean():.2e}", f"{b.mean():.2e}") for name, (a, b) in pairs.items()}
     assert ours.mean() <= theirs.mean(), summary
-    assert ours.quantile(0.999) <= theirs.quantile(0.999) if len(ours) < 2**24 else True, summary
+    most = max(1, int(0.999 * len(ours)))
+    assert ours.kthvalue(most).values <= theirs.kthvalue(most).values, summary
