@@ -14,9 +14,10 @@ OURS = ("mmlm_fast", "mmlm_kernels", "mmlm_benchmarks")
 # Folder or file -> what of ours, and which big third parties, it may import.
 MAY_IMPORT = {
     "kernels": {"torch", "triton"},
-    "mmlm_fast/ops": {"torch", "mmlm_fast.ops"},
+    "mmlm_fast/masks.py": {"torch"},
+    "mmlm_fast/ops": {"torch", "mmlm_fast.ops", "mmlm_fast.masks"},
     "mmlm_fast/testing.py": {"torch"},
-    "mmlm_fast/nn": {"torch", "mmlm_fast.ops", "mmlm_fast.nn"},
+    "mmlm_fast/nn": {"torch", "mmlm_fast.ops", "mmlm_fast.masks", "mmlm_fast.nn"},
     "mmlm_fast/audio": {
         "torch",
         "numpy",
@@ -28,7 +29,7 @@ MAY_IMPORT = {
         "mmlm_fast.ops",
         "mmlm_fast.audio",
     },
-    "mmlm_fast/hf": {"torch", "numpy", "transformers", "mmlm_fast.audio", "mmlm_fast.hf"},
+    "mmlm_fast/hf": {"torch", "numpy", "transformers", "mmlm_fast.audio", "mmlm_fast.ops", "mmlm_fast.masks", "mmlm_fast.hf"},
     "mmlm_fast/models": {
         "torch",
         "numpy",
