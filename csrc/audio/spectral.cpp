@@ -5,34 +5,18 @@
 #include <cstdint>
 #include <limits>
 #include <type_traits>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
-#include "audio/isa.h"
 #include "audio/resample.h"
-#include "audio/thread_pool.h"
+#include "core/isa.h"
+#include "core/memory.h"
+#include "core/thread_pool.h"
 
 namespace mmlm {
 namespace {
 
-constexpr int64_t kSerialSamples = 20 * 16000;        // below this, waking a thread costs more than it saves
-constexpr int64_t kHugePageBytes = int64_t{1} << 21;  // worth asking for when the output spans several
-constexpr int64_t kTilesPerTask = 64;                 // 10 s of audio at 16 kHz and 10 ms
+constexpr int64_t kSerialSamples = 20 * 16000;  // below this, waking a thread costs more than it saves
+constexpr int64_t kTilesPerTask = 64;           // 10 s of audio at 16 kHz and 10 ms
 constexpr double kPi = 3.14159265358979323846264338327950288;
-
-// First touch of a fresh output costs more than the arithmetic of its pages: take it in 2 MiB steps.
-void ask_for_huge_pages(void* begin, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  if (bytes < 2 * kHugePageBytes) return;
-  const auto first = (reinterpret_cast<uintptr_t>(begin) + kHugePageBytes - 1) & ~uintptr_t(kHugePageBytes - 1);
-  const auto last = (reinterpret_cast<uintptr_t>(begin) + bytes) & ~uintptr_t(kHugePageBytes - 1);
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  (void)begin;
-  (void)bytes;
-#endif
-}
 
 int64_t num_tiles_of(const SpectralClip& clip) { return (clip.num_frames + kTileFrames - 1) / kTileFrames; }
 

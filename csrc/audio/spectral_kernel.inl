@@ -2,7 +2,7 @@
 //
 // A tile of 16 frames goes through L1 and L2: transposed samples -> DFT -> spectrum -> sparse filters -> log (-> DCT).
 // Floor for Whisper's shape with AVX2: about 950 vector instructions for 8 frames; see CONTRIBUTING, measured facts.
-#include "audio/simd.h"
+#include "core/simd.h"
 //
 #include "audio/source.inl"
 //

@@ -1,5 +1,8 @@
-"""Acceleration of Hugging Face objects in place, proved and undoable."""
+"""Acceleration of Hugging Face objects, proved and undoable. Importing registers the attention ``"mmlm_fast"``."""
 
 from mmlm_fast.hf.accelerate import Acceleration, accelerate
+from mmlm_fast.hf.attention import register
 
-__all__ = ["Acceleration", "accelerate"]
+register()
+
+__all__ = ["Acceleration", "accelerate", "register"]

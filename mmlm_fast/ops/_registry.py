@@ -48,7 +48,9 @@ def using_reference() -> bool:
     return _switch.use_reference
 
 
-def register_op(schema: str, *, portable: Callable, kernel: str, fake: Callable) -> Callable[..., Any]:
+def register_op(
+    schema: str, *, portable: Callable, kernel: str, fake: Callable, kernel_takes: Callable[..., bool] | None = None
+) -> Callable[..., Any]:
     """Register one op: CPU tensors go to `portable`, CUDA tensors to `kernel`.
 
     Args:
@@ -57,6 +59,7 @@ def register_op(schema: str, *, portable: Callable, kernel: str, fake: Callable)
         kernel: ``"module:function"`` of the launcher, imported on the first CUDA call, so that a machine without
             Triton can import the package. Where Triton is missing, CUDA tensors take `portable`, with one warning.
         fake: Output shapes and dtypes only, for torch.compile.
+        kernel_takes: Given the op's arguments, whether the kernel is for them; other CUDA tensors take `portable`.
 
     Returns:
         The callable ``torch.ops.mmlm_fast.<name>.default``.
@@ -64,17 +67,19 @@ def register_op(schema: str, *, portable: Callable, kernel: str, fake: Callable)
     name = schema.partition("(")[0]
     _LIB.define(schema)
     _LIB.impl(name, portable, "CPU")
-    _LIB.impl(name, _lazy(name, kernel, portable), "CUDA")
+    _LIB.impl(name, _lazy(name, kernel, portable, kernel_takes), "CUDA")
     torch.library.register_fake(f"mmlm_fast::{name}", fake, lib=_LIB)
     REGISTERED[name] = (portable.__module__, kernel)
     return getattr(torch.ops.mmlm_fast, name).default
 
 
-def _lazy(name: str, kernel: str, portable: Callable) -> Callable:
+def _lazy(name: str, kernel: str, portable: Callable, kernel_takes: Callable[..., bool] | None) -> Callable:
     module, _, function = kernel.partition(":")
     resolved: list[Callable] = []
 
     def call(*args):
+        if kernel_takes is not None and not kernel_takes(*args):
+            return portable(*args)
         if not resolved:
             if module.startswith("mmlm_kernels") and find_spec("triton") is None:
                 warnings.warn(f"mmlm_fast.{name}: Triton is not installed, using the portable path", stacklevel=2)

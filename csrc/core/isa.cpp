@@ -1,4 +1,4 @@
-#include "audio/isa.h"
+#include "core/isa.h"
 
 #include <atomic>
 #include <cstdint>

@@ -1,4 +1,4 @@
-#include "audio/thread_pool.h"
+#include "core/thread_pool.h"
 
 #include <pthread.h>
 

@@ -1,0 +1,739 @@
+"""Triton kernels for `interval_attention`. Contract: mmlm_fast/ops/interval_attention.py.
+
+Compute-bound. Floor forward: 4·D flops for each visible pair of query and key, and head; backward 10·D (ours does
+14·D: scores and dP are computed once for dK, dV and once for dQ, so that no output is accumulated atomically). With few
+queries the keys and values are read once: then memory is the floor, and the keys are split among programs.
+
+A tile of queries needs the keys from its least `lo` to its largest `hi`; between its largest `lo` and least `hi`
+nothing is masked. For a tile of keys a small kernel finds the queries that see it.
+
+A head size that is no power of two is cut into up to three pieces that are (72 = 64 + 16, 104 = 64 + 32 + 16), each a
+tile of its own: P1, P2, P3 are their widths, 0 where there is none.
+
+Legend: B batch, H query heads, S queries or keys, D head size of queries and keys, DV of values, M block of queries,
+N block of keys, R rows of a program: queries, or queries of several heads that share their keys.
+"""
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+RANGE_BLOCK = 1024
+DECODE_ROWS = 64  # at most so many rows (queries × heads that share keys) are split over the keys
+MIN_SPLIT_KEYS = 256
+MAX_SPLITS = 64
+PROGRAMS_WANTED = 2 * 132  # two for each multiprocessor of a large GPU
+
+
+@triton.jit
+def _tanh(x):
+    """Cephes' tanhf: 1 − 2/(e²ˣ + 1) loses all digits of a small x, an odd polynomial keeps them."""
+    z = x * x
+    small = -5.70498872745e-3 * z + 2.06390887954e-2
+    small = small * z - 5.37397155531e-2
+    small = small * z + 1.33314422036e-1
+    small = small * z - 3.33332819422e-1
+    small = small * z * x + x
+    large = 1.0 - 2.0 / (tl.exp2(x * LOG2E * 2.0) + 1.0)
+    return tl.where(tl.abs(x) < 0.625, small, large)
+
+
+@triton.jit
+def _load(ptr, rows, stride, mask, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+    """``[rows, WIDTH]``, columns from FIRST; `rows` are int64, `stride` is between them."""
+    columns = FIRST + tl.arange(0, WIDTH)
+    pointers = ptr + rows[:, None] * stride + columns[None, :]
+    if FIRST + WIDTH <= D:
+        return tl.load(pointers, mask=mask[:, None], other=0.0)
+    else:
+        return tl.load(pointers, mask=mask[:, None] & (columns < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _load_pieces(ptr, rows, stride, mask, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr, D: tl.constexpr):
+    x1 = _load(ptr, rows, stride, mask, 0, P1, D)
+    x2 = x1
+    x3 = x1
+    if P2 > 0:
+        x2 = _load(ptr, rows, stride, mask, P1, P2, D)
+    if P3 > 0:
+        x3 = _load(ptr, rows, stride, mask, P1 + P2, P3, D)
+    return x1, x2, x3
+
+
+@triton.jit
+def _store(ptr, rows, stride, mask, x, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+    columns = FIRST + tl.arange(0, WIDTH)
+    pointers = ptr + rows[:, None] * stride + columns[None, :]
+    tl.store(pointers, x.to(ptr.dtype.element_ty), mask=mask[:, None] & (columns < D)[None, :])
+
+
+@triton.jit
+def _store_pieces(ptr, rows, stride, mask, x1, x2, x3,
+                  P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr, D: tl.constexpr):  # fmt: skip
+    _store(ptr, rows, stride, mask, x1, 0, P1, D)
+    if P2 > 0:
+        _store(ptr, rows, stride, mask, x2, P1, P2, D)
+    if P3 > 0:
+        _store(ptr, rows, stride, mask, x3, P1 + P2, P3, D)
+
+
+@triton.jit
+def _zeros(ROWS: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr):
+    """Accumulators; a piece that is not there is a vector that nothing touches."""
+    a1 = tl.zeros((ROWS, P1), tl.float32)
+    a2 = tl.zeros((ROWS,), tl.float32)
+    a3 = tl.zeros((ROWS,), tl.float32)
+    if P2 > 0:
+        a2 = tl.zeros((ROWS, P2), tl.float32)
+    if P3 > 0:
+        a3 = tl.zeros((ROWS, P3), tl.float32)
+    return a1, a2, a3
+
+
+@triton.jit
+def _dot_transposed(a1, a2, a3, b1, b2, b3, P2: tl.constexpr, P3: tl.constexpr, PRECISION: tl.constexpr):
+    """a·bᵀ over the pieces."""
+    out = tl.dot(a1, tl.trans(b1), input_precision=PRECISION)
+    if P2 > 0:
+        out = tl.dot(a2, tl.trans(b2), out, input_precision=PRECISION)
+    if P3 > 0:
+        out = tl.dot(a3, tl.trans(b3), out, input_precision=PRECISION)
+    return out
+
+
+@triton.jit
+def _accumulate(acc1, acc2, acc3, a, b1, b2, b3, P2: tl.constexpr, P3: tl.constexpr, PRECISION: tl.constexpr):
+    """acc += a·b for each piece of b."""
+    acc1 = tl.dot(a, b1, acc1, input_precision=PRECISION)
+    if P2 > 0:
+        acc2 = tl.dot(a, b2, acc2, input_precision=PRECISION)
+    if P3 > 0:
+        acc3 = tl.dot(a, b3, acc3, input_precision=PRECISION)
+    return acc1, acc2, acc3
+
+
+@triton.jit
+def _scores(product, scale, softcap, SOFTCAP: tl.constexpr):
+    """Scores in units of log 2."""
+    if SOFTCAP:
+        return _tanh(product * (scale / softcap)) * (softcap * LOG2E)
+    else:
+        return product * (scale * LOG2E)
+
+
+@triton.jit
+def _softcap_grad(s, softcap):
+    """d score / d (scale · product), from the score in units of log 2."""
+    t = s / (softcap * LOG2E)
+    return 1.0 - t * t
+
+
+@triton.jit
+def _bounds(lo_ptr, hi_ptr, index, mask, Skv, HAS_MASK: tl.constexpr):
+    """The rows' intervals, cut to the keys there are; rows that do not exist see none."""
+    if HAS_MASK:
+        lo = tl.maximum(tl.load(lo_ptr + index, mask=mask, other=0), 0)
+        hi = tl.minimum(tl.load(hi_ptr + index, mask=mask, other=0), Skv)
+    else:
+        lo = tl.zeros_like(index).to(tl.int32)
+        hi = tl.where(mask, Skv, 0).to(tl.int32)
+    return lo, hi
+
+
+@triton.jit
+def _statistics(m, denominator):
+    """Largest score, and Σ exp(score − largest), from the same in units of log 2.
+
+    The product with ln 2 is rounded; the sum is taken from what `_weights` makes of it again.
+    """
+    largest = m * LN2
+    return largest, denominator * tl.exp2(m - largest * LOG2E)
+
+
+@triton.jit
+def _normaliser(largest_ptr, total_ptr, index, mask):
+    """What `_weights` takes: the largest score in units of log 2, and one over the total, 0 for a row without keys."""
+    largest = tl.load(largest_ptr + index, mask=mask, other=0.0)
+    total = tl.load(total_ptr + index, mask=mask, other=0.0)
+    alive = total != 0.0
+    return tl.where(alive, largest * LOG2E, 0.0), tl.where(alive, 1.0 / tl.where(alive, total, 1.0), 0.0)
+
+
+@triton.jit
+def _tile_range(lo, hi, Skv, BLOCK: tl.constexpr):
+    """Keys a tile of rows needs: masked [first, inner), unmasked [inner, outer), masked [outer, last)."""
+    alive = hi > lo
+    first = tl.min(tl.where(alive, lo, Skv), axis=0)
+    last = tl.max(tl.where(alive, hi, 0), axis=0)
+    last = tl.maximum(first, last)
+    inner = first + (tl.max(tl.where(alive, lo, 0), axis=0) - first + BLOCK - 1) // BLOCK * BLOCK
+    inner = tl.minimum(tl.maximum(inner, first), last)
+    outer = inner + tl.maximum(tl.min(tl.where(alive, hi, Skv), axis=0) - inner, 0) // BLOCK * BLOCK
+    return first, inner, outer, last
+
+
+@triton.jit
+def _attend(acc1, acc2, acc3, m, denominator, q1, q2, q3, k_ptr, v_ptr, start, stop, k_stride, v_stride, lo, hi,
+            Skv, scale, softcap, MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
+            D: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr,
+            DV: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr, V3: tl.constexpr,
+            PRECISION: tl.constexpr, N: tl.constexpr):  # fmt: skip
+    for begin in range(start, stop, N):
+        keys = begin + tl.arange(0, N)
+        there = keys < Skv
+        rows = keys.to(tl.int64)
+        k1, k2, k3 = _load_pieces(k_ptr, rows, k_stride, there, P1, P2, P3, D)
+        s = _scores(_dot_transposed(q1, q2, q3, k1, k2, k3, P2, P3, PRECISION), scale, softcap, SOFTCAP)
+        if MASKED:
+            s = tl.where((keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None]), s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, axis=1))
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2(s - shift[:, None])
+        alpha = tl.exp2(m - shift)
+        denominator = denominator * alpha + tl.sum(p, axis=1)
+        m = m_new
+        v1, v2, v3 = _load_pieces(v_ptr, rows, v_stride, there, V1, V2, V3, DV)
+        acc1 = acc1 * alpha[:, None]
+        if V2 > 0:
+            acc2 = acc2 * alpha[:, None]
+        if V3 > 0:
+            acc3 = acc3 * alpha[:, None]
+        acc1, acc2, acc3 = _accumulate(acc1, acc2, acc3, p.to(v1.dtype), v1, v2, v3, V2, V3, PRECISION)
+    return acc1, acc2, acc3, m, denominator
+
+
+@triton.jit(do_not_specialize=["Sq", "Skv", "num_tiles", "mask_stride"])
+def _fwd_kernel(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, sinks_ptr, out_ptr, largest_ptr, total_ptr,
+                q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s,
+                v_stride_b, v_stride_h, v_stride_s, out_stride_split, out_stride_b, out_stride_h, out_stride_s,
+                mask_stride, num_tiles, B, Sq, Skv, scale, softcap,
+                H: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, SPLITS: tl.constexpr, UNIT: tl.constexpr,
+                HAS_MASK: tl.constexpr, HAS_SINKS: tl.constexpr, SOFTCAP: tl.constexpr,
+                D: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr,
+                DV: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr, V3: tl.constexpr,
+                PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr):  # fmt: skip
+    """Rows of a program: M queries of one head, or with PACK > 1 the queries of PACK heads that share their keys."""
+    pid = tl.program_id(0)
+    split = pid % SPLITS
+    pid = pid // SPLITS
+    tile = num_tiles - 1 - pid % num_tiles  # the last queries see most keys under a causal mask: they start first
+    pid = pid // num_tiles
+    b = (pid // (H // PACK)).to(tl.int64)
+    head = pid % (H // PACK) * PACK
+    kv_head = (head // GROUP).to(tl.int64)
+
+    rows = tile * M + tl.arange(0, M)
+    there = rows < Sq * PACK
+    query = rows % Sq if PACK > 1 else rows
+    heads = (head + rows // Sq).to(tl.int64) if PACK > 1 else (head + tl.zeros_like(rows)).to(tl.int64)
+    lo, hi = _bounds(lo_ptr + b * mask_stride, hi_ptr + b * mask_stride, query, there, Skv, HAS_MASK)
+    first, inner, outer, last = _tile_range(lo, hi, Skv, N)
+    if SPLITS > 1:  # an equal share of the keys in use, whatever the room in the cache
+        share = ((last - first + SPLITS - 1) // SPLITS + N - 1) // N * N
+        first = first + split * share
+        last = tl.minimum(last, first + share)
+        inner = tl.minimum(tl.maximum(inner, first), tl.maximum(last, first))
+        outer = tl.maximum(inner, inner + (tl.minimum(outer, last) - inner) // N * N)
+
+    row_offset = query.to(tl.int64) * q_stride_s * UNIT + heads * q_stride_h * UNIT
+    q1, q2, q3 = _load_pieces(q_ptr + b * q_stride_b * UNIT, row_offset, 1, there, P1, P2, P3, D)
+    k_ptr += b * k_stride_b * UNIT + kv_head * k_stride_h * UNIT
+    v_ptr += b * v_stride_b * UNIT + kv_head * v_stride_h * UNIT
+
+    acc1, acc2, acc3 = _zeros(M, V1, V2, V3)
+    m = tl.full((M,), float("-inf"), tl.float32)
+    denominator = tl.zeros((M,), tl.float32)
+    sink = m
+    if HAS_SINKS and SPLITS == 1:
+        sink = tl.load(sinks_ptr + heads).to(tl.float32)
+        m = sink * LOG2E
+        denominator += 1.0
+    for part in tl.static_range(3):
+        start = first if part == 0 else (inner if part == 1 else outer)
+        stop = inner if part == 0 else (outer if part == 1 else last)
+        acc1, acc2, acc3, m, denominator = _attend(
+            acc1, acc2, acc3, m, denominator, q1, q2, q3, k_ptr, v_ptr, start, stop,
+            k_stride_s * UNIT, v_stride_s * UNIT, lo, hi, Skv, scale, softcap,
+            part != 1, SOFTCAP, D, P1, P2, P3, DV, V1, V2, V3, PRECISION, N,
+        )  # fmt: skip
+
+    alive = hi > lo
+    factor = tl.where(alive, 1.0, 0.0)[:, None]
+    if SPLITS == 1:
+        factor = tl.where(alive, 1.0 / denominator, 0.0)[:, None]
+        largest, total = _statistics(m, denominator)
+        largest = tl.where(alive, largest, sink)
+        total = tl.where(alive, total, 1.0 if HAS_SINKS else 0.0)
+    else:  # of this part, in units of log 2
+        largest = tl.where(alive, m, float("-inf"))
+        total = tl.where(alive, denominator, 0.0)
+    out_ptr += split.to(tl.int64) * out_stride_split + b * out_stride_b
+    out_offset = query.to(tl.int64) * out_stride_s + heads * out_stride_h
+    acc1 = acc1 * factor
+    if V2 > 0:
+        acc2 = acc2 * factor
+    if V3 > 0:
+        acc3 = acc3 * factor
+    _store_pieces(out_ptr, out_offset, 1, there, acc1, acc2, acc3, V1, V2, V3, DV)
+    row = ((split.to(tl.int64) * B + b) * H + heads) * Sq + query
+    tl.store(largest_ptr + row, largest, mask=there)
+    tl.store(total_ptr + row, total, mask=there)
+
+
+@triton.jit(do_not_specialize=["num_rows", "Sq"])
+def _combine_kernel(partial_ptr, partial_largest_ptr, partial_total_ptr, sinks_ptr, out_ptr, largest_ptr, total_ptr,
+                    out_stride_b, out_stride_h, out_stride_s, num_rows, Sq,
+                    H: tl.constexpr, HAS_SINKS: tl.constexpr, SPLITS: tl.constexpr,
+                    SPLITS_POW2: tl.constexpr, DV: tl.constexpr, DV_POW2: tl.constexpr):  # fmt: skip
+    """One row: the parts' sums, each shifted from its own largest score to that of all. partial [SPLITS, rows, DV]."""
+    row = tl.program_id(0).to(tl.int64)
+    head = row // Sq % H
+    splits = tl.arange(0, SPLITS_POW2)
+    columns = tl.arange(0, DV_POW2)
+    part = splits * num_rows.to(tl.int64) + row
+    parts = tl.load(partial_largest_ptr + part, mask=splits < SPLITS, other=float("-inf"))
+    m = tl.max(parts, axis=0)
+    if HAS_SINKS:
+        sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
+        m = tl.maximum(m, sink)
+    alive = m > float("-inf")
+    shift = tl.where(alive, m, 0.0)
+    weights = tl.exp2(parts - shift)
+    denominator = tl.sum(weights * tl.load(partial_total_ptr + part, mask=splits < SPLITS, other=0.0), axis=0)
+    if HAS_SINKS:
+        denominator += tl.exp2(sink - shift)
+    acc = tl.zeros((DV_POW2,), tl.float32)
+    for split in range(SPLITS):
+        weight = tl.sum(tl.where(splits == split, weights, 0.0), axis=0)
+        offset = (split * num_rows.to(tl.int64) + row) * DV
+        acc += weight * tl.load(partial_ptr + offset + columns, mask=columns < DV, other=0.0)
+    acc = tl.where(alive, acc / tl.where(alive, denominator, 1.0), 0.0)
+    out_ptr += row // (Sq * H) * out_stride_b + head * out_stride_h + row % Sq * out_stride_s
+    tl.store(out_ptr + columns, acc.to(out_ptr.dtype.element_ty), mask=columns < DV)
+    largest, total = _statistics(shift, denominator)
+    tl.store(largest_ptr + row, tl.where(alive, largest, float("-inf")))
+    tl.store(total_ptr + row, tl.where(alive, total, 0.0))
+
+
+@triton.jit(do_not_specialize=["Sq", "num_rows"])
+def _delta_kernel(grad_ptr, out_ptr, grad_lse_ptr, delta_ptr, grad_stride_b, grad_stride_h, grad_stride_s,
+                  out_stride_b, out_stride_h, out_stride_s, num_rows, Sq,
+                  H: tl.constexpr, DV: tl.constexpr, DV_POW2: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
+                  ROWS: tl.constexpr):  # fmt: skip
+    """delta = Σ_d dO·O − dLSE, what dP is measured from."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    there = rows < num_rows
+    columns = tl.arange(0, DV_POW2)
+    mask = there[:, None] & (columns < DV)[None, :]
+    b, head, query = rows // (Sq * H), rows // Sq % H, rows % Sq
+    grad_offset = b * grad_stride_b + head * grad_stride_h + query * grad_stride_s
+    out_offset = b * out_stride_b + head * out_stride_h + query * out_stride_s
+    grad = tl.load(grad_ptr + grad_offset[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    out = tl.load(out_ptr + out_offset[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    delta = tl.sum(grad * out, axis=1)
+    if HAS_GRAD_LSE:
+        delta -= tl.load(grad_lse_ptr + rows, mask=there, other=0.0)
+    tl.store(delta_ptr + rows, delta, mask=there)
+
+
+@triton.jit(do_not_specialize=["Sq", "Skv", "num_tiles"])
+def _ranges_kernel(lo_ptr, hi_ptr, ranges_ptr, num_tiles, Sq, Skv, N: tl.constexpr, BLOCK: tl.constexpr):
+    """For each tile of N keys: [first, last) queries that see some of it; [inner, outer) that see all of it.
+
+    The latter is empty where the queries that see all of it are not one run.
+    """
+    tile = tl.program_id(0)
+    b = tl.program_id(1).to(tl.int64)
+    begin = tile * N
+    end = tl.minimum(begin + N, Skv)
+    first = Sq
+    last = 0
+    inner = Sq
+    outer = 0
+    count = 0
+    for start in range(0, Sq, BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        there = rows < Sq
+        lo = tl.load(lo_ptr + b * Sq + rows, mask=there, other=0)
+        hi = tl.load(hi_ptr + b * Sq + rows, mask=there, other=0)
+        some = there & (hi > lo) & (lo < end) & (hi > begin)
+        whole = some & (lo <= begin) & (hi >= end)
+        first = tl.minimum(first, tl.min(tl.where(some, rows, Sq), axis=0))
+        last = tl.maximum(last, tl.max(tl.where(some, rows + 1, 0), axis=0))
+        inner = tl.minimum(inner, tl.min(tl.where(whole, rows, Sq), axis=0))
+        outer = tl.maximum(outer, tl.max(tl.where(whole, rows + 1, 0), axis=0))
+        count += tl.sum(whole.to(tl.int32), axis=0)
+    outer = tl.where(outer - inner == count, outer, inner)
+    ranges_ptr += (b * num_tiles + tile) * 4
+    tl.store(ranges_ptr, first)
+    tl.store(ranges_ptr + 1, tl.maximum(first, last))
+    tl.store(ranges_ptr + 2, inner)
+    tl.store(ranges_ptr + 3, outer)
+
+
+@triton.jit
+def _dkv_loop(dk1, dk2, dk3, dv1, dv2, dv3, k1, k2, k3, v1, v2, v3, q_ptr, grad_ptr, lo_ptr, hi_ptr,
+              largest_ptr, total_ptr, delta_ptr, start, stop, q_stride, grad_stride, keys, Sq, Skv, scale, softcap,
+              MASKED: tl.constexpr, HAS_MASK: tl.constexpr, SOFTCAP: tl.constexpr,
+              D: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr,
+              DV: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr, V3: tl.constexpr,
+              PRECISION: tl.constexpr, M: tl.constexpr):  # fmt: skip
+    for begin in range(start, stop, M):
+        query = begin + tl.arange(0, M)
+        there = query < stop
+        rows = query.to(tl.int64)
+        q1, q2, q3 = _load_pieces(q_ptr, rows, q_stride, there, P1, P2, P3, D)
+        largest, factor = _normaliser(largest_ptr, total_ptr, query, there)
+        s = _scores(_dot_transposed(k1, k2, k3, q1, q2, q3, P2, P3, PRECISION), scale, softcap, SOFTCAP)  # [N, M]
+        p = tl.exp2(s - largest[None, :]) * factor[None, :]
+        if MASKED:
+            lo, hi = _bounds(lo_ptr, hi_ptr, query, there, Skv, HAS_MASK)
+            p = tl.where((keys[:, None] >= lo[None, :]) & (keys[:, None] < hi[None, :]), p, 0.0)
+        g1, g2, g3 = _load_pieces(grad_ptr, rows, grad_stride, there, V1, V2, V3, DV)
+        dv1, dv2, dv3 = _accumulate(dv1, dv2, dv3, p.to(g1.dtype), g1, g2, g3, V2, V3, PRECISION)
+        dp = _dot_transposed(v1, v2, v3, g1, g2, g3, V2, V3, PRECISION)
+        delta = tl.load(delta_ptr + query, mask=there, other=0.0)
+        ds = p * (dp - delta[None, :])
+        if SOFTCAP:
+            ds = ds * _softcap_grad(s, softcap)
+        dk1, dk2, dk3 = _accumulate(dk1, dk2, dk3, ds.to(q1.dtype), q1, q2, q3, P2, P3, PRECISION)
+    return dk1, dk2, dk3, dv1, dv2, dv3
+
+
+@triton.jit(do_not_specialize=["Sq", "Skv", "num_tiles", "mask_stride", "range_stride"])
+def _dkv_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, ranges_ptr, largest_ptr, total_ptr, delta_ptr,
+                dk_ptr, dv_ptr,
+                grad_stride_b, grad_stride_h, grad_stride_s, q_stride_b, q_stride_h, q_stride_s,
+                k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
+                dk_stride_b, dk_stride_h, dk_stride_s, dv_stride_b, dv_stride_h, dv_stride_s,
+                mask_stride, range_stride, num_tiles, Sq, Skv, scale, softcap,
+                H: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, HAS_MASK: tl.constexpr, SOFTCAP: tl.constexpr,
+                D: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr,
+                DV: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr, V3: tl.constexpr,
+                PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr):  # fmt: skip
+    """dK and dV of a tile of keys, summed over the heads that share it."""
+    pid = tl.program_id(0)
+    tile = pid % num_tiles  # under a causal mask the first keys are seen by most queries: they start first
+    pid = pid // num_tiles
+    kv_heads: tl.constexpr = H // GROUP
+    b = (pid // kv_heads).to(tl.int64)
+    kv_head = (pid % kv_heads).to(tl.int64)
+    keys = tile * N + tl.arange(0, N)
+    there = keys < Skv
+    rows = keys.to(tl.int64)
+    if HAS_MASK:
+        ranges_ptr += b * range_stride + tile * 4
+        first, last = tl.load(ranges_ptr), tl.load(ranges_ptr + 1)
+        inner, outer = tl.load(ranges_ptr + 2), tl.load(ranges_ptr + 3)
+        inner = tl.minimum(tl.maximum(inner, first), last)
+        inner = tl.minimum(first + (inner - first + M - 1) // M * M, last)  # tiles of queries start at first
+        outer = inner + tl.maximum(tl.minimum(outer, last) - inner, 0) // M * M
+    else:
+        first, last, inner, outer = 0, Sq, 0, Sq
+
+    k_ptr += b * k_stride_b * UNIT + kv_head * k_stride_h * UNIT
+    v_ptr += b * v_stride_b * UNIT + kv_head * v_stride_h * UNIT
+    k1, k2, k3 = _load_pieces(k_ptr, rows, k_stride_s * UNIT, there, P1, P2, P3, D)
+    v1, v2, v3 = _load_pieces(v_ptr, rows, v_stride_s * UNIT, there, V1, V2, V3, DV)
+    dk1, dk2, dk3 = _zeros(N, P1, P2, P3)
+    dv1, dv2, dv3 = _zeros(N, V1, V2, V3)
+    for g in range(GROUP):
+        head = kv_head * GROUP + g
+        row = (b * H + head) * Sq
+        for part in tl.static_range(3):
+            start = first if part == 0 else (inner if part == 1 else outer)
+            stop = inner if part == 0 else (outer if part == 1 else last)
+            dk1, dk2, dk3, dv1, dv2, dv3 = _dkv_loop(
+                dk1, dk2, dk3, dv1, dv2, dv3, k1, k2, k3, v1, v2, v3,
+                q_ptr + b * q_stride_b * UNIT + head * q_stride_h * UNIT,
+                grad_ptr + b * grad_stride_b * UNIT + head * grad_stride_h * UNIT,
+                lo_ptr + b * mask_stride, hi_ptr + b * mask_stride, largest_ptr + row, total_ptr + row,
+                delta_ptr + row, start, stop, q_stride_s * UNIT, grad_stride_s * UNIT, keys, Sq, Skv, scale, softcap,
+                part != 1, HAS_MASK, SOFTCAP, D, P1, P2, P3, DV, V1, V2, V3, PRECISION, M,
+            )  # fmt: skip
+    dk1 = dk1 * scale
+    if P2 > 0:
+        dk2 = dk2 * scale
+    if P3 > 0:
+        dk3 = dk3 * scale
+    dk_ptr += b * dk_stride_b + kv_head * dk_stride_h
+    dv_ptr += b * dv_stride_b + kv_head * dv_stride_h
+    _store_pieces(dk_ptr, rows, dk_stride_s, there, dk1, dk2, dk3, P1, P2, P3, D)
+    _store_pieces(dv_ptr, rows, dv_stride_s, there, dv1, dv2, dv3, V1, V2, V3, DV)
+
+
+@triton.jit
+def _dq_loop(dq1, dq2, dq3, q1, q2, q3, g1, g2, g3, k_ptr, v_ptr, largest, factor, delta, lo, hi, start, stop,
+             k_stride, v_stride, Skv, scale, softcap, MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
+             D: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr,
+             DV: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr, V3: tl.constexpr,
+             PRECISION: tl.constexpr, N: tl.constexpr):  # fmt: skip
+    for begin in range(start, stop, N):
+        keys = begin + tl.arange(0, N)
+        there = keys < Skv
+        rows = keys.to(tl.int64)
+        k1, k2, k3 = _load_pieces(k_ptr, rows, k_stride, there, P1, P2, P3, D)
+        s = _scores(_dot_transposed(q1, q2, q3, k1, k2, k3, P2, P3, PRECISION), scale, softcap, SOFTCAP)
+        p = tl.exp2(s - largest[:, None]) * factor[:, None]
+        if MASKED:
+            p = tl.where((keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None]), p, 0.0)
+        v1, v2, v3 = _load_pieces(v_ptr, rows, v_stride, there, V1, V2, V3, DV)
+        dp = _dot_transposed(g1, g2, g3, v1, v2, v3, V2, V3, PRECISION)
+        ds = p * (dp - delta[:, None])
+        if SOFTCAP:
+            ds = ds * _softcap_grad(s, softcap)
+        dq1, dq2, dq3 = _accumulate(dq1, dq2, dq3, ds.to(k1.dtype), k1, k2, k3, P2, P3, PRECISION)
+    return dq1, dq2, dq3
+
+
+@triton.jit(do_not_specialize=["Sq", "Skv", "num_tiles", "mask_stride"])
+def _dq_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, largest_ptr, total_ptr, delta_ptr, dq_ptr,
+               grad_stride_b, grad_stride_h, grad_stride_s, q_stride_b, q_stride_h, q_stride_s,
+               k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
+               dq_stride_b, dq_stride_h, dq_stride_s, mask_stride, num_tiles, Sq, Skv, scale, softcap,
+               H: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, HAS_MASK: tl.constexpr, SOFTCAP: tl.constexpr,
+               D: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr,
+               DV: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr, V3: tl.constexpr,
+               PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr):  # fmt: skip
+    pid = tl.program_id(0)
+    tile = num_tiles - 1 - pid % num_tiles
+    pid = pid // num_tiles
+    b = (pid // H).to(tl.int64)
+    head = (pid % H).to(tl.int64)
+    kv_head = head // GROUP
+    query = tile * M + tl.arange(0, M)
+    there = query < Sq
+    rows = query.to(tl.int64)
+    lo, hi = _bounds(lo_ptr + b * mask_stride, hi_ptr + b * mask_stride, query, there, Skv, HAS_MASK)
+    first, inner, outer, last = _tile_range(lo, hi, Skv, N)
+    q_ptr += b * q_stride_b * UNIT + head * q_stride_h * UNIT
+    grad_ptr += b * grad_stride_b * UNIT + head * grad_stride_h * UNIT
+    k_ptr += b * k_stride_b * UNIT + kv_head * k_stride_h * UNIT
+    v_ptr += b * v_stride_b * UNIT + kv_head * v_stride_h * UNIT
+    q1, q2, q3 = _load_pieces(q_ptr, rows, q_stride_s * UNIT, there, P1, P2, P3, D)
+    g1, g2, g3 = _load_pieces(grad_ptr, rows, grad_stride_s * UNIT, there, V1, V2, V3, DV)
+    row = (b * H + head) * Sq
+    largest, factor = _normaliser(largest_ptr + row, total_ptr + row, query, there & (hi > lo))
+    delta = tl.load(delta_ptr + row + query, mask=there, other=0.0)
+    dq1, dq2, dq3 = _zeros(M, P1, P2, P3)
+    for part in tl.static_range(3):
+        start = first if part == 0 else (inner if part == 1 else outer)
+        stop = inner if part == 0 else (outer if part == 1 else last)
+        dq1, dq2, dq3 = _dq_loop(
+            dq1, dq2, dq3, q1, q2, q3, g1, g2, g3, k_ptr, v_ptr, largest, factor, delta, lo, hi, start, stop,
+            k_stride_s * UNIT, v_stride_s * UNIT, Skv, scale, softcap, part != 1, SOFTCAP,
+            D, P1, P2, P3, DV, V1, V2, V3, PRECISION, N,
+        )  # fmt: skip
+    dq1 = dq1 * scale
+    if P2 > 0:
+        dq2 = dq2 * scale
+    if P3 > 0:
+        dq3 = dq3 * scale
+    dq_ptr += b * dq_stride_b + head * dq_stride_h
+    _store_pieces(dq_ptr, rows, dq_stride_s, there, dq1, dq2, dq3, P1, P2, P3, D)
+
+
+# ---- launchers -----------------------------------------------------------------------------------------------------
+
+# Padded head size up to which a row holds; M, N, warps, stages. Chosen so that no main loop spills on sm_80,
+# sm_90 and sm_100 and shared memory stays below 99 KB (sm_120); not tuned on a GPU yet.
+FWD = {2: [(64, 128, 64, 4, 3), (128, 128, 64, 8, 2), (256, 64, 32, 8, 2), (512, 32, 16, 8, 2)],
+       4: [(64, 32, 32, 4, 2), (128, 16, 32, 4, 2)]}  # fmt: skip
+DKV = {2: [(64, 32, 64, 4, 2), (80, 32, 64, 8, 2), (112, 16, 64, 8, 2), (128, 32, 64, 8, 2), (256, 32, 32, 8, 1),
+           (512, 16, 16, 8, 1)],
+       4: [(64, 32, 32, 8, 1), (128, 16, 16, 4, 1)]}  # fmt: skip
+DKV_SM100 = {**DKV, 2: [(64, 32, 64, 8, 2), (112, 32, 64, 8, 1), (128, 32, 32, 8, 2), *DKV[2][-2:]]}
+DQ = {2: [(64, 64, 64, 4, 2), (128, 64, 32, 4, 2), (256, 32, 32, 8, 1), (512, 16, 16, 8, 1)],
+      4: [(64, 32, 32, 4, 1), (128, 16, 32, 8, 1)]}  # fmt: skip
+
+
+def _pieces(size: int) -> tuple[int, int, int]:
+    """Up to three powers of two, each at least 16, whose sum is the head size or little more."""
+    rest, widths = -(-max(size, 16) // 16) * 16, []
+    while rest and len(widths) < 3:
+        power = 1 << (rest.bit_length() - 1)
+        if len(widths) == 2 and power < rest:
+            power *= 2
+        widths.append(power)
+        rest -= min(power, rest)
+    if len(widths) > 1 and widths[-1] == widths[-2]:  # 64 + 32 + 32 is 64 + 64; and that is 128
+        widths = [*widths[:-2], 2 * widths[-1]]
+    if len(widths) > 1 and widths[-1] == widths[-2]:
+        widths = [*widths[:-2], 2 * widths[-1]]
+    return tuple(widths + [0] * (3 - len(widths)))  # type: ignore[return-value]
+
+
+def _blocks(table: dict, x: Tensor, *head_sizes: int) -> tuple[int, int, int, int]:
+    padded = max(sum(_pieces(size)) for size in head_sizes)
+    rows = table[2 if x.element_size() == 2 else 4]
+    return next((row[1:] for row in rows if padded <= row[0]), rows[-1][1:])
+
+
+def _arch() -> int:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return 90
+    return triton.runtime.driver.active.get_current_target().arch
+
+
+def _rows_aligned(x: Tensor) -> Tensor:
+    """The kernels want neighbours in the last dimension; anything else is copied."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _unit(*tensors: Tensor) -> int:
+    """8 where all strides are multiples of it, which lets loads be 16 bytes wide."""
+    return 8 if all(s % 8 == 0 for t in tensors for s in t.stride()[:-1]) else 1
+
+
+def _strides(x: Tensor, unit: int = 1) -> tuple[int, int, int]:
+    return x.stride(0) // unit, x.stride(1) // unit, x.stride(2) // unit
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """Float32 on tensor cores in three tf32 products, unless one is allowed: IEEE tiles of a whole head size spill."""
+    if dtype != torch.float32:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+
+
+def _heads_last(batch: int, heads: int, length: int, size: int, like: Tensor) -> Tensor:
+    """``[B, H, S, D]`` whose memory is ``[B, S, H, D]``: what the linear layer after it reads."""
+    return like.new_empty(batch, length, heads, size).transpose(1, 2)
+
+
+def _mask_options(lo: Tensor | None, hi: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor, int]:
+    if lo is None or hi is None:
+        return like, like, 0
+    lo, hi = lo.contiguous(), hi.contiguous()
+    return lo, hi, 0 if lo.shape[0] == 1 else lo.shape[1]
+
+
+def _sizes(head_size: int, value_size: int) -> dict[str, int]:
+    names = ("P1", "P2", "P3", "V1", "V2", "V3")
+    values = (*_pieces(head_size), *_pieces(value_size))
+    return {"D": head_size, "DV": value_size, **dict(zip(names, values, strict=True))}
+
+
+def interval_attention_fwd(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lo: Tensor | None,
+    hi: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    (batch, heads, q_len, size), (kv_heads, kv_len, value_size) = query.shape, value.shape[1:]
+    out = _heads_last(batch, heads, q_len, value_size, query)
+    largest, total = (torch.empty(batch, heads, q_len, dtype=torch.float32, device=query.device) for _ in range(2))
+    if out.numel() == 0:
+        return out, largest, total
+    query, key, value = (_rows_aligned(x) for x in (query, key, value))
+    group, unit = heads // kv_heads, _unit(query, key, value)
+    block_m, block_n, warps, stages = _blocks(FWD, query, size, value_size)
+    pack, splits = 1, 1
+    if group * q_len <= DECODE_ROWS:
+        pack = group
+        block_m = max(16, min(block_m, triton.next_power_of_2(group * q_len)))
+        programs = batch * kv_heads * triton.cdiv(group * q_len, block_m)
+        splits = max(1, min(MAX_SPLITS, kv_len // MIN_SPLIT_KEYS, triton.cdiv(PROGRAMS_WANTED, programs)))
+        splits = triton.next_power_of_2(splits)  # few variants to compile
+        warps = 4
+    num_tiles = triton.cdiv(pack * q_len, block_m)
+    lo, hi, mask_stride = _mask_options(lo, hi, query)
+    target, statistics = out, (largest, total)
+    if splits > 1:
+        target = torch.empty(splits, batch, heads, q_len, value_size, dtype=torch.float32, device=query.device)
+        statistics = torch.empty(2, splits, batch, heads, q_len, dtype=torch.float32, device=query.device).unbind()
+    has_sinks = sinks is not None
+    _fwd_kernel[(splits * num_tiles * batch * (heads // pack),)](
+        query, key, value, lo, hi, sinks.contiguous() if has_sinks else query, target, *statistics,
+        *_strides(query, unit), *_strides(key, unit), *_strides(value, unit),
+        *(target.stride()[:4] if splits > 1 else (0, *_strides(target))),
+        mask_stride, num_tiles, batch, q_len, kv_len, scale, softcap if softcap else 1.0,
+        H=heads, GROUP=group, PACK=pack, SPLITS=splits, UNIT=unit, HAS_MASK=lo is not query, HAS_SINKS=has_sinks,
+        SOFTCAP=bool(softcap), **_sizes(size, value_size), PRECISION=_precision(query.dtype), M=block_m, N=block_n,
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    if splits > 1:
+        _combine_kernel[(batch * heads * q_len,)](
+            target, *statistics, sinks.contiguous() if has_sinks else query, out, largest, total, *_strides(out),
+            batch * heads * q_len, q_len, H=heads, HAS_SINKS=has_sinks, SPLITS=splits,
+            SPLITS_POW2=triton.next_power_of_2(splits), DV=value_size, DV_POW2=triton.next_power_of_2(value_size),
+        )  # fmt: skip
+    return out, largest, total
+
+
+def interval_attention_bwd(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lo: Tensor | None,
+    hi: Tensor | None,
+    sinks: Tensor | None,
+    out: Tensor,
+    largest: Tensor,
+    total: Tensor,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (batch, heads, q_len, size), (kv_heads, kv_len, value_size) = query.shape, value.shape[1:]
+    dq = _heads_last(batch, heads, q_len, size, query)
+    dk = _heads_last(batch, kv_heads, kv_len, size, key)
+    dv = _heads_last(batch, kv_heads, kv_len, value_size, value)
+    delta = torch.empty(batch, heads, q_len, dtype=torch.float32, device=query.device)
+    if dq.numel() == 0 or dk.numel() == 0 or dv.numel() == 0:
+        delta = delta.zero_() if grad_lse is None else -grad_lse
+        return dq.zero_(), dk.zero_(), dv.zero_(), _dsinks(sinks, largest, total, delta, query)
+    grad, query, key, value = (_rows_aligned(x) for x in (grad, query, key, value))
+    group, unit = heads // kv_heads, _unit(grad, query, key, value)
+    lo, hi, mask_stride = _mask_options(lo, hi, query)
+    has_mask = lo is not query
+    num_rows, rows = batch * heads * q_len, 16
+    _delta_kernel[(triton.cdiv(num_rows, rows),)](
+        grad, out, query if grad_lse is None else grad_lse.contiguous(), delta, *_strides(grad), *_strides(out),
+        num_rows, q_len, H=heads, DV=value_size, DV_POW2=triton.next_power_of_2(value_size),
+        HAS_GRAD_LSE=grad_lse is not None, ROWS=rows,
+    )  # fmt: skip
+    shared = {"H": heads, "GROUP": group, "UNIT": unit, "HAS_MASK": has_mask, "SOFTCAP": bool(softcap)}
+    shared |= {"PRECISION": _precision(query.dtype), **_sizes(size, value_size)}
+    inputs = (*_strides(grad, unit), *_strides(query, unit), *_strides(key, unit), *_strides(value, unit))
+    softcap = softcap if softcap else 1.0
+
+    block_m, block_n, warps, stages = _blocks(DKV_SM100 if _arch() >= 100 else DKV, query, size, value_size)
+    num_tiles = triton.cdiv(kv_len, block_n)
+    ranges = query
+    if has_mask:
+        ranges = torch.empty(lo.shape[0], num_tiles, 4, dtype=torch.int32, device=query.device)
+        _ranges_kernel[(num_tiles, lo.shape[0])](lo, hi, ranges, num_tiles, q_len, kv_len, N=block_n, BLOCK=RANGE_BLOCK)
+    _dkv_kernel[(num_tiles * batch * kv_heads,)](
+        grad, query, key, value, lo, hi, ranges, largest, total, delta, dk, dv, *inputs, *_strides(dk), *_strides(dv),
+        mask_stride, 4 * num_tiles if mask_stride else 0, num_tiles, q_len, kv_len, scale, softcap,
+        **shared, M=block_m, N=block_n, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+
+    block_m, block_n, warps, stages = _blocks(DQ, query, size, value_size)
+    num_tiles = triton.cdiv(q_len, block_m)
+    _dq_kernel[(num_tiles * batch * heads,)](
+        grad, query, key, value, lo, hi, largest, total, delta, dq, *inputs, *_strides(dq),
+        mask_stride, num_tiles, q_len, kv_len, scale, softcap,
+        **shared, M=block_m, N=block_n, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return dq, dk, dv, _dsinks(sinks, largest, total, delta, query)
+
+
+def _dsinks(sinks: Tensor | None, largest: Tensor, total: Tensor, delta: Tensor, like: Tensor) -> Tensor:
+    """The sink's weight is exp(sink − largest) / total, and its value is zero."""
+    if sinks is None:
+        return like.new_empty(0)
+    weights = torch.exp(sinks.float()[None, :, None] - largest) / total
+    return (weights * -delta).sum((0, 2)).to(sinks.dtype)

@@ -1,0 +1,511 @@
+"""Attention where each query sees one interval of keys: every mask of a multimodal model, without a mask in memory."""
+
+import torch
+from torch import Tensor
+
+from mmlm_fast.masks import IntervalMask
+from mmlm_fast.ops._registry import autocast, check_floating, register_op, using_reference
+
+
+def interval_attention_ref(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: IntervalMask | None = None,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The definition: dense scores, softmax in float32, as transformers' eager attention computes it."""
+    groups = query.shape[1] // max(key.shape[1], 1)
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = (query @ key.transpose(-1, -2)) * scale  # [B, Hq, Sq, Skv]
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.to(_lse_dtype(query.dtype))
+    if mask is not None:
+        scores = scores.masked_fill(~mask.dense(key.shape[2])[:, None], -torch.inf)
+    least = torch.finfo(scores.dtype).min
+    largest = scores.detach().amax(-1, keepdim=True).clamp(min=least) if key.shape[2] else scores.sum(-1, keepdim=True)
+    if sinks is not None:
+        sinks = sinks.to(scores.dtype)[None, :, None, None]
+        largest = torch.maximum(largest, sinks.detach()) if key.shape[2] else sinks.detach().expand_as(largest)
+    weights = torch.exp(scores - largest)
+    total = weights.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + torch.exp(sinks - largest)
+    empty = total == 0
+    total = total.masked_fill(empty, 1)
+    out = (weights / total).to(value.dtype) @ value
+    if not return_lse:
+        return out
+    return out, (largest + total.log()).masked_fill(empty, -torch.inf)[..., 0]
+
+
+def interval_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: IntervalMask | None = None,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend: softmax(scale · QKᵀ)·V, where query i of sample b sees the keys ``mask.lo[b, i] <= j < mask.hi[b, i]``.
+
+    Memory beyond inputs and output is O(B·H·S), forward and backward. Gradients are computed without atomics: the same
+    bits every time.
+
+    Args:
+        query: ``[B, Hq, Sq, D]``, float32, float16, bfloat16 or float64. Strides are free; a last dimension that is not
+            dense is copied.
+        key, value: ``[B, Hkv, Skv, D]`` and ``[B, Hkv, Skv, Dv]``; Hkv divides Hq, and head h reads head h · Hkv / Hq.
+        mask: `IntervalMask` for Sq queries, of B samples or one for all; None: every query sees every key. A query that
+            sees no key gives zeros, and no gradient.
+        scale: Of the scores; ``D ** -0.5`` by default.
+        softcap: With it the scaled scores s become ``softcap · tanh(s / softcap)`` (Gemma 2).
+        sinks: ``[Hq]``: one more logit a head in the softmax, without a value (gpt-oss).
+        return_lse: Also return the log of the softmax's denominator, sinks included, for merging partial attentions. It
+            is differentiable.
+
+    Returns:
+        ``[B, Hq, Sq, Dv]`` in the dtype of the query; scores and sums in float32 (float64 for float64), rounded once.
+        Where our kernels computed it, its memory is laid out ``[B, Sq, Hq, Dv]``: ``transpose(1, 2).flatten(2)`` copies
+        nothing. With `return_lse` also ``[B, Hq, Sq]`` in float32, −inf for a query without keys.
+
+    Raises:
+        ValueError: for shapes, dtypes, devices or options that do not go together.
+
+    Source: FlashAttention-2 (Dao 2023) for the algorithm; what is seen is FlexAttention's and transformers' mask
+    functions, which for multimodal models are all intervals.
+    """
+    query, key, value = autocast(query, key, value)  # type: ignore[assignment]
+    _check_inputs(query, key, value, mask)
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive, got {softcap}")
+    if sinks is not None:
+        check_floating("sinks", sinks)
+        if sinks.shape != (query.shape[1],) or sinks.device != query.device:
+            raise ValueError(
+                f"sinks must be [{query.shape[1]}] on {query.device}, got {tuple(sinks.shape)} on {sinks.device}"
+            )
+    if using_reference():
+        return interval_attention_ref(
+            query, key, value, mask, scale=scale, softcap=softcap, sinks=sinks, return_lse=return_lse
+        )
+    scale = _plain(query.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is None and sinks is None and not return_lse and _sdpa_is_best(query, key, mask):
+        return _sdpa(query, key, value, mask, scale)
+    lo, hi = (None, None) if mask is None or mask.kind == "full" else (mask.lo, mask.hi)
+    softcap = 0.0 if softcap is None else _plain(softcap)
+    out, lse = _IntervalAttention.apply(query, key, value, sinks, lo, hi, scale, softcap, return_lse)
+    return (out, lse) if return_lse else out
+
+
+def interval_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attend inside each of the sequences packed end to end, without padding.
+
+    Args:
+        query: ``[Tq, Hq, D]``.
+        key, value: ``[Tk, Hkv, D]`` and ``[Tk, Hkv, Dv]``.
+        cu_seqlens_q: Where each sequence begins, and the last ends: integers ``[num_sequences + 1]``. Never read on the
+            host.
+        cu_seqlens_k: The same for the keys; by default the queries' own.
+        is_causal: Causal inside each sequence, aligned at its end.
+        scale, softcap, sinks: As in `interval_attention`.
+
+    Returns:
+        ``[Tq, Hq, Dv]``, contiguous; queries beyond the last sequence give zeros.
+
+    Raises:
+        ValueError: as `interval_attention`.
+    """
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor) or tensor.dim() != 3:
+            raise ValueError(f"{name} must be [tokens, heads, size], got {_shape(tensor)}")
+    if cu_seqlens_k is None and query.shape[0] != key.shape[0]:
+        raise ValueError(
+            f"cu_seqlens_k must be given where keys are not as many as queries, got {_shape(key)} for {_shape(query)}"
+        )
+    mask = IntervalMask.packed(
+        cu_seqlens_q, query.shape[0], is_causal=is_causal, cu_seqlens_k=cu_seqlens_k, kv_len=key.shape[0]
+    )
+    q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
+    out = interval_attention(q, k, v, mask, scale=scale, softcap=softcap, sinks=sinks)
+    assert isinstance(out, Tensor)
+    return out[0].transpose(0, 1)
+
+
+def _shape(thing: object) -> object:
+    return tuple(thing.shape) if isinstance(thing, Tensor) else type(thing).__name__
+
+
+def _plain(number: float) -> float:
+    """A constant in graphs with dynamic shapes too, where Dynamo makes symbols of floats."""
+    return number if type(number) is float else number.__float__()
+
+
+def _check_inputs(query: Tensor, key: Tensor, value: Tensor, mask: IntervalMask | None) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_floating(name, tensor)
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must be [B, heads, tokens, size], got {tuple(tensor.shape)}")
+        if tensor.dtype != query.dtype or tensor.device != query.device:
+            raise ValueError(f"{name} must be {query.dtype} on {query.device}, got {tensor.dtype} on {tensor.device}")
+    batch, heads, q_len, size = query.shape
+    if key.shape[0] != batch or key.shape[3] != size or value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            f"key must be [{batch}, Hkv, Skv, {size}] and value [{batch}, Hkv, Skv, Dv], got {tuple(key.shape)} and "
+            f"{tuple(value.shape)}"
+        )
+    if key.shape[1] == 0 or heads % key.shape[1]:
+        raise ValueError(f"heads of key must divide those of query, got {key.shape[1]} for {heads}")
+    if size == 0 or value.shape[3] == 0:
+        raise ValueError(f"head size must be at least 1, got {size} and {value.shape[3]}")
+    if mask is None:
+        return
+    if not isinstance(mask, IntervalMask):
+        raise ValueError(
+            f"mask must be an IntervalMask, got {type(mask).__name__}; IntervalMask.from_dense takes a bool tensor"
+        )
+    if mask.q_len != q_len or mask.batch_size not in (1, batch):
+        raise ValueError(
+            f"mask must be for {batch} samples (or 1) of {q_len} queries, got {mask.batch_size} of {mask.q_len}"
+        )
+    if mask.device != query.device:
+        raise ValueError(f"mask must be on {query.device}, got {mask.device}")
+
+
+# ---- the best kernel there is where nothing is masked --------------------------------------------------------------
+
+# On a CPU the call of our core costs more than torch's; below this many scores that decides (measured, CONTRIBUTING).
+SMALL_SCORES = 2**17
+
+
+def _sdpa_is_best(query: Tensor, key: Tensor, mask: IntervalMask | None) -> bool:
+    kind = "full" if mask is None else mask.kind
+    if kind is None or key.shape[2] == 0:
+        return False
+    if query.is_cuda or kind == "full":
+        return True
+    scores = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
+    return query.device.type == "cpu" and not torch.compiler.is_compiling() and scores < SMALL_SCORES
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: IntervalMask | None, scale: float) -> Tensor:
+    is_causal = mask is not None and mask.kind == "causal"
+    grouped = True if query.shape[1] != key.shape[1] else False  # noqa: SIM210  a symbol under dynamic shapes
+    if query.is_cuda and not torch.compiler.is_compiling() and _cudnn_takes(query, key, value, is_causal, grouped):
+        wants_lse = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+        return torch.ops.aten._scaled_dot_product_cudnn_attention(
+            query, key, value, None, wants_lse, 0.0, is_causal, False, scale=scale
+        )[0]
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=is_causal, scale=scale, enable_gqa=grouped
+    )
+
+
+def _cudnn_takes(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, grouped: bool) -> bool:
+    """cuDNN's attention is the faster one from Hopper on; torch does not choose it first."""
+    if torch.cuda.get_device_capability(query.device)[0] < 9:
+        return False
+    parameters = torch.backends.cuda.SDPAParams(query, key, value, None, 0.0, is_causal, grouped)
+    return torch.backends.cuda.can_use_cudnn_attention(parameters)
+
+
+# ---- the native core: float32 and bfloat16 on a CPU ----------------------------------------------------------------
+
+_NATIVE_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def _heads(x: Tensor) -> tuple[int, ...]:
+    return (x.data_ptr(), *x.stride()[:3])
+
+
+def _native(x: Tensor) -> Tensor:
+    """As the native core reads it: a number type it knows, rows dense."""
+    if x.dtype not in _NATIVE_TYPES:
+        x = x.float()
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _is_native(query: Tensor, key: Tensor) -> bool:
+    return query.device.type == "cpu" and query.dtype != torch.float64 and query.numel() > 0 and key.numel() > 0
+
+
+def _native_bounds(lo: Tensor | None, hi: Tensor | None) -> tuple[int, int, int]:
+    if lo is None or hi is None:
+        return 0, 0, 0
+    return lo.data_ptr(), hi.data_ptr(), 0 if lo.shape[0] == 1 else lo.shape[1]
+
+
+def _portable_fwd(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lo: Tensor | None,
+    hi: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from mmlm_fast import _C
+
+    if not _is_native(query, key):
+        return _chunked_fwd(query, key, value, lo, hi, sinks, scale, softcap)
+    (batch, heads, q_len, size), (kv_heads, kv_len, value_size) = query.shape, value.shape[1:]
+    dtype = query.dtype
+    query, key, value = _native(query), _native(key), _native(value)
+    lo, hi = (None, None) if lo is None or hi is None else (lo.contiguous(), hi.contiguous())
+    out = _heads_last(batch, heads, q_len, value_size, query)
+    largest, total = (query.new_empty(batch, heads, q_len, dtype=torch.float32) for _ in range(2))
+    sinks = None if sinks is None else sinks.float().contiguous()
+    _C.attention_forward(
+        _NATIVE_TYPES[query.dtype], (batch, heads, kv_heads, q_len, kv_len, size, value_size), scale, softcap,
+        (_heads(query), _heads(key), _heads(value), _heads(out)), *_native_bounds(lo, hi),
+        0 if sinks is None else sinks.data_ptr(), largest.data_ptr(), total.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out if out.dtype == dtype else out.to(dtype), largest, total
+
+
+def _portable_bwd(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lo: Tensor | None,
+    hi: Tensor | None,
+    sinks: Tensor | None,
+    out: Tensor,
+    largest: Tensor,
+    total: Tensor,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from mmlm_fast import _C
+
+    if not _is_native(query, key):
+        return _chunked_bwd(grad, grad_lse, query, key, value, lo, hi, sinks, out, largest, total, scale, softcap)
+    (batch, heads, q_len, size), (kv_heads, kv_len, value_size) = query.shape, value.shape[1:]
+    dtype = query.dtype
+    query, key, value, grad, out = (_native(x) for x in (query, key, value, grad, out))
+    lo, hi = (None, None) if lo is None or hi is None else (lo.contiguous(), hi.contiguous())
+    largest, total = largest.contiguous(), total.contiguous()
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    dq = _heads_last(batch, heads, q_len, size, query)
+    dk = _heads_last(batch, kv_heads, kv_len, size, query)
+    dv = _heads_last(batch, kv_heads, kv_len, value_size, query)
+    delta = torch.empty_like(total)
+    _C.attention_backward(
+        _NATIVE_TYPES[query.dtype], (batch, heads, kv_heads, q_len, kv_len, size, value_size), scale, softcap,
+        (_heads(query), _heads(key), _heads(value), _heads(out)), *_native_bounds(lo, hi), largest.data_ptr(),
+        total.data_ptr(), (_heads(grad), _heads(dq), _heads(dk), _heads(dv)),
+        0 if grad_lse is None else grad_lse.data_ptr(), delta.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return dq.to(dtype), dk.to(dtype), dv.to(dtype), _dsinks(sinks, largest, total, delta, query)
+
+
+# ---- float64, and what no kernel takes, on any device ---------------------------------------------------------------
+
+# Scores a step holds, in numbers: 32 MiB in float64, little beside the dense mask of a long sequence.
+STEP_SCORES = 2**22
+
+
+def _lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _heads_last(batch: int, heads: int, length: int, size: int, like: Tensor) -> Tensor:
+    return like.new_empty(batch, length, heads, size).transpose(1, 2)
+
+
+def _steps(query: Tensor, key: Tensor, lo: Tensor | None, hi: Tensor | None):
+    """Rows of queries, the keys they need, and which of these each sees (None: all)."""
+    batch, heads, q_len, _ = query.shape
+    kv_len = key.shape[2]
+    rows = max(1, min(q_len, STEP_SCORES // max(1, batch * heads * kv_len)))
+    for start in range(0, q_len, rows):
+        stop = min(start + rows, q_len)
+        if lo is None or hi is None:
+            yield slice(start, stop), slice(0, kv_len), None
+            continue
+        low, high = lo[:, start:stop].clamp(min=0), hi[:, start:stop].clamp(max=kv_len)
+        first, last = 0, kv_len
+        if lo.device.type == "cpu":  # elsewhere looking would wait for the device
+            alive = high > low
+            first = int(torch.where(alive, low, kv_len).min()) if alive.numel() else kv_len
+            last = max(first, int(torch.where(alive, high, 0).max()) if alive.numel() else 0)
+        keys = torch.arange(first, last, device=lo.device)
+        visible = (keys >= low[..., None]) & (keys < high[..., None])
+        yield slice(start, stop), slice(first, last), visible[:, None, None]
+
+
+def _step_scores(
+    query: Tensor, key: Tensor, visible: Tensor | None, scale: float, softcap: float
+) -> tuple[Tensor, Tensor | None]:
+    """Scores [B, Hkv, G, rows, keys] with −inf where not visible, and tanh of the capped ones."""
+    scores = torch.matmul(query, key.transpose(-1, -2)[:, :, None]).mul_(scale)
+    tanh = None
+    if softcap:
+        tanh = torch.tanh_(scores.div_(softcap))
+        scores = tanh * softcap
+    if visible is not None:
+        scores.masked_fill_(~visible, -torch.inf)
+    return scores, tanh
+
+
+def _chunked_fwd(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lo: Tensor | None,
+    hi: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    (batch, heads, q_len, _), (kv_heads, _, value_size) = query.shape, value.shape[1:]
+    dtype = _lse_dtype(query.dtype)
+    out = _heads_last(batch, heads, q_len, value_size, query)
+    largest, total = (query.new_empty(batch, heads, q_len, dtype=dtype) for _ in range(2))
+    grouped = (batch, kv_heads, heads // kv_heads)
+    sink = None if sinks is None else sinks.to(dtype).view(1, *grouped[1:], 1)
+    for rows, keys, visible in _steps(query, key, lo, hi):
+        q = query[:, :, rows].unflatten(1, grouped[1:]).to(dtype)
+        scores, _ = _step_scores(q, key[:, :, keys].to(dtype), visible, scale, softcap)
+        m = scores.amax(-1) if scores.shape[-1] else scores.new_full(scores.shape[:-1], -torch.inf)
+        if sink is not None:
+            m = torch.maximum(m, sink)
+        weights = scores.sub_(torch.where(m == -torch.inf, 0, m)[..., None]).exp_()
+        t = weights.sum(-1)
+        if sink is not None:
+            t = t + torch.exp(sink - m)
+        weights.div_(torch.where(t == 0, 1, t)[..., None])
+        out[:, :, rows] = torch.matmul(weights, value[:, :, None, keys].to(dtype)).flatten(1, 2).to(out.dtype)
+        largest[:, :, rows], total[:, :, rows] = m.flatten(1, 2), t.flatten(1, 2)
+    return out, largest, total
+
+
+def _chunked_bwd(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lo: Tensor | None,
+    hi: Tensor | None,
+    sinks: Tensor | None,
+    out: Tensor,
+    largest: Tensor,
+    total: Tensor,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (batch, heads, q_len, size), (kv_heads, kv_len, value_size) = query.shape, value.shape[1:]
+    grouped = (kv_heads, heads // kv_heads)
+    dtype = total.dtype
+    dq = _heads_last(batch, heads, q_len, size, query)
+    dk = _heads_last(batch, kv_heads, kv_len, size, key.new_empty(0, dtype=dtype)).zero_()
+    dv = _heads_last(batch, kv_heads, kv_len, value_size, value.new_empty(0, dtype=dtype)).zero_()
+    delta = (grad.to(dtype) * out.to(dtype)).sum(-1)
+    if grad_lse is not None:
+        delta = delta - grad_lse
+    for rows, keys, visible in _steps(query, key, lo, hi):
+        q, g = (x[:, :, rows].unflatten(1, grouped).to(dtype) for x in (query, grad))
+        k, v = (x[:, :, keys].to(dtype) for x in (key, value))
+        m, t, d = (x[:, :, rows].unflatten(1, grouped)[..., None] for x in (largest, total, delta))
+        scores, tanh = _step_scores(q, k, visible, scale, softcap)
+        weights = scores.sub_(torch.where(m == -torch.inf, 0, m)).exp_().div_(torch.where(t == 0, 1, t))
+        dv[:, :, keys] += (weights.transpose(-1, -2) @ g).sum(2)
+        dscores = torch.matmul(g, v.transpose(-1, -2)[:, :, None]).sub_(d).mul_(weights)
+        if tanh is not None:
+            dscores.mul_(1 - tanh * tanh)
+        dscores.mul_(scale)
+        dq[:, :, rows] = (dscores @ k[:, :, None]).flatten(1, 2).to(dq.dtype)
+        dk[:, :, keys] += (dscores.transpose(-1, -2) @ q).sum(2)
+    return dq, dk.to(key.dtype), dv.to(value.dtype), _dsinks(sinks, largest, total, delta, query)
+
+
+def _dsinks(sinks: Tensor | None, largest: Tensor, total: Tensor, delta: Tensor, like: Tensor) -> Tensor:
+    """The sink's weight is exp(sink − largest) / total, and its value is zero."""
+    if sinks is None:
+        return like.new_empty(0)
+    weights = torch.exp(sinks.to(total.dtype)[None, :, None] - largest) / total
+    return (weights * -delta).sum((0, 2)).to(sinks.dtype)
+
+
+def _fake_fwd(query, key, value, lo, hi, sinks, scale, softcap):
+    batch, heads, q_len, _ = query.shape
+    largest, total = (query.new_empty(batch, heads, q_len, dtype=_lse_dtype(query.dtype)) for _ in range(2))
+    return _heads_last(batch, heads, q_len, value.shape[3], query), largest, total
+
+
+def _fake_bwd(grad, grad_lse, query, key, value, lo, hi, sinks, out, largest, total, scale, softcap):
+    gradients = []
+    for x in (query, key, value):
+        batch, heads, length, size = x.shape
+        gradients.append(_heads_last(batch, heads, length, size, x))
+    return (*gradients, query.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape))
+
+
+def _kernel_takes(query: Tensor, key: Tensor, value: Tensor, *_: object) -> bool:
+    """Not float64; and float32 tiles of larger heads do not fit into registers."""
+    largest = max(query.shape[-1], value.shape[-1])
+    return query.dtype != torch.float64 and largest <= (128 if query.dtype == torch.float32 else 512)
+
+
+# Result: the output, and of each row's scores (sinks included) the largest and Σ exp(score − largest). Their
+# log-sum-exp alone would not do: its rounding error is larger than that of the weights. A softcap of 0 is none.
+_fwd = register_op(
+    "interval_attention_fwd(Tensor query, Tensor key, Tensor value, Tensor? lo, Tensor? hi, Tensor? sinks, float scale,"
+    " float softcap) -> (Tensor, Tensor, Tensor)",
+    portable=_portable_fwd,
+    kernel="mmlm_kernels.interval_attention:interval_attention_fwd",
+    fake=_fake_fwd,
+    kernel_takes=_kernel_takes,
+)
+# Result: gradients of query, key, value, and of sinks (empty without them).
+_bwd = register_op(
+    "interval_attention_bwd(Tensor grad, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor? lo,"
+    " Tensor? hi, Tensor? sinks, Tensor out, Tensor largest, Tensor total, float scale, float softcap)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    portable=_portable_bwd,
+    kernel="mmlm_kernels.interval_attention:interval_attention_bwd",
+    fake=_fake_bwd,
+    kernel_takes=lambda grad, grad_lse, *rest: _kernel_takes(*rest),
+)
+
+
+class _IntervalAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, sinks, lo, hi, scale, softcap, return_lse):
+        out, largest, total = _fwd(query, key, value, lo, hi, sinks, scale, softcap)
+        ctx.save_for_backward(query, key, value, sinks, lo, hi, out, largest, total)
+        ctx.options = scale, softcap
+        ctx.set_materialize_grads(False)
+        return out, largest + total.log() if return_lse else None
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, grad_lse):
+        query, key, value, sinks, lo, hi, out, *statistics = ctx.saved_tensors
+        grad = torch.zeros_like(out) if grad is None else grad
+        dq, dk, dv, dsinks = _bwd(grad, grad_lse, query, key, value, lo, hi, sinks, out, *statistics, *ctx.options)
+        return dq, dk, dv, None if sinks is None else dsinks, None, None, None, None, None

@@ -1,0 +1,359 @@
+"""Attention inside transformers' models, against eager: outputs, gradients, generation, masks, compilation."""
+
+import copy
+import warnings
+
+import pytest
+import tiny_models
+import torch
+import transformers
+from transformers import LlamaConfig, masking_utils
+from transformers.cache_utils import DynamicCache, StaticCache
+
+import mmlm_fast.hf
+from mmlm_fast.hf import attention as attention_module
+from mmlm_fast.hf.interval_mask import interval_mask, say_once
+from mmlm_fast.masks import IntervalMask
+from mmlm_fast.testing import difference
+
+transformers.logging.set_verbosity_error()
+
+
+@pytest.fixture(autouse=True)
+def _say_again():
+    say_once.cache_clear()
+
+
+def run(model, tiny, double=False):
+    """Output where it means something, and the gradients of all parameters in one tensor.
+
+    Exact is sdpa in float64: eager computes its softmax in float32 even then.
+    """
+    inputs = {k: v.double() if double and v.is_floating_point() else v for k, v in tiny.inputs.items()}
+    model.zero_grad()
+    out = tiny_models.output_of(model, inputs)
+    if tiny.valid is not None and out.dim() == 3 and out.shape[:2] == tiny.valid.shape:
+        out = out[tiny.valid]
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    (out * weights).sum().backward()
+    gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    return out.detach(), torch.cat(gradients)
+
+
+@pytest.mark.parametrize("name", tiny_models.MODELS)
+def test_outputs_and_gradients(name):
+    tiny = tiny_models.MODELS[name]()
+    eager, ours = tiny.build("eager"), tiny.build("mmlm_fast")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        actual = run(ours, tiny)
+        run(ours, tiny)
+    said = [str(w.message) for w in said if "mmlm_fast" in str(w.message)]
+    assert len(said) == len(tiny.says), said
+    assert all(any(part in message for message in said) for part in tiny.says)
+    twin, exact = run(eager, tiny), run(tiny.build("sdpa", torch.float64), tiny, double=True)
+    for what, a, t, e in zip(("output", "gradients"), actual, twin, exact, strict=True):
+        found = difference(a, t, e)
+        assert found.ok, f"{what}: error {found.error:.2e}, allowed {found.allowed:.2e}"
+
+
+@pytest.mark.parametrize("name", [n for n, build in tiny_models.MODELS.items() if build().generates])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_greedy_generation_token_by_token(name, cache):
+    tiny = tiny_models.MODELS[name]()
+    inputs = {k: v for k, v in tiny.inputs.items() if k != "decoder_input_ids"}
+    options = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+    if cache == "static":
+        options["cache_implementation"] = "static"
+    tokens = [tiny.build(implementation).generate(**inputs, **options) for implementation in ("eager", "mmlm_fast")]
+    assert torch.equal(*tokens)
+    assert tokens[0].shape[1] >= 8
+
+
+def test_bfloat16_and_float16():
+    for dtype in (torch.bfloat16, torch.float16):
+        tiny = tiny_models.gemma3()
+        tiny.inputs["pixel_values"] = tiny.inputs["pixel_values"].to(dtype)
+        actual, twin = (run(tiny.build(name, dtype), tiny) for name in ("mmlm_fast", "eager"))
+        exact = run(tiny.build("sdpa", torch.float64), tiny, double=True)
+        for a, t, e in zip(actual, twin, exact, strict=True):
+            assert difference(a, t, e).ok
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_packed_towers_call_once_a_layer(name, monkeypatch):
+    """After the first layer of the first call has shown that its tower loops over pieces, no layer does."""
+    tiny = tiny_models.MODELS[name]()
+    model, calls = tiny.build("mmlm_fast"), []
+    inner = attention_module.interval_attention
+    monkeypatch.setattr(
+        attention_module, "interval_attention", lambda *a, **k: (calls.append(a[0].shape), inner(*a, **k))[1]
+    )
+    first = tiny_models.output_of(model, tiny.inputs)
+    assert len(calls) > 3 + 2
+    calls.clear()
+    assert torch.allclose(tiny_models.output_of(model, tiny.inputs), first, atol=1e-6)
+    assert len(calls) == 3 + 2  # layers of the tower and of the decoder
+    assert [shape[2] for shape in calls[:3]] == [96, 96, 96]
+    assert model.config.get_text_config()._attn_implementation == "mmlm_fast"
+    model.set_attn_implementation("eager")
+    assert model.config.vision_config._attn_implementation == "eager"
+    tiny.build("eager").set_attn_implementation(
+        {"": "mmlm_fast", "text_config": "mmlm_fast", "vision_config": "mmlm_flash"}
+    )
+
+
+def test_image_blocks_reach_the_kernel_as_intervals(monkeypatch):
+    """Which transformers' flash path drops."""
+    tiny, seen = tiny_models.gemma3(), []
+    inner = attention_module.interval_attention
+    monkeypatch.setattr(attention_module, "interval_attention", lambda *a, **k: (seen.append(a[3]), inner(*a, **k))[1])
+    tiny_models.output_of(tiny.build("mmlm_fast"), tiny.inputs)
+    masks = [m for m in seen if m is not None]
+    assert len(masks) == 2
+    sliding, full = masks
+    assert full.hi[0, 4:8].tolist() == [8] * 4
+    assert full.hi[0, 8:12].tolist() == [9, 10, 11, 12]
+    assert sliding.lo[0, 20] == 13
+
+
+# ---- masks -----------------------------------------------------------------------------------------------------------
+
+
+def compared(config_changes, build):
+    """Every mask that `build` makes, as intervals and as transformers' dense mask."""
+    made = []
+
+    def both(**arguments):
+        ours = interval_mask(**arguments)
+        arguments |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        made.append((ours, masking_utils.sdpa_mask(**arguments), arguments))
+        return ours
+
+    transformers.AttentionMaskInterface.register("compared", both)
+    transformers.AttentionInterface.register("compared", lambda *a, **k: None)
+    config = LlamaConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, **config_changes)
+    config._attn_implementation = "compared"
+    build(config)
+    assert made
+    for ours, dense, arguments in made:
+        if ours is None:
+            plain = masking_utils.sdpa_mask(
+                **(arguments | {"allow_is_causal_skip": True, "allow_is_bidirectional_skip": True})
+            )
+            assert plain is None
+        else:
+            assert ours.dtype == torch.int32, "went dense"
+            assert ours.shape == (*dense.shape[:3], 2)
+            mask = IntervalMask(ours[:, 0, :, 0], ours[:, 0, :, 1])
+            assert torch.equal(mask.dense(dense.shape[-1])[:, None], dense)
+    return made
+
+
+LENGTH = 37
+EMBEDS = torch.zeros(3, LENGTH, 32)
+PADDING = {name: torch.ones(3, LENGTH, dtype=torch.long) for name in ("full", "left", "right", "empty")}
+PADDING["left"][0, :5] = PADDING["left"][2, :9] = PADDING["right"][1, 30:] = PADDING["empty"][1] = 0
+BLOCK_IDS = torch.full((3, LENGTH), -1)
+BLOCK_IDS[:, 4:10], BLOCK_IDS[:, 20:29] = 0, 1
+PACKED = torch.cat([torch.arange(11), torch.arange(20), torch.arange(6)])[None].expand(3, -1)
+BUILDERS = {
+    "causal": ({}, masking_utils.create_causal_mask),
+    "sliding": ({"sliding_window": 8}, masking_utils.create_sliding_window_causal_mask),
+    "chunked": ({"attention_chunk_size": 8}, masking_utils.create_chunked_causal_mask),
+}
+
+
+@pytest.mark.parametrize("padding", [None, *PADDING])
+@pytest.mark.parametrize("kind", BUILDERS)
+def test_masks_of_decoders(kind, padding):
+    changes, create = BUILDERS[kind]
+    mask = None if padding is None else PADDING[padding]
+    compared(changes, lambda config: create(config, EMBEDS, mask, None))
+    if kind != "chunked":
+        compared(changes, lambda config: create(config, EMBEDS, mask, None, block_sequence_ids=BLOCK_IDS))
+
+
+@pytest.mark.parametrize("padding", [None, *PADDING])
+def test_masks_of_encoders(padding):
+    mask = None if padding is None else PADDING[padding]
+    compared({}, lambda config: masking_utils.create_bidirectional_mask(config, EMBEDS, mask))
+    window = {"sliding_window": 6}
+    compared(window, lambda config: masking_utils.create_bidirectional_sliding_window_mask(config, EMBEDS, mask))
+    keys = torch.zeros(3, 19, 32)
+    compared(
+        {}, lambda config: masking_utils.create_bidirectional_mask(config, EMBEDS, None, encoder_hidden_states=keys)
+    )
+
+
+@pytest.mark.parametrize("kind", ["causal", "sliding"])
+def test_masks_of_packed_sequences(kind):
+    changes, create = BUILDERS[kind]
+    compared(changes, lambda config: create(config, EMBEDS, None, None, position_ids=PACKED))
+
+
+@pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
+@pytest.mark.parametrize("kind", ["causal", "sliding"])
+def test_masks_with_caches(kind, cache_class):
+    changes, create = BUILDERS[kind]
+    layers = {"layer_types": ["sliding_attention"] * 2} if kind == "sliding" else {}
+    config = LlamaConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, **changes, **layers)
+    cache = cache_class(config=config, **({"max_cache_len": 64} if cache_class is StaticCache else {}))
+    seen = 0
+    for step in (37, 1, 1, 3):
+        seen += step
+        mask = torch.ones(3, seen, dtype=torch.long)
+        mask[0, :5] = 0
+        for padding in (mask, None):
+            compared(changes | layers, lambda c: create(c, torch.zeros(3, step, 32), padding, cache))  # noqa: B023
+        for layer in range(2):
+            cache.update(torch.zeros(3, 4, step, 8), torch.zeros(3, 4, step, 8), layer)
+
+
+@pytest.mark.parametrize(
+    "reason", ["padding with holes", "an image that stands in two places", "not transformers' own"]
+)
+def test_what_is_no_interval_goes_dense_and_says_so_once(reason):
+    mask, changes = None, {}
+    if reason == "padding with holes":
+        mask = PADDING["full"].clone()
+        mask[1, 10:12] = 0
+    elif reason.startswith("an image"):
+        changes["block_sequence_ids"] = torch.where(BLOCK_IDS >= 0, 0, -1)
+    else:
+        changes["and_mask_function"] = lambda b, h, q, k: (q + k) % 2 == 0
+    config = LlamaConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=2)
+    results = []
+    for name in ("mmlm_fast", "sdpa"):
+        config._attn_implementation = name
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                results.append(masking_utils.create_causal_mask(config, EMBEDS, mask, None, **changes))
+        said = [w for w in said if "mmlm_fast" in str(w.message)]
+        assert len(said) == (name == "mmlm_fast")
+        assert all(reason in str(w.message) for w in said)
+    assert results[0].dtype == torch.bool
+    assert torch.equal(results[0], results[2])
+
+
+class Layer(torch.nn.Module):
+    is_causal = True
+    num_key_value_groups = 2
+
+
+def call(name, *args, **kwargs):
+    return transformers.AttentionInterface()[name](Layer(), *args, **kwargs)[0]
+
+
+@pytest.mark.parametrize(
+    "what", ["dropout", "position_bias", "float mask", "softcap with a float mask", "sinks with dropout"]
+)
+def test_dense_paths(what):
+    """What no kernel does: the same as transformers' sdpa, or eager for caps and sinks."""
+    q, k, v = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
+    bounds = interval_mask(2, 9, 9, attention_mask=torch.tensor([[1] * 9, [0] * 3 + [1] * 6]).bool())
+    dense = IntervalMask(bounds[:, 0, :, 0], bounds[:, 0, :, 1]).dense(9)[:, None]
+    bias = torch.randn(2, 4, 9, 9)
+    with pytest.warns(UserWarning, match=r"mmlm_fast: Layer: .*dense mask"):  # noqa: PT031
+        if what == "dropout":
+            torch.manual_seed(3)
+            ours = call("mmlm_fast", q, k, v, bounds, dropout=0.5)
+            torch.manual_seed(3)
+            assert torch.equal(ours, call("sdpa", q, k, v, dense, dropout=0.5))
+        elif what == "position_bias":
+            ours = call("mmlm_fast", q, k, v, bounds, position_bias=bias)
+            assert torch.equal(ours, call("sdpa", q, k, v, dense, position_bias=bias))
+        elif what == "float mask":
+            assert torch.equal(call("mmlm_fast", q, k, v, bias), call("sdpa", q, k, v, bias))
+        elif what.startswith("softcap"):
+            additive = torch.where(dense, 0.0, -torch.inf)
+            ours = call("mmlm_fast", q, k, v, additive, softcap=2.0)
+            torch.testing.assert_close(ours[:, 3:], call("mmlm_fast", q, k, v, bounds, softcap=2.0)[:, 3:])
+        else:
+            sinks = torch.randn(4)
+            kept = call("mmlm_fast", q, k, v, bounds, s_aux=sinks)
+            dropped = torch.stack([call("mmlm_fast", q, k, v, bounds, s_aux=sinks, dropout=0.01) for _ in range(300)])
+            torch.testing.assert_close(dropped.mean(0), kept, atol=0.05, rtol=0.05)
+
+
+def test_without_a_mask():
+    """Causal by the module's word or the call's; a static cache's empty room is cut off; a single query sees all."""
+    q, k, v = torch.randn(1, 4, 9, 8), torch.randn(1, 2, 12, 8), torch.randn(1, 2, 12, 8)
+    for is_causal in (None, True, False):
+        torch.testing.assert_close(
+            call("mmlm_fast", q, k, v, None, is_causal=is_causal), call("sdpa", q, k, v, None, is_causal=is_causal)
+        )
+    torch.testing.assert_close(call("mmlm_fast", q[:, :, :1], k, v, None), call("sdpa", q[:, :, :1], k, v, None))
+    with torch.inference_mode():
+        inside = call("mmlm_fast", q, k, v, None)
+    q.requires_grad_()
+    assert torch.equal(call("mmlm_fast", q, k, v, None).detach(), inside)
+
+
+def test_cu_seqlens():
+    cu = torch.tensor([0, 4, 4, 9], dtype=torch.int32)
+    q, k, v = (torch.randn(1, h, 9, 8) for h in (4, 2, 2))
+    ours = call("mmlm_flash", q, k, v, None, is_causal=False, cu_seq_lens_q=cu, cu_seq_lens_k=cu, max_length_q=5)
+    parts = [call("sdpa", *(x[:, :, a:b] for x in (q, k, v)), None, is_causal=False) for a, b in ((0, 4), (4, 9))]
+    torch.testing.assert_close(ours, torch.cat(parts, 1))
+
+
+def test_gradient_checkpointing_and_training_step():
+    tiny = tiny_models.gemma3()
+    gradients = []
+    for implementation in ("eager", "mmlm_fast"):
+        model = tiny.build(implementation).train()
+        model.gradient_checkpointing_enable()
+        # A padded row sees nothing; eager averages over everything there. Nor may its prediction count.
+        labels = tiny.inputs["input_ids"].masked_fill(~tiny.valid | ~tiny.valid.roll(1, 1), -100)
+        model(**tiny.inputs, labels=labels).loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
+
+
+def test_compiles_in_one_graph():
+    """The mask built inside the graph; new padding does not compile again."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    tiny = tiny_models.llava()
+    decoder = tiny.build("mmlm_fast").model.language_model
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(decoder, fullgraph=True, backend=counter)
+    ids = torch.randint(5, 90, (2, 16))
+    for padding in (3, 7):
+        mask = torch.ones_like(ids)
+        mask[1, :padding] = 0
+        ours = compiled(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        theirs = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        torch.testing.assert_close(ours[mask.bool()], theirs[mask.bool()], atol=1e-5, rtol=1e-5)
+        ours.sum().backward()
+    assert counter.frame_count == 1
+
+
+def test_compiled_generation_with_a_static_cache():
+    from transformers.generation.configuration_utils import CompileConfig
+
+    tiny = tiny_models.llava()
+    model = tiny.build("mmlm_fast")
+    compile_config = CompileConfig(fullgraph=True, dynamic=False, backend="aot_eager", mode=None)
+    compile_config._compile_all_devices = True
+    options = dict(max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0, cache_implementation="static")
+    plain = model.generate(**tiny.inputs, **options)
+    assert torch.equal(plain, model.generate(**tiny.inputs, **options, compile_config=compile_config))
+
+
+def test_saved_models_do_not_need_us(tmp_path):
+    tiny = tiny_models.llava()
+    tiny.build("mmlm_fast").save_pretrained(tmp_path)
+    assert "mmlm" not in (tmp_path / "config.json").read_text()
+    loaded = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="mmlm_fast")
+    assert loaded.config._attn_implementation == "mmlm_fast"
+    copy.deepcopy(loaded)
+
+
+def test_registered_by_import():
+    assert mmlm_fast.hf.register is not None
+    for name in ("mmlm_fast", "mmlm_flash"):
+        assert name in transformers.AttentionInterface().valid_keys()
+        assert name in transformers.AttentionMaskInterface().valid_keys()
