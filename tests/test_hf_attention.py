@@ -301,15 +301,17 @@ def test_cu_seqlens():
 
 def test_gradient_checkpointing_and_training_step():
     tiny = tiny_models.gemma3()
-    gradients = []
-    for implementation in ("eager", "mmlm_fast"):
-        model = tiny.build(implementation).train()
+    pixels, gradients = tiny.inputs["pixel_values"], []
+    for implementation, dtype in (("mmlm_fast", torch.float32), ("eager", torch.float32), ("sdpa", torch.float64)):
+        model = tiny.build(implementation, dtype).train()
         model.gradient_checkpointing_enable()
+        tiny.inputs["pixel_values"] = pixels.to(dtype)
         # A padded row sees nothing; eager averages over everything there. Nor may its prediction count.
         labels = tiny.inputs["input_ids"].masked_fill(~tiny.valid | ~tiny.valid.roll(1, 1), -100)
         model(**tiny.inputs, labels=labels).loss.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
-    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
+    found = difference(*gradients)
+    assert found.ok, f"error {found.error:.2e}, allowed {found.allowed:.2e}"
 
 
 def test_compiles_in_one_graph():

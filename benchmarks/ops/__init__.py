@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 from mmlm_benchmarks.harness import Case
 from mmlm_fast.testing import difference, gradients
 
-OPS = ("concat_linear", "fuse_modalities")
+OPS = ("concat_linear", "fuse_modalities", "interval_attention")
 
 
 def op_case(

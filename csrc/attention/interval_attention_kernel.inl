@@ -1,5 +1,8 @@
 // Included once per ISA with MMLM_ISA naming the symbols' suffix. Layouts and idea: interval_attention.h.
 //
+// Every sum over keys, queries or the head size is a sum of sums of at most 128 terms, which keeps the error of long
+// sequences at that of matrix products in blocks.
+//
 // Floor: 2 * size + 2 * value_size flops a visible pair forward, 2.5 times that backward. The inner loops keep
 // kRows x 2 vectors of sums in registers: on AVX2 12 multiply-adds for 8 loads.
 #include <algorithm>
@@ -29,7 +32,8 @@ constexpr int kRows = 6;
 #else
 constexpr int kRows = 4;
 #endif
-constexpr int kKeys = 96;  // keys of a tile: K and V of it stay in L2, scores of a block in L1
+constexpr int kTerms = 64;  // of a sum before it is added to the others: sums of sums err less
+constexpr int kKeys = 128;  // keys of a tile: K and V of it stay in L2, scores of a block in L1
 constexpr int kTile = kAttentionTile;
 constexpr int kFewRows = kLanes / 2;  // up to so many rows, lanes along queries would be half idle
 constexpr float kInf = std::numeric_limits<float>::infinity();
@@ -187,21 +191,30 @@ MMLM_INLINE void product(const float* a, int64_t a_stride, const float* b, int d
                          float* out) {
   in_rows(begin, end, [&](auto rows, int n) {
     constexpr int R = decltype(rows)::value;
-    V acc[R][2] = {};
     const float* from = a + n * a_stride;
-    for (int d = 0; d < depth; ++d) {
-      const V b0 = load(b + d * kBlock), b1 = load(b + d * kBlock + kLanes);
+    for (int first = 0; first < depth; first += kTerms) {
+      V acc[R][2] = {};
+      const int last = std::min(first + kTerms, depth);
+      for (int d = first; d < last; ++d) {
+        const V b0 = load(b + d * kBlock), b1 = load(b + d * kBlock + kLanes);
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r) {
+          const V x = broadcast(from[r * a_stride + d]);
+          acc[r][0] += x * b0;
+          acc[r][1] += x * b1;
+        }
+      }
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) {
-        const V x = broadcast(from[r * a_stride + d]);
-        acc[r][0] += x * b0;
-        acc[r][1] += x * b1;
+        float* to = out + (n + r) * kBlock;
+        if (first == 0) {
+          store(to, acc[r][0] * scale);
+          store(to + kLanes, acc[r][1] * scale);
+        } else {
+          store(to, load(to) + acc[r][0] * scale);
+          store(to + kLanes, load(to + kLanes) + acc[r][1] * scale);
+        }
       }
-    }
-#pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) {
-      store(out + (n + r) * kBlock, acc[r][0] * scale);
-      store(out + (n + r) * kBlock + kLanes, acc[r][1] * scale);
     }
   });
 }
@@ -211,12 +224,7 @@ MMLM_INLINE void accumulate_transposed(const float* a, int64_t a_stride, const f
                                        float* acc_out) {
   in_rows(0, depth, [&](auto rows, int d) {
     constexpr int R = decltype(rows)::value;
-    V acc[R][2];
-#pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) {
-      acc[r][0] = load(acc_out + (d + r) * kBlock);
-      acc[r][1] = load(acc_out + (d + r) * kBlock + kLanes);
-    }
+    V acc[R][2] = {};
     const float* from = a + begin * a_stride + d;
     for (int n = begin; n < end; ++n, from += a_stride) {
       const V w0 = load(w + n * kBlock), w1 = load(w + n * kBlock + kLanes);
@@ -229,8 +237,9 @@ MMLM_INLINE void accumulate_transposed(const float* a, int64_t a_stride, const f
     }
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
-      store(acc_out + (d + r) * kBlock, acc[r][0]);
-      store(acc_out + (d + r) * kBlock + kLanes, acc[r][1]);
+      float* to = acc_out + (d + r) * kBlock;
+      store(to, load(to) + acc[r][0]);
+      store(to + kLanes, load(to + kLanes) + acc[r][1]);
     }
   });
 }
@@ -243,11 +252,7 @@ MMLM_INLINE void accumulate_rows(const float* w, const float* b, int lanes, int 
     constexpr int W = decltype(vectors)::value;
     in_rows(begin, end, [&](auto rows, int n) {
       constexpr int R = decltype(rows)::value;
-      V acc[R][W];
-#pragma GCC unroll 12
-      for (int r = 0; r < R; ++r) {
-        for (int v = 0; v < W; ++v) acc[r][v] = load(acc_out + (n + r) * padded + d + v * kLanes);
-      }
+      V acc[R][W] = {};
       for (int lane = 0; lane < lanes; ++lane) {
         V x[W];
         for (int v = 0; v < W; ++v) x[v] = load(b + lane * padded + d + v * kLanes);
@@ -259,7 +264,10 @@ MMLM_INLINE void accumulate_rows(const float* w, const float* b, int lanes, int 
       }
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) {
-        for (int v = 0; v < W; ++v) store(acc_out + (n + r) * padded + d + v * kLanes, acc[r][v]);
+        for (int v = 0; v < W; ++v) {
+          float* to = acc_out + (n + r) * padded + d + v * kLanes;
+          store(to, load(to) + acc[r][v]);
+        }
       }
     });
   };

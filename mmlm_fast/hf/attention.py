@@ -131,7 +131,8 @@ def _ask_for_packed_calls(module: nn.Module) -> None:
     config: Any = getattr(module, "config", None)
     if torch.compiler.is_compiling() or getattr(config, "_attn_implementation", None) != NAME:
         return
-    if _packs_its_input(type(module)):
+    cls: Any = type(module)
+    if _packs_its_input(cls):
         config._attn_implementation_internal = PACKED_NAME
 
 

@@ -1,5 +1,6 @@
-"""Layers over mmlm_fast.ops: drop-ins, state_dict-compatible with what they replace."""
+"""Layers over the ops, with the state dict of what they replace."""
 
+from mmlm_fast.nn.attention import CrossAttention, GatedCrossAttention, MultiheadSelfAttention
 from mmlm_fast.nn.fusion import ConcatLinear, FuseModalities
 
-__all__ = ["ConcatLinear", "FuseModalities"]
+__all__ = ["ConcatLinear", "CrossAttention", "FuseModalities", "GatedCrossAttention", "MultiheadSelfAttention"]
