@@ -16,8 +16,8 @@ fi
 $RUN mmlm_fast.cli doctor | tee "$OUT/doctor.txt"
 status=0
 # Kernel tests run on the device there, not in the interpreter; the slow and ahead-of-time ones are not about the GPU.
-timeout 240 $RUN pytest -q -m "not slow and not aot" tests/test_concat_linear.py tests/test_fuse_modalities.py tests/test_audio_log_mel.py tests/test_audio_cuda.py tests/test_models.py 2>&1 | tee "$OUT/tests.log" | tail -n 30
+timeout 240 $RUN pytest -q -m "not slow and not aot" tests/test_interval_attention.py tests/test_concat_linear.py tests/test_fuse_modalities.py tests/test_audio_log_mel.py tests/test_audio_cuda.py tests/test_models.py 2>&1 | tee "$OUT/tests.log" | tail -n 30
 [ "${PIPESTATUS[0]}" -eq 0 ] || status=1
-timeout 300 $RUN mmlm_fast.cli report --device cuda --ops log_mel concat_linear fuse_modalities model --out "$OUT/report" 2>&1 | tee "$OUT/report.log" | tail -n 20
+timeout 300 $RUN mmlm_fast.cli report --device cuda --ops interval_attention log_mel concat_linear fuse_modalities model --out "$OUT/report" 2>&1 | tee "$OUT/report.log" | tail -n 20
 [ "${PIPESTATUS[0]}" -eq 0 ] || status=1
 exit $status

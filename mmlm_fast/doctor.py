@@ -69,6 +69,8 @@ def op_paths(gpu: bool, native_cuda: bool) -> dict[str, str]:
         in_audio = kernel.startswith("mmlm_fast.audio")
         native = name == "spectral_features"
         on_cpu = "CPU native core" if in_audio and not name.endswith("_bwd") else "CPU portable PyTorch"
+        if name.startswith("interval_attention"):
+            on_cpu = "CPU native core, mask-free and float64 PyTorch"
         if not gpu:
             on_cuda = "CUDA unused, no device"
         elif native:

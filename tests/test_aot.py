@@ -13,11 +13,12 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.aot
+@pytest.mark.parametrize("configurations", ["quick", pytest.param("all", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("arch", [80, 90, 100])
-def test_triton_kernels_compile_without_spills(arch, capsys):
+def test_triton_kernels_compile_without_spills(arch, configurations, capsys):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-P", HERE / "aot.py", str(arch)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=900)
+    command = [sys.executable, "-P", HERE / "aot.py", str(arch), *(["all"] if configurations == "all" else [])]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=3600)
     with capsys.disabled():
         print(f"\n{done.stdout}")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

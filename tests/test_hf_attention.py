@@ -359,3 +359,31 @@ def test_registered_by_import():
     for name in ("mmlm_fast", "mmlm_flash"):
         assert name in transformers.AttentionInterface().valid_keys()
         assert name in transformers.AttentionMaskInterface().valid_keys()
+
+
+def test_packed_documents_in_one_row():
+    """Position ids that start again: each document sees itself only, as with eager, gradients too."""
+    config = LlamaConfig(**tiny_models.text())
+    ids = torch.randint(5, 90, (2, LENGTH))
+    inputs = {"input_ids": ids, "position_ids": PACKED[:2], "use_cache": False}
+    tiny = tiny_models.Tiny(transformers.LlamaForCausalLM, config, inputs)
+    eager, ours = tiny.build("eager"), tiny.build("mmlm_fast")
+    actual, twin = run_tensors(ours, inputs), run_tensors(eager, inputs)
+    exact = run_tensors(tiny.build("sdpa", torch.float64), inputs)
+    for a, t, e in zip(actual, twin, exact, strict=True):
+        assert difference(a, t, e).ok
+    alone = ours(input_ids=ids[:, 11:31], use_cache=False).logits
+    torch.testing.assert_close(actual[0][:, 11:31], alone, atol=1e-5, rtol=1e-5)
+
+
+def run_tensors(model, inputs):
+    out = model(**inputs).logits
+    out.square().sum().backward()
+    return out.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def test_tokens_behind_the_image_ids_are_text():
+    """Ids of the prompt only, whose last token is an image's: what is generated after it is none."""
+    function = masking_utils.blockwise_overlay(torch.zeros(1, 5, dtype=torch.long))
+    bounds = interval_mask(1, 3, 8, q_offset=4, mask_function=function)
+    assert bounds[0, 0].tolist() == [[0, 5], [0, 0], [0, 0]]

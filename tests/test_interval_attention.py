@@ -188,7 +188,9 @@ def test_portable_instruction_sets(isa, native):
         _C.set_isa(before)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=["float32", "float16"]
+)
 @pytest.mark.parametrize("name", MASKS)
 def test_kernel_masks(name, dtype, device, kernel):
     check_once(MASKS[name](77, 90), *draw(77, 90, 16, dtype, 2, 1, device=device))
@@ -212,8 +214,7 @@ def test_kernel_heads_sinks_softcap_lse(dtype, device, kernel):
     check_once(None, *inputs, lse=True, scale=0.1)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("q_len", "kv_len"), [(1, 1100), (3, 600)])
+@pytest.mark.parametrize(("q_len", "kv_len", "dtype"), [(1, 1100, torch.bfloat16), (3, 600, torch.float32)])
 def test_kernel_splits_the_keys_of_few_queries(q_len, kv_len, dtype, device, kernel, monkeypatch):
     splits = []
     combine = kernel._combine_kernel
@@ -371,6 +372,35 @@ def test_same_bits_every_time(path, device, request):
             assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cuda_waits_for_nothing(dtype):
+    """Masks from tensors on the device, forward and backward, decoding, packed sequences: no host sync."""
+    q, k, v = (x.requires_grad_() for x in draw(64, 64, 64, dtype, device="cuda"))
+    ids, counts = blocks(64).cuda(), lengths(50, 64).cuda()
+    cu = torch.tensor([0, 20, 64], dtype=torch.int32, device="cuda")
+    interval_attention(q, k, v, IntervalMask.image_blocks(ids)).sum().backward()  # compiled before we look
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for mask in (None, IntervalMask.causal(64, device="cuda"), IntervalMask.packed(cu, 64, is_causal=True),
+                     IntervalMask.image_blocks(ids) & IntervalMask.padded(counts, 64)):  # fmt: skip
+            interval_attention(q, k, v, mask).sum().backward()
+        step = IntervalMask.causal(1, 64, q_offset=counts - 1)
+        interval_attention(q[:, :, :1], k, v, step)
+        interval_attention_varlen(*(x[0].transpose(0, 1) for x in (q, k, v)), cu)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["none", "causal"])
+def test_cuda_dispatch_without_a_mask(kind):
+    """cuDNN or flash attention, with grouped heads too."""
+    for kv_heads in (4, 2):
+        check(MASKS[kind](256, 256), *draw(256, 256, 64, torch.bfloat16, 4, kv_heads, device="cuda"))
 
 
 def test_nan_stays_in_its_rows(native):

@@ -32,7 +32,7 @@ constexpr int kRows = 6;
 #else
 constexpr int kRows = 4;
 #endif
-constexpr int kTerms = 64;  // of a sum before it is added to the others: sums of sums err less
+constexpr int kTerms = 96;  // at most, of a sum over the head size before it is added to the others
 constexpr int kKeys = 128;  // keys of a tile: K and V of it stay in L2, scores of a block in L1
 constexpr int kTile = kAttentionTile;
 constexpr int kFewRows = kLanes / 2;  // up to so many rows, lanes along queries would be half idle
@@ -189,12 +189,13 @@ MMLM_INLINE void in_rows(int begin, int end, const F& f) {
 // queries.
 MMLM_INLINE void product(const float* a, int64_t a_stride, const float* b, int depth, float scale, int begin, int end,
                          float* out) {
+  const int parts = (depth + kTerms - 1) / kTerms, terms = (depth + parts - 1) / parts;
   in_rows(begin, end, [&](auto rows, int n) {
     constexpr int R = decltype(rows)::value;
     const float* from = a + n * a_stride;
-    for (int first = 0; first < depth; first += kTerms) {
+    for (int first = 0; first < depth; first += terms) {
       V acc[R][2] = {};
-      const int last = std::min(first + kTerms, depth);
+      const int last = std::min(first + terms, depth);
       for (int d = first; d < last; ++d) {
         const V b0 = load(b + d * kBlock), b1 = load(b + d * kBlock + kLanes);
 #pragma GCC unroll 12
