@@ -387,3 +387,15 @@ def test_tokens_behind_the_image_ids_are_text():
     function = masking_utils.blockwise_overlay(torch.zeros(1, 5, dtype=torch.long))
     bounds = interval_mask(1, 3, 8, q_offset=4, mask_function=function)
     assert bounds[0, 0].tolist() == [[0, 5], [0, 0], [0, 0]]
+
+
+def test_the_thin_model():
+    from mmlm_benchmarks.models.thin import build
+
+    model, _, batch = build("merge", "cpu", num_hidden_layers=1)
+    with torch.no_grad():
+        before = model(**batch).logits
+        model.set_attn_implementation("mmlm_fast")
+        after = model(**batch).logits
+    torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
+    assert not torch.equal(after, before)

@@ -146,7 +146,7 @@ def check_once(mask, q, k, v, backward=True, sinks=None, **options):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", MASKS)
-@pytest.mark.parametrize(("q_len", "kv_len"), [(40, 40), (131, 150)])
+@pytest.mark.parametrize(("q_len", "kv_len"), [(40, 40), (131, 150), (18, 50)])
 def test_portable_masks(name, dtype, q_len, kv_len, native):
     check(MASKS[name](q_len, kv_len), *draw(q_len, kv_len, 24, dtype))
 
@@ -168,6 +168,7 @@ def test_portable_heads_sinks_softcap_lse(heads, q_len, dtype, native):
     mask = IntervalMask.causal(q_len, 140) & padding
     check(mask, *inputs, sinks=torch.randn(heads[0]), softcap=1.5, return_lse=True)
     check(mask, *inputs, return_lse=True, scale=0.1)
+    check(IntervalMask.sliding_window(q_len, 140, window=20), *inputs, gradients=False)
     check(None, *inputs, sinks=torch.randn(heads[0], dtype=dtype), gradients=False)
 
 
