@@ -553,8 +553,13 @@ DQ = {2: [(64, 64, 64, 4, 2), (128, 64, 32, 4, 2), (256, 32, 32, 8, 1), (512, 16
       4: [(64, 32, 32, 4, 1), (128, 16, 32, 8, 1)]}  # fmt: skip
 
 
-def _pieces(size: int) -> tuple[int, int, int]:
-    """Up to three powers of two, each at least 16, whose sum is the head size or little more."""
+def _pieces(size: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Up to three powers of two, each at least 16, whose sum is the head size or little more.
+
+    In float32 one: there pieces spill registers, and a power of two does not.
+    """
+    if dtype == torch.float32:
+        return max(16, triton.next_power_of_2(size)), 0, 0
     rest, widths = -(-max(size, 16) // 16) * 16, []
     while rest and len(widths) < 3:
         power = 1 << (rest.bit_length() - 1)
@@ -570,7 +575,7 @@ def _pieces(size: int) -> tuple[int, int, int]:
 
 
 def _blocks(table: dict, x: Tensor, *head_sizes: int) -> tuple[int, int, int, int]:
-    padded = max(sum(_pieces(size)) for size in head_sizes)
+    padded = max(sum(_pieces(size, x.dtype)) for size in head_sizes)
     rows = table[2 if x.element_size() == 2 else 4]
     return next((row[1:] for row in rows if padded <= row[0]), rows[-1][1:])
 
@@ -614,9 +619,9 @@ def _mask_options(lo: Tensor | None, hi: Tensor | None, like: Tensor) -> tuple[T
     return lo, hi, 0 if lo.shape[0] == 1 else lo.shape[1]
 
 
-def _sizes(head_size: int, value_size: int) -> dict[str, int]:
+def _sizes(head_size: int, value_size: int, dtype: torch.dtype) -> dict[str, int]:
     names = ("P1", "P2", "P3", "V1", "V2", "V3")
-    values = (*_pieces(head_size), *_pieces(value_size))
+    values = (*_pieces(head_size, dtype), *_pieces(value_size, dtype))
     return {"D": head_size, "DV": value_size, **dict(zip(names, values, strict=True))}
 
 
@@ -646,6 +651,7 @@ def interval_attention_fwd(
         splits = max(1, min(MAX_SPLITS, kv_len // MIN_SPLIT_KEYS, triton.cdiv(PROGRAMS_WANTED, programs)))
         splits = triton.next_power_of_2(splits)  # few variants to compile
         warps = 4
+        block_n = min(block_n, 32 if _pieces(size, query.dtype)[2] else block_n)
     num_tiles = triton.cdiv(pack * q_len, block_m)
     lo, hi, mask_stride = _mask_options(lo, hi, query)
     target, statistics = out, (largest, total)
@@ -659,7 +665,8 @@ def interval_attention_fwd(
         *(target.stride()[:4] if splits > 1 else (0, *_strides(target))),
         mask_stride, num_tiles, batch, q_len, kv_len, scale, softcap if softcap else 1.0,
         H=heads, GROUP=group, PACK=pack, SPLITS=splits, UNIT=unit, HAS_MASK=lo is not query, HAS_SINKS=has_sinks,
-        SOFTCAP=bool(softcap), **_sizes(size, value_size), PRECISION=_precision(query.dtype), M=block_m, N=block_n,
+        SOFTCAP=bool(softcap), **_sizes(size, value_size, query.dtype), PRECISION=_precision(query.dtype),
+        M=block_m, N=block_n,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if splits > 1:
@@ -705,7 +712,7 @@ def interval_attention_bwd(
         HAS_GRAD_LSE=grad_lse is not None, ROWS=rows,
     )  # fmt: skip
     shared = {"H": heads, "GROUP": group, "UNIT": unit, "HAS_MASK": has_mask, "SOFTCAP": bool(softcap)}
-    shared |= {"PRECISION": _precision(query.dtype), **_sizes(size, value_size)}
+    shared |= {"PRECISION": _precision(query.dtype), **_sizes(size, value_size, query.dtype)}
     inputs = (*_strides(grad, unit), *_strides(query, unit), *_strides(key, unit), *_strides(value, unit))
     softcap = softcap if softcap else 1.0
 
