@@ -16,12 +16,14 @@ from mmlm_fast.hf.interval_mask import interval_mask, say_once
 from mmlm_fast.masks import IntervalMask
 from mmlm_fast.testing import difference
 
-transformers.logging.set_verbosity_error()
-
 
 @pytest.fixture(autouse=True)
-def _say_again():
+def _quiet():
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
     say_once.cache_clear()
+    yield
+    transformers.logging.set_verbosity(before)
 
 
 def run(model, tiny, double=False):

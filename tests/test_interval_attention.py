@@ -235,6 +235,12 @@ def test_kernel_gradient_of_few_queries(device, kernel):
     check_once(IntervalMask.causal(3, 600), *inputs, sinks=torch.randn(4))
 
 
+def test_kernel_rows_of_several_heads_in_several_tiles(device, kernel):
+    """20 queries of 3 heads that share their keys are 60 rows: two tiles in float32, and the keys are split."""
+    inputs = draw(20, 600, 24, torch.float32, 3, 1, device=device, batch=1)
+    check_once(IntervalMask.causal(20, 600), *inputs, sinks=torch.randn(3), backward=False)
+
+
 def test_kernel_ranges_are_exact(device, kernel):
     """The queries the backward visits for a tile of keys are those that see some of it, no more."""
     for name in MASKS:

@@ -22,6 +22,9 @@
 namespace mmlm {
 namespace {
 
+// One copy each: inlined everywhere, with a variant for each number of rows, they took minutes to compile.
+#define MMLM_OUTLINE static __attribute__((noinline))
+
 using V = Vec<float>;
 constexpr int kLanes = kWidth<float>;
 constexpr int kBlock = 2 * kLanes;  // queries of a block
@@ -187,7 +190,7 @@ MMLM_INLINE void in_rows(int begin, int end, const F& f) {
 
 // out[n][lane] = scale * sum_d a[n][d] * b[d][lane] for n in [begin, end): scores from K and a transposed block of
 // queries.
-MMLM_INLINE void product(const float* a, int64_t a_stride, const float* b, int depth, float scale, int begin, int end,
+MMLM_OUTLINE void product(const float* a, int64_t a_stride, const float* b, int depth, float scale, int begin, int end,
                          float* out) {
   const int parts = (depth + kTerms - 1) / kTerms, terms = (depth + parts - 1) / parts;
   in_rows(begin, end, [&](auto rows, int n) {
@@ -221,7 +224,7 @@ MMLM_INLINE void product(const float* a, int64_t a_stride, const float* b, int d
 }
 
 // acc[d][lane] += sum over n in [begin, end) of a[n][d] * w[n][lane]: weighted values, transposed.
-MMLM_INLINE void accumulate_transposed(const float* a, int64_t a_stride, const float* w, int begin, int end, int depth,
+MMLM_OUTLINE void accumulate_transposed(const float* a, int64_t a_stride, const float* w, int begin, int end, int depth,
                                        float* acc_out) {
   in_rows(0, depth, [&](auto rows, int d) {
     constexpr int R = decltype(rows)::value;
@@ -247,7 +250,7 @@ MMLM_INLINE void accumulate_transposed(const float* a, int64_t a_stride, const f
 
 // acc[n][d] += sum_lane w[n][lane] * b[lane][d] for n in [begin, end): gradients of keys and values.
 // `padded` is the row length of b and acc, a multiple of kLanes.
-MMLM_INLINE void accumulate_rows(const float* w, const float* b, int lanes, int begin, int end, int64_t padded,
+MMLM_OUTLINE void accumulate_rows(const float* w, const float* b, int lanes, int begin, int end, int64_t padded,
                                  float* acc_out) {
   const auto columns = [&](auto vectors, int64_t d) {
     constexpr int W = decltype(vectors)::value;
@@ -307,7 +310,7 @@ Bounds bounds_of(const Attention& a, int64_t b, const int64_t* queries, int coun
 
 // Scores of keys [begin, end) of a tile that starts at `tile`: capped, -inf where not visible. The derivative of the
 // cap goes to `slopes`, unless null.
-MMLM_INLINE void finish_scores(const Attention& a, const Bounds& bounds, int64_t tile, int begin, int end, float* s,
+MMLM_OUTLINE void finish_scores(const Attention& a, const Bounds& bounds, int64_t tile, int begin, int end, float* s,
                                float* slopes) {
   using Int = Lanes<float>::Int;
   const bool masked = tile + begin < bounds.inner || tile + end > bounds.outer;
@@ -334,7 +337,7 @@ MMLM_INLINE void finish_scores(const Attention& a, const Bounds& bounds, int64_t
 }
 
 // Softmax over [begin, end) joined to what came before: s becomes weights; acc is rescaled where a maximum grew.
-MMLM_INLINE void softmax_step(int begin, int end, float* s, float* largest, float* total, float* acc, int depth) {
+MMLM_OUTLINE void softmax_step(int begin, int end, float* s, float* largest, float* total, float* acc, int depth) {
   bool grew = false;
   V alpha[2];
   for (int v = 0; v < 2; ++v) {
