@@ -191,7 +191,7 @@ MMLM_INLINE void in_rows(int begin, int end, const F& f) {
 // out[n][lane] = scale * sum_d a[n][d] * b[d][lane] for n in [begin, end): scores from K and a transposed block of
 // queries.
 MMLM_OUTLINE void product(const float* a, int64_t a_stride, const float* b, int depth, float scale, int begin, int end,
-                         float* out) {
+                          float* out) {
   const int parts = (depth + kTerms - 1) / kTerms, terms = (depth + parts - 1) / parts;
   in_rows(begin, end, [&](auto rows, int n) {
     constexpr int R = decltype(rows)::value;
@@ -225,7 +225,7 @@ MMLM_OUTLINE void product(const float* a, int64_t a_stride, const float* b, int 
 
 // acc[d][lane] += sum over n in [begin, end) of a[n][d] * w[n][lane]: weighted values, transposed.
 MMLM_OUTLINE void accumulate_transposed(const float* a, int64_t a_stride, const float* w, int begin, int end, int depth,
-                                       float* acc_out) {
+                                        float* acc_out) {
   in_rows(0, depth, [&](auto rows, int d) {
     constexpr int R = decltype(rows)::value;
     V acc[R][2] = {};
@@ -251,7 +251,7 @@ MMLM_OUTLINE void accumulate_transposed(const float* a, int64_t a_stride, const 
 // acc[n][d] += sum_lane w[n][lane] * b[lane][d] for n in [begin, end): gradients of keys and values.
 // `padded` is the row length of b and acc, a multiple of kLanes.
 MMLM_OUTLINE void accumulate_rows(const float* w, const float* b, int lanes, int begin, int end, int64_t padded,
-                                 float* acc_out) {
+                                  float* acc_out) {
   const auto columns = [&](auto vectors, int64_t d) {
     constexpr int W = decltype(vectors)::value;
     in_rows(begin, end, [&](auto rows, int n) {
@@ -311,7 +311,7 @@ Bounds bounds_of(const Attention& a, int64_t b, const int64_t* queries, int coun
 // Scores of keys [begin, end) of a tile that starts at `tile`: capped, -inf where not visible. The derivative of the
 // cap goes to `slopes`, unless null.
 MMLM_OUTLINE void finish_scores(const Attention& a, const Bounds& bounds, int64_t tile, int begin, int end, float* s,
-                               float* slopes) {
+                                float* slopes) {
   using Int = Lanes<float>::Int;
   const bool masked = tile + begin < bounds.inner || tile + end > bounds.outer;
   if (!masked && a.softcap == 0) return;
