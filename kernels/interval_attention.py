@@ -135,14 +135,10 @@ def _softcap_grad(s, softcap):
 
 
 @triton.jit
-def _bounds(lo_ptr, hi_ptr, index, mask, Skv, HAS_MASK: tl.constexpr):
+def _bounds(lo_ptr, hi_ptr, index, mask, Skv):
     """The rows' intervals, cut to the keys there are; rows that do not exist see none."""
-    if HAS_MASK:
-        lo = tl.maximum(tl.load(lo_ptr + index, mask=mask, other=0), 0)
-        hi = tl.minimum(tl.load(hi_ptr + index, mask=mask, other=0), Skv)
-    else:
-        lo = tl.zeros_like(index).to(tl.int32)
-        hi = tl.where(mask, Skv, 0).to(tl.int32)
+    lo = tl.maximum(tl.load(lo_ptr + index, mask=mask, other=0), 0)
+    hi = tl.minimum(tl.load(hi_ptr + index, mask=mask, other=0), Skv)
     return lo, hi
 
 
@@ -214,7 +210,7 @@ def _fwd_kernel(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, sinks_ptr, out_ptr, largest
                 v_stride_b, v_stride_h, v_stride_s, out_stride_split, out_stride_b, out_stride_h, out_stride_s,
                 mask_stride, num_tiles, B, Sq, Skv, scale, softcap,
                 H: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, SPLITS: tl.constexpr, UNIT: tl.constexpr,
-                HAS_MASK: tl.constexpr, HAS_SINKS: tl.constexpr, SOFTCAP: tl.constexpr,
+                HAS_SINKS: tl.constexpr, SOFTCAP: tl.constexpr,
                 D: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr,
                 DV: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr, V3: tl.constexpr,
                 PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr):  # fmt: skip
@@ -232,7 +228,7 @@ def _fwd_kernel(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, sinks_ptr, out_ptr, largest
     there = rows < Sq * PACK
     query = rows % Sq if PACK > 1 else rows
     heads = (head + rows // Sq).to(tl.int64) if PACK > 1 else (head + tl.zeros_like(rows)).to(tl.int64)
-    lo, hi = _bounds(lo_ptr + b * mask_stride, hi_ptr + b * mask_stride, query, there, Skv, HAS_MASK)
+    lo, hi = _bounds(lo_ptr + b * mask_stride, hi_ptr + b * mask_stride, query, there, Skv)
     first, inner, outer, last = _tile_range(lo, hi, Skv, N)
     if SPLITS > 1:  # an equal share of the keys in use, whatever the room in the cache
         share = ((last - first + SPLITS - 1) // SPLITS + N - 1) // N * N
@@ -380,7 +376,7 @@ def _ranges_kernel(lo_ptr, hi_ptr, ranges_ptr, num_tiles, Sq, Skv, N: tl.constex
 @triton.jit
 def _dkv_loop(dk1, dk2, dk3, dv1, dv2, dv3, k1, k2, k3, v1, v2, v3, q_ptr, grad_ptr, lo_ptr, hi_ptr,
               largest_ptr, total_ptr, delta_ptr, start, stop, q_stride, grad_stride, keys, Sq, Skv, scale, softcap,
-              MASKED: tl.constexpr, HAS_MASK: tl.constexpr, SOFTCAP: tl.constexpr,
+              MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
               D: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr,
               DV: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr, V3: tl.constexpr,
               PRECISION: tl.constexpr, M: tl.constexpr):  # fmt: skip
@@ -393,7 +389,7 @@ def _dkv_loop(dk1, dk2, dk3, dv1, dv2, dv3, k1, k2, k3, v1, v2, v3, q_ptr, grad_
         s = _scores(_dot_transposed(k1, k2, k3, q1, q2, q3, P2, P3, PRECISION), scale, softcap, SOFTCAP)  # [N, M]
         p = tl.exp2(s - largest[None, :]) * factor[None, :]
         if MASKED:
-            lo, hi = _bounds(lo_ptr, hi_ptr, query, there, Skv, HAS_MASK)
+            lo, hi = _bounds(lo_ptr, hi_ptr, query, there, Skv)
             p = tl.where((keys[:, None] >= lo[None, :]) & (keys[:, None] < hi[None, :]), p, 0.0)
         g1, g2, g3 = _load_pieces(grad_ptr, rows, grad_stride, there, V1, V2, V3, DV)
         dv1, dv2, dv3 = _accumulate(dv1, dv2, dv3, p.to(g1.dtype), g1, g2, g3, V2, V3, PRECISION)
@@ -413,7 +409,7 @@ def _dkv_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, ranges_ptr, large
                 k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
                 dk_stride_b, dk_stride_h, dk_stride_s, dv_stride_b, dv_stride_h, dv_stride_s,
                 mask_stride, range_stride, num_tiles, Sq, Skv, scale, softcap,
-                H: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, HAS_MASK: tl.constexpr, SOFTCAP: tl.constexpr,
+                H: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, SOFTCAP: tl.constexpr,
                 D: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr,
                 DV: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr, V3: tl.constexpr,
                 PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr):  # fmt: skip
@@ -427,15 +423,12 @@ def _dkv_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, ranges_ptr, large
     keys = tile * N + tl.arange(0, N)
     there = keys < Skv
     rows = keys.to(tl.int64)
-    if HAS_MASK:
-        ranges_ptr += b * range_stride + tile * 4
-        first, last = tl.load(ranges_ptr), tl.load(ranges_ptr + 1)
-        inner, outer = tl.load(ranges_ptr + 2), tl.load(ranges_ptr + 3)
-        inner = tl.minimum(tl.maximum(inner, first), last)
-        inner = tl.minimum(first + (inner - first + M - 1) // M * M, last)  # tiles of queries start at first
-        outer = inner + tl.maximum(tl.minimum(outer, last) - inner, 0) // M * M
-    else:
-        first, last, inner, outer = 0, Sq, 0, Sq
+    ranges_ptr += b * range_stride + tile * 4
+    first, last = tl.load(ranges_ptr), tl.load(ranges_ptr + 1)
+    inner, outer = tl.load(ranges_ptr + 2), tl.load(ranges_ptr + 3)
+    inner = tl.minimum(tl.maximum(inner, first), last)
+    inner = tl.minimum(first + (inner - first + M - 1) // M * M, last)  # tiles of queries start at first
+    outer = inner + tl.maximum(tl.minimum(outer, last) - inner, 0) // M * M
 
     k_ptr += b * k_stride_b * UNIT + kv_head * k_stride_h * UNIT
     v_ptr += b * v_stride_b * UNIT + kv_head * v_stride_h * UNIT
@@ -455,7 +448,7 @@ def _dkv_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, ranges_ptr, large
                 grad_ptr + b * grad_stride_b * UNIT + head * grad_stride_h * UNIT,
                 lo_ptr + b * mask_stride, hi_ptr + b * mask_stride, largest_ptr + row, total_ptr + row,
                 delta_ptr + row, start, stop, q_stride_s * UNIT, grad_stride_s * UNIT, keys, Sq, Skv, scale, softcap,
-                part != 1, HAS_MASK, SOFTCAP, D, P1, P2, P3, DV, V1, V2, V3, PRECISION, M,
+                part != 1, SOFTCAP, D, P1, P2, P3, DV, V1, V2, V3, PRECISION, M,
             )  # fmt: skip
     dk1 = dk1 * scale
     if P2 > 0:
@@ -497,7 +490,7 @@ def _dq_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, largest_ptr, total
                grad_stride_b, grad_stride_h, grad_stride_s, q_stride_b, q_stride_h, q_stride_s,
                k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
                dq_stride_b, dq_stride_h, dq_stride_s, mask_stride, num_tiles, Sq, Skv, scale, softcap,
-               H: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, HAS_MASK: tl.constexpr, SOFTCAP: tl.constexpr,
+               H: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, SOFTCAP: tl.constexpr,
                D: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr,
                DV: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr, V3: tl.constexpr,
                PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr):  # fmt: skip
@@ -510,7 +503,7 @@ def _dq_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, largest_ptr, total
     query = tile * M + tl.arange(0, M)
     there = query < Sq
     rows = query.to(tl.int64)
-    lo, hi = _bounds(lo_ptr + b * mask_stride, hi_ptr + b * mask_stride, query, there, Skv, HAS_MASK)
+    lo, hi = _bounds(lo_ptr + b * mask_stride, hi_ptr + b * mask_stride, query, there, Skv)
     first, inner, outer, last = _tile_range(lo, hi, Skv, N)
     q_ptr += b * q_stride_b * UNIT + head * q_stride_h * UNIT
     grad_ptr += b * grad_stride_b * UNIT + head * grad_stride_h * UNIT
@@ -612,9 +605,13 @@ def _heads_last(batch: int, heads: int, length: int, size: int, like: Tensor) ->
     return like.new_empty(batch, length, heads, size).transpose(1, 2)
 
 
-def _mask_options(lo: Tensor | None, hi: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor, int]:
+def _mask_options(
+    lo: Tensor | None, hi: Tensor | None, q_len: int, kv_len: int, like: Tensor
+) -> tuple[Tensor, Tensor, int]:
+    """Bounds in every case: a variant of the kernels without any would spill on sm_100, and is hardly ever called."""
     if lo is None or hi is None:
-        return like, like, 0
+        hi = torch.full((1, q_len), kv_len, dtype=torch.int32, device=like.device)
+        return torch.zeros_like(hi), hi, 0
     lo, hi = lo.contiguous(), hi.contiguous()
     return lo, hi, 0 if lo.shape[0] == 1 else lo.shape[1]
 
@@ -652,10 +649,10 @@ def interval_attention_fwd(
         programs = batch * kv_heads * triton.cdiv(group * q_len, block_m)
         splits = max(1, min(MAX_SPLITS, kv_len // MIN_SPLIT_KEYS, triton.cdiv(PROGRAMS_WANTED, programs)))
         splits = triton.next_power_of_2(splits)  # few variants to compile
-        warps = 4
+        warps = 4 if max(size, value_size) <= 128 else 8
         block_n = min(block_n, 32 if _pieces(size, query.dtype)[2] else block_n)
     num_tiles = triton.cdiv(pack * q_len, block_m)
-    lo, hi, mask_stride = _mask_options(lo, hi, query)
+    lo, hi, mask_stride = _mask_options(lo, hi, q_len, kv_len, query)
     target, statistics = out, (largest, total)
     if splits > 1:
         target = torch.empty(splits, batch, heads, q_len, value_size, dtype=torch.float32, device=query.device)
@@ -666,7 +663,7 @@ def interval_attention_fwd(
         *_strides(query, unit), *_strides(key, unit), *_strides(value, unit),
         *(target.stride()[:4] if splits > 1 else (0, *_strides(target))),
         mask_stride, num_tiles, batch, q_len, kv_len, scale, softcap if softcap else 1.0,
-        H=heads, GROUP=group, PACK=pack, SPLITS=splits, UNIT=unit, HAS_MASK=lo is not query, HAS_SINKS=has_sinks,
+        H=heads, GROUP=group, PACK=pack, SPLITS=splits, UNIT=unit, HAS_SINKS=has_sinks,
         SOFTCAP=bool(softcap), **_sizes(size, value_size, query.dtype), PRECISION=_precision(query.dtype),
         M=block_m, N=block_n,
         num_warps=warps, num_stages=stages,
@@ -705,25 +702,22 @@ def interval_attention_bwd(
         return dq.zero_(), dk.zero_(), dv.zero_(), _dsinks(sinks, largest, total, delta, query)
     grad, query, key, value = (_rows_aligned(x) for x in (grad, query, key, value))
     group, unit = heads // kv_heads, _unit(grad, query, key, value)
-    lo, hi, mask_stride = _mask_options(lo, hi, query)
-    has_mask = lo is not query
+    lo, hi, mask_stride = _mask_options(lo, hi, q_len, kv_len, query)
     num_rows, rows = batch * heads * q_len, 16
     _delta_kernel[(triton.cdiv(num_rows, rows),)](
         grad, out, query if grad_lse is None else grad_lse.contiguous(), delta, *_strides(grad), *_strides(out),
         num_rows, q_len, H=heads, DV=value_size, DV_POW2=triton.next_power_of_2(value_size),
         HAS_GRAD_LSE=grad_lse is not None, ROWS=rows,
     )  # fmt: skip
-    shared = {"H": heads, "GROUP": group, "UNIT": unit, "HAS_MASK": has_mask, "SOFTCAP": bool(softcap)}
+    shared = {"H": heads, "GROUP": group, "UNIT": unit, "SOFTCAP": bool(softcap)}
     shared |= {"PRECISION": _precision(query.dtype), **_sizes(size, value_size, query.dtype)}
     inputs = (*_strides(grad, unit), *_strides(query, unit), *_strides(key, unit), *_strides(value, unit))
     softcap = softcap if softcap else 1.0
 
     block_m, block_n, warps, stages = _blocks(DKV_SM100 if _arch() >= 100 else DKV, query, size, value_size)
     num_tiles = triton.cdiv(kv_len, block_n)
-    ranges = query
-    if has_mask:
-        ranges = torch.empty(lo.shape[0], num_tiles, 4, dtype=torch.int32, device=query.device)
-        _ranges_kernel[(num_tiles, lo.shape[0])](lo, hi, ranges, num_tiles, q_len, kv_len, N=block_n, BLOCK=RANGE_BLOCK)
+    ranges = torch.empty(lo.shape[0], num_tiles, 4, dtype=torch.int32, device=query.device)
+    _ranges_kernel[(num_tiles, lo.shape[0])](lo, hi, ranges, num_tiles, q_len, kv_len, N=block_n, BLOCK=RANGE_BLOCK)
     _dkv_kernel[(num_tiles * batch * kv_heads,)](
         grad, query, key, value, lo, hi, ranges, largest, total, delta, dk, dv, *inputs, *_strides(dk), *_strides(dv),
         mask_stride, 4 * num_tiles if mask_stride else 0, num_tiles, q_len, kv_len, scale, softcap,
