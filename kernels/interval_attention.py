@@ -685,7 +685,6 @@ def interval_attention_bwd(
     value: Tensor,
     lo: Tensor | None,
     hi: Tensor | None,
-    sinks: Tensor | None,
     out: Tensor,
     largest: Tensor,
     total: Tensor,
@@ -699,7 +698,7 @@ def interval_attention_bwd(
     delta = torch.empty(batch, heads, q_len, dtype=torch.float32, device=query.device)
     if dq.numel() == 0 or dk.numel() == 0 or dv.numel() == 0:
         delta = delta.zero_() if grad_lse is None else -grad_lse
-        return dq.zero_(), dk.zero_(), dv.zero_(), _dsinks(sinks, largest, total, delta, query)
+        return dq.zero_(), dk.zero_(), dv.zero_(), delta
     grad, query, key, value = (_rows_aligned(x) for x in (grad, query, key, value))
     group, unit = heads // kv_heads, _unit(grad, query, key, value)
     lo, hi, mask_stride = _mask_options(lo, hi, q_len, kv_len, query)
@@ -731,12 +730,4 @@ def interval_attention_bwd(
         mask_stride, num_tiles, q_len, kv_len, scale, softcap,
         **shared, M=block_m, N=block_n, num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    return dq, dk, dv, _dsinks(sinks, largest, total, delta, query)
-
-
-def _dsinks(sinks: Tensor | None, largest: Tensor, total: Tensor, delta: Tensor, like: Tensor) -> Tensor:
-    """The sink's weight is exp(sink − largest) / total, and its value is zero."""
-    if sinks is None:
-        return like.new_empty(0)
-    weights = torch.exp(sinks.float()[None, :, None] - largest) / total
-    return (weights * -delta).sum((0, 2)).to(sinks.dtype)
+    return dq, dk, dv, delta

@@ -118,7 +118,7 @@ def interval_attention(dtype, every=False):
         sinks = torch.empty(8) if sinks else None
         out, *statistics = interval_attention_fwd(q, k, k, bounds, bounds, sinks, 0.1, softcap)
         if backward:
-            interval_attention_bwd(out, None, q, k, k, bounds, bounds, sinks, out, *statistics, 0.1, softcap)
+            interval_attention_bwd(out, None, q, k, k, bounds, bounds, out, *statistics, 0.1, softcap)
 
     quick = {torch.bfloat16: (80, 104, 256), torch.float16: (), torch.float32: (64,)}[dtype]
     sizes = [size for size in HEAD_SIZES if size <= (128 if dtype == torch.float32 else 256)] if every else quick

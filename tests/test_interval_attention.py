@@ -137,11 +137,14 @@ def check_once(mask, q, k, v, backward=True, sinks=None, **options):
     twin, twin_empty = run(interval_attention_ref, inputs, grad, grad_lse)
     exact, _ = run(interval_attention_ref, double, grad.double(), grad_lse.double())
     assert torch.equal(empty, twin_empty)
+    if backward and sinks is not None:  # a few numbers, whose error norm alone is luck: measured with the queries'
+        for results in (ours, twin, exact):
+            results[2] = torch.cat([results[2].flatten().to(exact[1].dtype), results.pop().flatten()]).to(
+                results[1].dtype
+            )
     for name, a, t, e in zip(("out", "lse", "dq", "dk", "dv"), ours, twin, exact, strict=False):
         found = difference(a, t, e)
         assert found.ok, f"{name}: error {found.error:.3e}, allowed {found.allowed:.3e}"
-    if backward and sinks is not None:  # a few numbers, whose error norm is luck
-        torch.testing.assert_close(ours[5].double(), exact[5], rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -482,7 +485,7 @@ def test_registration():
         )
         out, *statistics = torch.ops.mmlm_fast.interval_attention_fwd(q, k, v, lo, hi, sink, 0.25, softcap)
         ones = torch.ones_like(out), torch.ones_like(statistics[0])
-        arguments = (*ones, q, k, v, lo, hi, sink, out, *statistics, 0.25, softcap)
+        arguments = (*ones, q, k, v, lo, hi, out, *statistics, 0.25, softcap)
         torch.library.opcheck(torch.ops.mmlm_fast.interval_attention_bwd.default, arguments)
 
 

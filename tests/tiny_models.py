@@ -1,5 +1,6 @@
 """Tiny random models of transformers, with inputs that show their masks: padding, images, windows, cross-attention."""
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +24,8 @@ class Tiny:
 
     def build(self, implementation: str, dtype: torch.dtype = torch.float32) -> Any:
         torch.manual_seed(0)
-        model = self.cls._from_config(self.config, attn_implementation="eager").to(dtype).eval()
+        config = copy.deepcopy(self.config)  # models share what they are built from, the implementation too
+        model = self.cls._from_config(config, attn_implementation="eager").to(dtype).eval()
         for name, parameter in model.named_parameters():  # gates start closed, which would hide what they let through
             if "gate" in name and parameter.numel() == 1:
                 torch.nn.init.constant_(parameter, 0.5)

@@ -292,7 +292,6 @@ def _portable_bwd(
     value: Tensor,
     lo: Tensor | None,
     hi: Tensor | None,
-    sinks: Tensor | None,
     out: Tensor,
     largest: Tensor,
     total: Tensor,
@@ -302,7 +301,7 @@ def _portable_bwd(
     from mmlm_fast import _C
 
     if not _is_native(query, key):
-        return _chunked_bwd(grad, grad_lse, query, key, value, lo, hi, sinks, out, largest, total, scale, softcap)
+        return _chunked_bwd(grad, grad_lse, query, key, value, lo, hi, out, largest, total, scale, softcap)
     (batch, heads, q_len, size), (kv_heads, kv_len, value_size) = query.shape, value.shape[1:]
     dtype = query.dtype
     query, key, value, grad, out = (_native(x) for x in (query, key, value, grad, out))
@@ -319,7 +318,7 @@ def _portable_bwd(
         total.data_ptr(), (_heads(grad), _heads(dq), _heads(dk), _heads(dv)),
         0 if grad_lse is None else grad_lse.data_ptr(), delta.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    return dq.to(dtype), dk.to(dtype), dv.to(dtype), _dsinks(sinks, largest, total, delta, query)
+    return dq.to(dtype), dk.to(dtype), dv.to(dtype), delta
 
 
 # ---- float64, and what no kernel takes, on any device ---------------------------------------------------------------
@@ -411,7 +410,6 @@ def _chunked_bwd(
     value: Tensor,
     lo: Tensor | None,
     hi: Tensor | None,
-    sinks: Tensor | None,
     out: Tensor,
     largest: Tensor,
     total: Tensor,
@@ -440,15 +438,7 @@ def _chunked_bwd(
         dscores.mul_(scale)
         dq[:, :, rows] = (dscores @ k[:, :, None]).flatten(1, 2).to(dq.dtype)
         dk[:, :, keys] += (dscores.transpose(-1, -2) @ q).sum(2)
-    return dq, dk.to(key.dtype), dv.to(value.dtype), _dsinks(sinks, largest, total, delta, query)
-
-
-def _dsinks(sinks: Tensor | None, largest: Tensor, total: Tensor, delta: Tensor, like: Tensor) -> Tensor:
-    """The sink's weight is exp(sink − largest) / total, and its value is zero."""
-    if sinks is None:
-        return like.new_empty(0)
-    weights = torch.exp(sinks.to(total.dtype)[None, :, None] - largest) / total
-    return (weights * -delta).sum((0, 2)).to(sinks.dtype)
+    return dq, dk.to(key.dtype), dv.to(value.dtype), delta
 
 
 def _fake_fwd(query, key, value, lo, hi, sinks, scale, softcap):
@@ -457,12 +447,12 @@ def _fake_fwd(query, key, value, lo, hi, sinks, scale, softcap):
     return _heads_last(batch, heads, q_len, value.shape[3], query), largest, total
 
 
-def _fake_bwd(grad, grad_lse, query, key, value, lo, hi, sinks, out, largest, total, scale, softcap):
+def _fake_bwd(grad, grad_lse, query, key, value, lo, hi, out, largest, total, scale, softcap):
     gradients = []
     for x in (query, key, value):
         batch, heads, length, size = x.shape
         gradients.append(_heads_last(batch, heads, length, size, x))
-    return (*gradients, query.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape))
+    return (*gradients, total.new_empty(total.shape))
 
 
 def _kernel_takes(query: Tensor, key: Tensor, value: Tensor, *_: object) -> bool:
@@ -481,10 +471,10 @@ _fwd = register_op(
     fake=_fake_fwd,
     kernel_takes=_kernel_takes,
 )
-# Result: gradients of query, key, value, and of sinks (empty without them).
+# Result: gradients of query, key and value, and Σ dO·O − dLSE of each row, of which that of the sinks is made.
 _bwd = register_op(
     "interval_attention_bwd(Tensor grad, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor? lo,"
-    " Tensor? hi, Tensor? sinks, Tensor out, Tensor largest, Tensor total, float scale, float softcap)"
+    " Tensor? hi, Tensor out, Tensor largest, Tensor total, float scale, float softcap)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     portable=_portable_bwd,
     kernel="mmlm_kernels.interval_attention:interval_attention_bwd",
@@ -505,7 +495,11 @@ class _IntervalAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, grad_lse):
-        query, key, value, sinks, lo, hi, out, *statistics = ctx.saved_tensors
+        query, key, value, sinks, lo, hi, out, largest, total = ctx.saved_tensors
         grad = torch.zeros_like(out) if grad is None else grad
-        dq, dk, dv, dsinks = _bwd(grad, grad_lse, query, key, value, lo, hi, sinks, out, *statistics, *ctx.options)
-        return dq, dk, dv, None if sinks is None else dsinks, None, None, None, None, None
+        dq, dk, dv, delta = _bwd(grad, grad_lse, query, key, value, lo, hi, out, largest, total, *ctx.options)
+        dsinks = None
+        if sinks is not None:  # a sink's weight is exp(sink − largest) / total, and its value is zero
+            weights = torch.exp(sinks.to(total.dtype)[None, :, None] - largest) / total
+            dsinks = (weights * -delta).sum((0, 2)).to(sinks.dtype)
+        return dq, dk, dv, dsinks, None, None, None, None, None
