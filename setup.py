@@ -123,7 +123,7 @@ class NinjaBuild(build_ext):
             "  depfile = $out.d",
             "  deps = gcc",
         ]
-        libraries = "-lpthread"
+        libraries = "-lpthread -ldl"
         cuda_sources: list[Path] = []
         if nvcc is not None:
             gencode, info["cuda_archs"], unknown = gencode_flags(nvcc)

@@ -17,6 +17,7 @@
 #include "audio/spectral_device.h"
 #include "audio/stream.h"
 #include "core/isa.h"
+#include "glue/glue.h"
 
 namespace py = pybind11;
 
@@ -426,6 +427,235 @@ void run_attention_backward(int type, const std::array<int64_t, 7>& sizes, float
   attention_backward(a, g, num_threads);
 }
 
+// ---- glue ---------------------------------------------------------------------------------------------------------
+
+using RowsTuple = std::pair<uintptr_t, int64_t>;  // address (0: not given), stride of a row
+
+Number number_of(int type) {
+  if (type != 0 && type != 1) throw py::value_error("type must be 0 (float32) or 1 (bfloat16)");
+  return static_cast<Number>(type);
+}
+Rows rows_of(const RowsTuple& t) { return {reinterpret_cast<void*>(t.first), t.second}; }
+template <typename T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void run_add_norm_forward(int type, int64_t rows, int64_t size, bool is_layer, uintptr_t weight, uintptr_t bias,
+                          float eps, RowsTuple x, RowsTuple residual, RowsTuple sum, RowsTuple out, int num_threads) {
+  const AddNorm a{
+      number_of(type),   rows,         size,        {is_layer, at<float>(weight), at<float>(bias), eps}, rows_of(x),
+      rows_of(residual), rows_of(sum), rows_of(out)};
+  py::gil_scoped_release release;
+  add_norm_forward(a, num_threads);
+}
+
+void run_add_norm_backward(int type, int64_t rows, int64_t size, bool is_layer, uintptr_t weight, float eps,
+                           RowsTuple sum, RowsTuple grad, RowsTuple grad_sum, RowsTuple dx, uintptr_t dweight,
+                           uintptr_t dbias, int num_threads) {
+  AddNorm a;
+  a.type = number_of(type), a.rows = rows, a.size = size;
+  a.norm = {is_layer, at<float>(weight), nullptr, eps};
+  const AddNormGradient g{rows_of(sum), rows_of(grad),      rows_of(grad_sum),
+                          rows_of(dx),  at<float>(dweight), at<float>(dbias)};
+  py::gil_scoped_release release;
+  add_norm_backward(a, g, num_threads);
+}
+
+Glu glu_of(int type, int activation, int64_t rows, int64_t size, RowsTuple gate, RowsTuple up, uintptr_t bias,
+           RowsTuple out) {
+  if (activation < 0 || activation > 4) throw py::value_error("activation must be 0 to 4");
+  return {number_of(type), static_cast<Activation>(activation), rows, size, rows_of(gate), rows_of(up), at<float>(bias),
+          rows_of(out)};
+}
+
+void run_glu_forward(int type, int activation, int64_t rows, int64_t size, RowsTuple gate, RowsTuple up, uintptr_t bias,
+                     RowsTuple out, int num_threads) {
+  const Glu g = glu_of(type, activation, rows, size, gate, up, bias, out);
+  py::gil_scoped_release release;
+  glu_forward(g, num_threads);
+}
+
+void run_glu_backward(int type, int activation, int64_t rows, int64_t size, RowsTuple gate, RowsTuple up,
+                      uintptr_t bias, RowsTuple grad, RowsTuple dgate, RowsTuple dup, uintptr_t dbias,
+                      int num_threads) {
+  const Glu g = glu_of(type, activation, rows, size, gate, up, bias, {0, 0});
+  py::gil_scoped_release release;
+  glu_backward(g, rows_of(grad), rows_of(dgate), rows_of(dup), at<float>(dbias), num_threads);
+}
+
+void run_gated_add_forward(int type, int64_t rows, int64_t size, RowsTuple x, RowsTuple residual, uintptr_t gate,
+                           uintptr_t keep, RowsTuple out, int num_threads) {
+  const GatedAdd a{number_of(type),   rows,        size, rows_of(x), rows_of(residual), at<float>(gate),
+                   at<uint8_t>(keep), rows_of(out)};
+  py::gil_scoped_release release;
+  gated_add_forward(a, num_threads);
+}
+
+void run_gated_add_backward(int type, int64_t rows, int64_t size, RowsTuple x, uintptr_t gate, uintptr_t keep,
+                            RowsTuple grad, RowsTuple dx, uintptr_t sums, int num_threads) {
+  const GatedAdd a{number_of(type), rows, size, rows_of(x), {}, at<float>(gate), at<uint8_t>(keep), {}};
+  py::gil_scoped_release release;
+  gated_add_backward(a, rows_of(grad), rows_of(dx), at<float>(sums), num_threads);
+}
+
+// sizes: batch, heads, length, head size, half. Without a norm eps is negative.
+Rope rope_of(int type, const std::array<int64_t, 5>& sizes, bool interleaved, uintptr_t cos, uintptr_t sin,
+             int64_t table_stride, uintptr_t weight, float eps, const HeadsTuple& x, const HeadsTuple& out) {
+  Rope r;
+  r.type = number_of(type);
+  r.batch = sizes[0], r.heads = sizes[1], r.length = sizes[2];
+  r.size = static_cast<int>(sizes[3]), r.half = static_cast<int>(sizes[4]);
+  if (r.half < 0 || 2 * r.half > r.size) throw py::value_error("tables must not be wider than half a head");
+  r.interleaved = interleaved;
+  r.cos = at<float>(cos), r.sin = at<float>(sin), r.table_stride = table_stride;
+  r.has_norm = eps >= 0, r.weight = at<float>(weight), r.eps = eps;
+  r.x = heads_of(x), r.out = heads_of(out);
+  return r;
+}
+
+void run_rope_forward(int type, const std::array<int64_t, 5>& sizes, bool interleaved, bool inverse, uintptr_t cos,
+                      uintptr_t sin, int64_t table_stride, uintptr_t weight, float eps, const HeadsTuple& x,
+                      const HeadsTuple& out, int num_threads) {
+  Rope r = rope_of(type, sizes, interleaved, cos, sin, table_stride, weight, eps, x, out);
+  r.inverse = inverse;
+  py::gil_scoped_release release;
+  rope_forward(r, num_threads);
+}
+
+void run_rope_backward(int type, const std::array<int64_t, 5>& sizes, bool interleaved, uintptr_t cos, uintptr_t sin,
+                       int64_t table_stride, uintptr_t weight, float eps, const HeadsTuple& x, const HeadsTuple& dx,
+                       const HeadsTuple& grad, uintptr_t dweight, int num_threads) {
+  const Rope r = rope_of(type, sizes, interleaved, cos, sin, table_stride, weight, eps, x, dx);
+  py::gil_scoped_release release;
+  rope_backward(r, heads_of(grad), at<float>(dweight), num_threads);
+}
+
+// features: address, row stride, rows of each.
+Merge merge_of(int type, int64_t rows, int64_t size, uintptr_t source, RowsTuple base, bool base_is_rows, bool add,
+               float scale, const std::vector<std::array<int64_t, 3>>& features, RowsTuple out) {
+  if (features.size() > kMaxModalities) throw py::value_error("at most 16 modalities");
+  Merge m;
+  m.type = number_of(type), m.rows = rows, m.size = size;
+  m.source = at<int64_t>(source), m.base = rows_of(base), m.base_is_rows = base_is_rows, m.add = add, m.scale = scale;
+  for (const auto& f : features) {
+    m.features[m.num_features] = {reinterpret_cast<void*>(f[0]), f[1]};
+    m.first[m.num_features + 1] = m.first[m.num_features] + f[2];
+    ++m.num_features;
+  }
+  m.out = rows_of(out);
+  return m;
+}
+
+void run_merge_forward(int type, int64_t rows, int64_t size, uintptr_t source, RowsTuple base, bool base_is_rows,
+                       bool add, float scale, const std::vector<std::array<int64_t, 3>>& features, RowsTuple out,
+                       int num_threads) {
+  const Merge m = merge_of(type, rows, size, source, base, base_is_rows, add, scale, features, out);
+  py::gil_scoped_release release;
+  merge_forward(m, num_threads);
+}
+
+void run_merge_backward(int type, int64_t rows, int64_t size, uintptr_t source,
+                        const std::vector<std::array<int64_t, 3>>& features, RowsTuple grad, int num_threads) {
+  const Merge m = merge_of(type, rows, size, source, {0, 0}, false, false, 1, features, grad);
+  py::gil_scoped_release release;
+  merge_backward(m, num_threads);
+}
+
+Fuse fuse_of(int type, int64_t rows, int64_t size, int64_t tokens, const std::vector<RowsTuple>& features,
+             const std::vector<bool>& broadcast, uintptr_t query, uintptr_t present, uintptr_t weights, RowsTuple out) {
+  if (features.size() > kMaxModalities) throw py::value_error("at most 16 modalities");
+  Fuse f;
+  f.type = number_of(type), f.rows = rows, f.size = size, f.tokens = tokens;
+  f.num = static_cast<int>(features.size());
+  for (int m = 0; m < f.num; ++m) f.features[m] = rows_of(features[m]), f.broadcast[m] = broadcast[m];
+  f.query = at<float>(query), f.present = at<uint8_t>(present), f.weights = at<float>(weights), f.out = rows_of(out);
+  return f;
+}
+
+void run_fuse_forward(int type, int64_t rows, int64_t size, int64_t tokens, const std::vector<RowsTuple>& features,
+                      const std::vector<bool>& broadcast, uintptr_t query, uintptr_t present, uintptr_t weights,
+                      RowsTuple out, int num_threads) {
+  const Fuse f = fuse_of(type, rows, size, tokens, features, broadcast, query, present, weights, out);
+  py::gil_scoped_release release;
+  fuse_forward(f, num_threads);
+}
+
+void run_fuse_backward(int type, int64_t rows, int64_t size, int64_t tokens, const std::vector<RowsTuple>& features,
+                       const std::vector<bool>& broadcast, uintptr_t query, uintptr_t present, uintptr_t weights,
+                       RowsTuple grad, const std::vector<RowsTuple>& dfeatures, uintptr_t dscores, uintptr_t dquery,
+                       int num_threads) {
+  const Fuse f = fuse_of(type, rows, size, tokens, features, broadcast, query, present, weights, grad);
+  if (dfeatures.size() != features.size()) throw py::value_error("one gradient a feature");
+  Rows into[kMaxModalities];
+  for (int m = 0; m < f.num; ++m) into[m] = rows_of(dfeatures[m]);
+  py::gil_scoped_release release;
+  fuse_backward(f, into, at<float>(dscores), at<float>(dquery), num_threads);
+}
+
+void run_mix_forward(int type, int64_t rows, int64_t size, RowsTuple first, RowsTuple second, RowsTuple logits,
+                     uintptr_t present, RowsTuple out, RowsTuple gate, int num_threads) {
+  const Mix m{number_of(type),      rows,         size,         rows_of(first), rows_of(second), rows_of(logits),
+              at<uint8_t>(present), rows_of(out), rows_of(gate)};
+  py::gil_scoped_release release;
+  mix_forward(m, num_threads);
+}
+
+void run_mix_backward(int type, int64_t rows, int64_t size, RowsTuple first, RowsTuple second, RowsTuple logits,
+                      uintptr_t present, RowsTuple grad, RowsTuple dfirst, RowsTuple dsecond, RowsTuple dlogits,
+                      int num_threads) {
+  const Mix m{number_of(type),      rows, size, rows_of(first), rows_of(second), rows_of(logits),
+              at<uint8_t>(present), {},   {}};
+  py::gil_scoped_release release;
+  mix_backward(m, rows_of(grad), rows_of(dfirst), rows_of(dsecond), rows_of(dlogits), num_threads);
+}
+
+// norm_at: 0 none, 1 each input row, 2 the output row.
+Gather gather_of(int type, int64_t rows, int64_t size, int parts, uintptr_t index, bool channels_first, int norm_at,
+                 bool is_layer, uintptr_t weight, uintptr_t bias, float eps, RowsTuple x, RowsTuple out) {
+  if (norm_at < 0 || norm_at > 2 || parts < 1) throw py::value_error("norm_at must be 0 to 2, parts at least 1");
+  return {number_of(type),
+          rows,
+          size,
+          parts,
+          at<int64_t>(index),
+          channels_first,
+          static_cast<NormAt>(norm_at),
+          {is_layer, at<float>(weight), at<float>(bias), eps},
+          rows_of(x),
+          rows_of(out)};
+}
+
+void run_gather_forward(int type, int64_t rows, int64_t size, int parts, uintptr_t index, bool channels_first,
+                        int norm_at, bool is_layer, uintptr_t weight, uintptr_t bias, float eps, RowsTuple x,
+                        RowsTuple out, int num_threads) {
+  const Gather g =
+      gather_of(type, rows, size, parts, index, channels_first, norm_at, is_layer, weight, bias, eps, x, out);
+  py::gil_scoped_release release;
+  gather_forward(g, num_threads);
+}
+
+void run_gather_backward(int type, int64_t rows, int64_t size, int parts, uintptr_t index, bool channels_first,
+                         int norm_at, bool is_layer, uintptr_t weight, float eps, RowsTuple x, RowsTuple grad,
+                         RowsTuple dx, uintptr_t dweight, uintptr_t dbias, int num_threads) {
+  const Gather g =
+      gather_of(type, rows, size, parts, index, channels_first, norm_at, is_layer, weight, 0, eps, x, {0, 0});
+  py::gil_scoped_release release;
+  gather_backward(g, rows_of(grad), rows_of(dx), at<float>(dweight), at<float>(dbias), num_threads);
+}
+
+// sizes, strides: batch, channels, height, width.
+void run_patchify(int type, const std::array<int64_t, 4>& sizes, const std::array<int64_t, 4>& strides, int patch,
+                  int merge, int repeats, uintptr_t pixels, uintptr_t scale, uintptr_t shift, uintptr_t out,
+                  int num_threads) {
+  if (patch < 1 || merge < 1 || repeats < 1) throw py::value_error("patch, merge and repeats must be at least 1");
+  const Patchify p{number_of(type),     sizes[0],         sizes[1],         sizes[2],     sizes[3], strides[0],
+                   strides[1],          strides[2],       strides[3],       patch,        merge,    repeats,
+                   at<uint8_t>(pixels), at<float>(scale), at<float>(shift), at<void>(out)};
+  py::gil_scoped_release release;
+  patchify(p, num_threads);
+}
+
 }  // namespace
 }  // namespace mmlm
 
@@ -471,6 +701,23 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       .def("set_state", &set_stream_state);
   m.def("attention_forward", &run_attention_forward);
   m.def("attention_backward", &run_attention_backward);
+  m.def("add_norm_forward", &run_add_norm_forward);
+  m.def("add_norm_backward", &run_add_norm_backward);
+  m.def("glu_forward", &run_glu_forward);
+  m.def("glu_backward", &run_glu_backward);
+  m.def("gated_add_forward", &run_gated_add_forward);
+  m.def("gated_add_backward", &run_gated_add_backward);
+  m.def("rope_forward", &run_rope_forward);
+  m.def("rope_backward", &run_rope_backward);
+  m.def("merge_forward", &run_merge_forward);
+  m.def("merge_backward", &run_merge_backward);
+  m.def("fuse_forward", &run_fuse_forward);
+  m.def("fuse_backward", &run_fuse_backward);
+  m.def("mix_forward", &run_mix_forward);
+  m.def("mix_backward", &run_mix_backward);
+  m.def("gather_forward", &run_gather_forward);
+  m.def("gather_backward", &run_gather_backward);
+  m.def("patchify", &run_patchify);
   m.def("read_samples", &read_all);
   m.def("standardize", &standardize_all);
 }

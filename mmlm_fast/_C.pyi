@@ -124,3 +124,206 @@ def attention_backward(
     delta: int,
     num_threads: int,
 ) -> None: ...
+
+# Address and stride of rows; (0, 0): not given.
+Rows = tuple[int, int]
+
+def add_norm_forward(
+    type: int,
+    rows: int,
+    size: int,
+    is_layer: bool,
+    weight: int,
+    bias: int,
+    eps: float,
+    x: Rows,
+    residual: Rows,
+    sum: Rows,
+    out: Rows,
+    num_threads: int,
+) -> None: ...
+def add_norm_backward(
+    type: int,
+    rows: int,
+    size: int,
+    is_layer: bool,
+    weight: int,
+    eps: float,
+    sum: Rows,
+    grad: Rows,
+    grad_sum: Rows,
+    dx: Rows,
+    dweight: int,
+    dbias: int,
+    num_threads: int,
+) -> None: ...
+def glu_forward(
+    type: int, activation: int, rows: int, size: int, gate: Rows, up: Rows, bias: int, out: Rows, num_threads: int
+) -> None: ...
+def glu_backward(
+    type: int,
+    activation: int,
+    rows: int,
+    size: int,
+    gate: Rows,
+    up: Rows,
+    bias: int,
+    grad: Rows,
+    dgate: Rows,
+    dup: Rows,
+    dbias: int,
+    num_threads: int,
+) -> None: ...
+def gated_add_forward(
+    type: int, rows: int, size: int, x: Rows, residual: Rows, gate: int, keep: int, out: Rows, num_threads: int
+) -> None: ...
+def gated_add_backward(
+    type: int, rows: int, size: int, x: Rows, gate: int, keep: int, grad: Rows, dx: Rows, sums: int, num_threads: int
+) -> None: ...
+def rope_forward(
+    type: int,
+    sizes: tuple[int, ...],
+    interleaved: bool,
+    inverse: bool,
+    cos: int,
+    sin: int,
+    table_stride: int,
+    weight: int,
+    eps: float,
+    x: Heads,
+    out: Heads,
+    num_threads: int,
+) -> None: ...
+def rope_backward(
+    type: int,
+    sizes: tuple[int, ...],
+    interleaved: bool,
+    cos: int,
+    sin: int,
+    table_stride: int,
+    weight: int,
+    eps: float,
+    x: Heads,
+    dx: Heads,
+    grad: Heads,
+    dweight: int,
+    num_threads: int,
+) -> None: ...
+def merge_forward(
+    type: int,
+    rows: int,
+    size: int,
+    source: int,
+    base: Rows,
+    base_is_rows: bool,
+    add: bool,
+    scale: float,
+    features: list[tuple[int, int, int]],
+    out: Rows,
+    num_threads: int,
+) -> None: ...
+def merge_backward(
+    type: int, rows: int, size: int, source: int, features: list[tuple[int, int, int]], grad: Rows, num_threads: int
+) -> None: ...
+def fuse_forward(
+    type: int,
+    rows: int,
+    size: int,
+    tokens: int,
+    features: list[Rows],
+    broadcast: list[bool],
+    query: int,
+    present: int,
+    weights: int,
+    out: Rows,
+    num_threads: int,
+) -> None: ...
+def fuse_backward(
+    type: int,
+    rows: int,
+    size: int,
+    tokens: int,
+    features: list[Rows],
+    broadcast: list[bool],
+    query: int,
+    present: int,
+    weights: int,
+    grad: Rows,
+    dfeatures: list[Rows],
+    dscores: int,
+    dquery: int,
+    num_threads: int,
+) -> None: ...
+def mix_forward(
+    type: int,
+    rows: int,
+    size: int,
+    first: Rows,
+    second: Rows,
+    logits: Rows,
+    present: int,
+    out: Rows,
+    gate: Rows,
+    num_threads: int,
+) -> None: ...
+def mix_backward(
+    type: int,
+    rows: int,
+    size: int,
+    first: Rows,
+    second: Rows,
+    logits: Rows,
+    present: int,
+    grad: Rows,
+    dfirst: Rows,
+    dsecond: Rows,
+    dlogits: Rows,
+    num_threads: int,
+) -> None: ...
+def gather_forward(
+    type: int,
+    rows: int,
+    size: int,
+    parts: int,
+    index: int,
+    channels_first: bool,
+    norm_at: int,
+    is_layer: bool,
+    weight: int,
+    bias: int,
+    eps: float,
+    x: Rows,
+    out: Rows,
+    num_threads: int,
+) -> None: ...
+def gather_backward(
+    type: int,
+    rows: int,
+    size: int,
+    parts: int,
+    index: int,
+    channels_first: bool,
+    norm_at: int,
+    is_layer: bool,
+    weight: int,
+    eps: float,
+    x: Rows,
+    grad: Rows,
+    dx: Rows,
+    dweight: int,
+    dbias: int,
+    num_threads: int,
+) -> None: ...
+def patchify(
+    type: int,
+    sizes: tuple[int, ...],
+    strides: tuple[int, ...],
+    patch: int,
+    merge: int,
+    repeats: int,
+    pixels: int,
+    scale: int,
+    shift: int,
+    out: int,
+    num_threads: int,
+) -> None: ...

@@ -76,15 +76,19 @@ def assert_close_to_reference(actual: Any, reference: Callable, *inputs: Any) ->
         assert d.ok, f"output {i}: error {d.error:.3e}, allowed {d.allowed:.3e}"
 
 
-def gradients(function: Callable, inputs: Sequence[Any], grad: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of `function(*inputs)` for every floating-point tensor in `inputs`, which are not modified."""
+def gradients(function: Callable, inputs: Sequence[Any], grad: Any) -> tuple[Tensor, ...]:
+    """Gradients of `function(*inputs)` for every floating-point tensor in `inputs`, which are not modified.
+
+    `grad`: the incoming gradient, one for each tensor where the function returns several.
+    """
     copies = pytree.tree_map(
         lambda x: x.detach().clone().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x,
         list(inputs),
     )
     leaves = [x for x in pytree.tree_leaves(copies) if isinstance(x, Tensor) and x.requires_grad]
-    out = function(*copies)
-    return torch.autograd.grad(out, leaves, grad.to(out.dtype), allow_unused=True, materialize_grads=True)
+    outs = pytree.tree_leaves(function(*copies))
+    grads = [g.to(out.dtype) for g, out in zip(pytree.tree_leaves(grad), outs, strict=True)]
+    return torch.autograd.grad(outs, leaves, grads, allow_unused=True, materialize_grads=True)
 
 
 def assert_gradients_close_to_reference(function: Callable, reference: Callable, *inputs: Any) -> None:
@@ -94,10 +98,11 @@ def assert_gradients_close_to_reference(function: Callable, reference: Callable,
     gradient are taken together where an input is small.
     """
     with torch.no_grad():
-        out = reference(*inputs)
+        outs = pytree.tree_leaves(reference(*inputs))
     sizes = [x.numel() for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.is_floating_point()]
     draws = max(1, min(MAX_DRAWS, math.ceil(NUMBERS_IN_A_NORM / max(1, min(sizes, default=1)))))
-    grads = [torch.randn(out.shape, dtype=out.dtype, device=out.device) for _ in range(draws if out.numel() else 1)]
+    draws = draws if any(out.numel() for out in outs) else 1
+    grads = [[torch.randn(out.shape, dtype=out.dtype, device=out.device) for out in outs] for _ in range(draws)]
 
     def all_draws(f: Callable, *args: Any) -> list[Tensor]:
         grads, inputs = args[0], args[1:]

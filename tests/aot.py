@@ -100,6 +100,79 @@ def fuse_modalities(dtype):
         gated_mix_bwd(a, a, a, a, there)
 
 
+def add_norm(dtype):
+    from mmlm_kernels.add_norm import add_norm_bwd, add_norm_fwd
+
+    for size, is_layer in ((4096, False), (1152, True), (8192, False)):
+        x, weight = torch.empty(8, 64, size, dtype=dtype), torch.empty(size, dtype=dtype)
+        bias = weight if is_layer else None
+        add_norm_fwd(x, x, weight, bias, is_layer, 1e-6, 0.0)
+        add_norm_bwd(x, x, x, weight, dtype if is_layer else None, is_layer, 1e-6, 0.0)
+    add_norm_fwd(x, None, weight, None, False, 1e-6, 1.0)
+    add_norm_bwd(x, None, x, weight, None, False, 1e-6, 1.0)
+
+
+def glu(dtype):
+    from mmlm_kernels.glu import ACTIVATIONS, glu_bwd, glu_fwd
+
+    x, bias = torch.empty(512, 4096, dtype=dtype), torch.empty(4096, dtype=dtype)
+    for activation in ACTIVATIONS if dtype == DTYPES[0] else ("silu",):
+        glu_fwd(x, x, None, activation)
+        glu_bwd(x, x, x, None, activation, False)
+    glu_fwd(x, None, bias, "gelu")
+    glu_bwd(x, x, None, bias, "gelu", False)
+
+
+def gated_add(dtype):
+    from mmlm_kernels.gated_add import gated_add_bwd, gated_add_fwd
+
+    x, gate = torch.empty(512, 4096, dtype=dtype), torch.empty(1, dtype=dtype)
+    for keep in (None, torch.ones(512, dtype=torch.bool)):
+        gated_add_fwd(x, x, gate, keep)
+        gated_add_bwd(x, x, gate, keep)
+
+
+def qk_norm_rope(dtype):
+    from mmlm_kernels.qk_norm_rope import qk_norm_rope_bwd, qk_norm_rope_fwd
+
+    # heads of 128 and 80; a quarter of a head rotating; neighbours as pairs
+    for size, half, norm, interleaved in ((128, 64, True, False), (80, 40, False, False), (96, 12, True, True)):
+        q, k = torch.empty(2, 64, 32, size, dtype=dtype), torch.empty(2, 64, 8, size, dtype=dtype)
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+        table, weight = torch.empty(1, 64, half), torch.empty(size, dtype=dtype) if norm else None
+        out, out_key = qk_norm_rope_fwd(q, k, table, table, weight, weight, 1e-6, 0.0, interleaved)
+        qk_norm_rope_bwd(out, out_key, q, k, table, table, weight, weight, 1e-6, 0.0, interleaved)
+
+
+def merge_embeddings(dtype):
+    from mmlm_kernels.merge_embeddings import merge_embeddings_bwd, merge_embeddings_fwd
+
+    source, rows = torch.zeros(64, dtype=torch.int64), torch.empty(16, 4096, dtype=dtype)
+    for mode in ("embed", "replace", "add"):
+        merge_embeddings_fwd(source, torch.empty(64, 4096, dtype=dtype), [rows, rows], mode, 1.0)
+    merge_embeddings_bwd(torch.empty(64, 4096, dtype=dtype), source, [16, 16])
+
+
+def norm_pixel_shuffle(dtype):
+    from mmlm_kernels.norm_pixel_shuffle import norm_pixel_shuffle_bwd, norm_pixel_shuffle_fwd
+
+    x, index = torch.empty(1024, 1024, dtype=dtype), torch.arange(1024).view(-1, 4)
+    cases = (("none", False, False), ("none", False, True), ("before", True, False), ("after", True, False))
+    for norm_at, is_layer, channels_first in (*cases, ("before", False, True)):
+        weight = None if norm_at == "none" else torch.empty(4096 if norm_at == "after" else 1024, dtype=dtype)
+        options = (norm_at, is_layer, channels_first, 1e-6)
+        out = norm_pixel_shuffle_fwd(x, index, weight, weight, *options)
+        norm_pixel_shuffle_bwd(out, x, index, weight, None if weight is None else dtype, *options)
+
+
+def patch_embed(dtype):
+    from mmlm_kernels.patch_embed import patchify
+
+    pixels = torch.zeros(2, 3, 56, 56, dtype=torch.uint8)
+    patchify(pixels, [1.0] * 3, [0.0] * 3, 14, 2, 2, dtype)
+    patchify(pixels.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2), [1.0] * 3, [0.0] * 3, 14, 1, 1, dtype)
+
+
 HEAD_SIZES = (64, 72, 80, 88, 96, 104, 128, 256)
 
 
@@ -139,7 +212,19 @@ def interval_attention(dtype, every=False):
             compile_one(size, group=1)
 
 
-CASES = [concat_linear, fuse_modalities, interval_attention]
+MEMORY_BOUND = [add_norm, gated_add, glu, merge_embeddings, norm_pixel_shuffle, patch_embed, qk_norm_rope]
+CASES = [
+    add_norm,
+    concat_linear,
+    fuse_modalities,
+    gated_add,
+    glu,
+    interval_attention,
+    merge_embeddings,
+    norm_pixel_shuffle,
+    patch_embed,
+    qk_norm_rope,
+]
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -167,6 +252,8 @@ def main() -> int:
         if wanted and case.__name__ not in wanted:
             continue
         for dtype in DTYPES:
+            if dtype == torch.float16 and not every and case in MEMORY_BOUND:
+                continue  # compiled like bfloat16
             label = f"{case.__name__} {str(dtype).removeprefix('torch.')}"
             case(dtype, every=True) if every and case is interval_attention else case(dtype)
     failures = 0

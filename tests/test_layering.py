@@ -15,9 +15,10 @@ OURS = ("mmlm_fast", "mmlm_kernels", "mmlm_benchmarks")
 MAY_IMPORT = {
     "kernels": {"torch", "triton"},
     "mmlm_fast/masks.py": {"torch"},
+    "mmlm_fast/positions.py": {"torch"},
     "mmlm_fast/ops": {"torch", "mmlm_fast._C", "mmlm_fast.ops", "mmlm_fast.masks"},
     "mmlm_fast/testing.py": {"torch"},
-    "mmlm_fast/nn": {"torch", "mmlm_fast.ops", "mmlm_fast.masks", "mmlm_fast.nn"},
+    "mmlm_fast/nn": {"torch", "mmlm_fast.ops", "mmlm_fast.masks", "mmlm_fast.positions", "mmlm_fast.nn"},
     "mmlm_fast/audio": {
         "torch",
         "numpy",

@@ -244,7 +244,7 @@ def test_model_errors():
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         model()
     with pytest.raises(
-        ValueError, match=r"image: 32 placeholder tokens in input_ids, but 16 feature tokens \(1 items of 16\)"
+        ValueError, match=r"image \(1 items of 16 tokens\): features of token \d+: 16 rows for 32 placeholders"
     ):
         model(**(dict(batch) | {"pixel_values": batch["pixel_values"][:1]}))
     with pytest.raises(ValueError, match="takes no image_mask"):

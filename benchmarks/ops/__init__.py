@@ -1,6 +1,6 @@
 """One module of cases per op, of the op's stem. `op_case` makes forward and forward + backward from one op."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,18 @@ from torch.utils import _pytree as pytree
 from mmlm_benchmarks.harness import Case
 from mmlm_fast.testing import difference, gradients
 
-OPS = ("concat_linear", "fuse_modalities", "interval_attention")
+OPS = (
+    "add_norm",
+    "concat_linear",
+    "fuse_modalities",
+    "gated_add",
+    "glu",
+    "interval_attention",
+    "merge_embeddings",
+    "norm_pixel_shuffle",
+    "patch_embed",
+    "qk_norm_rope",
+)
 
 
 def op_case(
@@ -25,10 +36,31 @@ def op_case(
     values_moved: int,
     flops: int,
     backward_flops: int,
+    exact: Callable | None = None,
+    peers: Mapping[str, Callable] | None = None,
+    dtype: torch.dtype | None = None,
+    train: bool = True,
 ) -> list[Case]:
-    """Cases for the forward pass and for a training step: eager, torch.compile, ours; both checked in float64."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    """Cases for the forward pass and for a training step: eager, torch.compile, ours; both checked in float64.
+
+    Args:
+        group, name, shape_from: Of the rows.
+        device: Of the tensors.
+        draw: Inputs in a dtype.
+        reference: What eager is: the formula as transformers or the seeds write it.
+        fast: Ours. All return a tensor or a tuple of them.
+        values_moved, flops, backward_flops: For the floor.
+        exact: What is run in float64, where the eager formula cannot be.
+        peers: Other implementations.
+        dtype: bfloat16 on CUDA and float32 on CPU by default.
+        train: Whether there is a training step.
+    """
+    dtype = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
+    exact = exact or reference
     compiled = torch.compile(reference, fullgraph=True, dynamic=False)
+
+    def is_leaf(t: Any) -> bool:
+        return isinstance(t, Tensor) and t.is_floating_point()
 
     def forward_only(f: Callable) -> Callable:
         def call(*args: Any) -> Any:
@@ -42,38 +74,39 @@ def op_case(
         return [draw(dtype) for _ in range(4)]
 
     def step_inputs() -> list[tuple]:
-        return [
-            pytree.tree_map(lambda t: t.requires_grad_() if isinstance(t, Tensor) else t, args) for args in inputs()
-        ]
+        return [pytree.tree_map(lambda t: t.requires_grad_() if is_leaf(t) else t, args) for args in inputs()]
 
     def double(args: tuple) -> tuple:
-        return pytree.tree_map(lambda t: t.detach().double() if isinstance(t, Tensor) else t, args)
+        return pytree.tree_map(lambda t: t.detach().double() if is_leaf(t) else t, args)
 
     def check(providers: dict[str, Callable], args: tuple) -> dict[str, list]:
-        exact, twin = reference(*double(args)), reference(*args)
-        return {p: [difference(call(*args), twin, exact)] for p, call in providers.items()}
+        truth, twin = (pytree.tree_leaves(t) for t in (exact(*double(args)), reference(*args)))
+        return {
+            p: [difference(*three) for three in zip(pytree.tree_leaves(call(*args)), twin, truth, strict=True)]
+            for p, call in providers.items()
+        }
 
     def check_step(providers: dict[str, Callable], args: tuple) -> dict[str, list]:
-        grad = torch.ones_like(reference(*args))
-        exact = gradients(reference, double(args), grad)
+        grad = [torch.ones_like(out) for out in pytree.tree_leaves(reference(*args))]
+        truth = gradients(exact, double(args), grad)
         twin = gradients(reference, args, grad)
         found = {}
-        for provider, function in (("eager", reference), ("torch.compile", compiled), ("mmlm_fast", fast)):
+        for provider, function in functions.items():
             actual = gradients(function, args, grad)
-            found[provider] = [difference(a, t, e) for a, t, e in zip(actual, twin, exact, strict=True)]
+            found[provider] = [difference(a, t, e) for a, t, e in zip(actual, twin, truth, strict=True)]
         return found
 
     def step(f: Callable) -> Callable:
         def call(*args: Any) -> None:
-            leaves = [t for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
-            out = f(*args)
-            torch.autograd.grad(out, leaves, torch.ones_like(out))
+            leaves = [t for t in pytree.tree_leaves(args) if isinstance(t, Tensor) and t.requires_grad]
+            outs = pytree.tree_leaves(f(*args))
+            torch.autograd.grad(outs, leaves, [torch.ones_like(out) for out in outs])
 
         return call
 
-    functions = {"eager": reference, "torch.compile": compiled, "mmlm_fast": fast}
+    functions = {"eager": reference, "torch.compile": compiled, **(peers or {}), "mmlm_fast": fast}
     shared = {"group": group, "shape_from": f"{shape_from}, {str(dtype).removeprefix('torch.')}"}
-    return [
+    made = [
         Case(
             name=f"{name}, forward",
             inputs=inputs,
@@ -93,3 +126,4 @@ def op_case(
             **shared,
         ),
     ]
+    return made if train else made[:1]

@@ -6,17 +6,11 @@
 #pragma once
 #include <cstdint>
 
+#include "core/tensor.h"
+
 namespace mmlm {
 
 constexpr int kAttentionTile = 128;  // queries of a task of the forward pass, which share the copies of K and V
-
-enum class Number { float32 = 0, bfloat16 = 1 };
-
-// A tensor [batch, heads, length, size] by strides in elements; the last dimension is dense.
-struct Heads {
-  void* data = nullptr;
-  int64_t stride_b = 0, stride_h = 0, stride_s = 0;
-};
 
 struct Attention {
   Number type = Number::float32;

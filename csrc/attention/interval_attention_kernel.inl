@@ -14,6 +14,8 @@
 
 #include "attention/interval_attention.h"
 #include "core/arena.h"
+#include "core/float_math.h"
+#include "core/numbers.h"
 #include "core/simd.h"
 
 #define MMLM_JOIN_(a, b) a##_##b
@@ -43,73 +45,7 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
-// ---- vectors -------------------------------------------------------------------------------------------------------
-
-// exp(x) within about one unit in the last place (Cephes' expf, Moshier); 0 below -87, where the result would not be
-// normal. NaN stays NaN.
-MMLM_INLINE V exp_of(V x) {
-  using Int = Lanes<float>::Int;
-  const V clamped = min(broadcast(88.f), max(broadcast(-87.5f), x));  // NaN is the second operand: it passes
-  const V shifted = clamped * 1.44269504088896341f + 12582912.f;      // rounds to an integer in the low mantissa bits
-  const V n = shifted - 12582912.f;
-  const V r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-  V p = 1.9875691500e-4f * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.f;
-  const Int bits = (Int)shifted << 23;  // the integer moves into the exponent; the magic number's bits leave
-  const V result = (V)((Int)p + bits);
-  return (V)((Int)result & ~(Int)(x < -87.f));
-}
-
-// tanh(x): Cephes' tanhf.
-MMLM_INLINE V tanh_of(V x) {
-  using Int = Lanes<float>::Int;
-  const V z = x * x;
-  V p = -5.70498872745e-3f * z + 2.06390887954e-2f;
-  p = p * z - 5.37397155531e-2f;
-  p = p * z + 1.33314422036e-1f;
-  p = p * z - 3.33332819422e-1f;
-  const V small = p * z * x + x;
-  const V magnitude = max(x, -x);
-  const V large = 1.f - 2.f / (exp_of(min(broadcast(20.f), magnitude) * 2.f) + 1.f);
-  const Int is_small = (Int)(magnitude < 0.625f), negative = (Int)(x < 0.f);
-  const V signed_large = (V)(((Int)large & ~negative) | ((Int)-large & negative));
-  return (V)(((Int)small & is_small) | ((Int)signed_large & ~is_small)) + 0.f * x;  // NaN stays NaN
-}
-
-MMLM_INLINE V select(Lanes<float>::Int condition, V yes, V no) {
-  return (V)(((Lanes<float>::Int)yes & condition) | ((Lanes<float>::Int)no & ~condition));
-}
-
-MMLM_INLINE float sum_of(V x) {
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) x[i] += x[i + half];
-  }
-  return x[0];
-}
-
-// ---- numbers in memory ---------------------------------------------------------------------------------------------
-
-struct BFloat16 {
-  uint16_t bits;
-};
-
-MMLM_INLINE float to_float(float x) { return x; }
-MMLM_INLINE float to_float(BFloat16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-MMLM_INLINE void put(float* p, float x) { *p = x; }
-MMLM_INLINE void put(BFloat16* p, float x) {  // to nearest even
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  p->bits = x != x ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
+// ---- rows in memory ------------------------------------------------------------------------------------------------
 
 template <typename T>
 T* row_of(const Heads& h, int64_t b, int64_t head, int64_t i) {

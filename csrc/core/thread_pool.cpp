@@ -1,5 +1,6 @@
 #include "core/thread_pool.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 
 #include <algorithm>
@@ -79,11 +80,39 @@ class Pool {
 };
 
 std::atomic<Pool*> g_pool{nullptr};
+std::atomic<bool> g_forked{false};
+
+// The child of a fork has none of the parent's threads, and maybe a locked mutex: it drops the pool unopened, and keeps
+// off OpenMP's, which would wait for threads that are not there.
+void watch_forks() {
+  static std::once_flag once;
+  std::call_once(once, [] {
+    pthread_atfork(nullptr, nullptr, [] {
+      g_pool.store(nullptr);
+      g_forked.store(true);
+    });
+  });
+}
+
+// GOMP_parallel of the OpenMP that torch has loaded for all, whichever that is; null where there is none.
+using OpenMp = void (*)(void (*member)(void*), void* data, unsigned num_threads, unsigned flags);
+OpenMp openmp() {
+  static const OpenMp found = reinterpret_cast<OpenMp>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return found;
+}
+
+struct Team {
+  const int64_t num_tasks;
+  const std::function<void(int64_t)>& task;
+  std::atomic<int64_t> next{0};
+
+  static void member(void* data) {
+    Team& team = *static_cast<Team*>(data);
+    for (int64_t i = team.next.fetch_add(1); i < team.num_tasks; i = team.next.fetch_add(1)) team.task(i);
+  }
+};
 
 Pool& pool() {
-  static std::once_flag once;
-  // The child of a fork has none of the parent's threads, and maybe a locked mutex: it drops the pool unopened.
-  std::call_once(once, [] { pthread_atfork(nullptr, nullptr, [] { g_pool.store(nullptr); }); });
   Pool* current = g_pool.load();
   if (current == nullptr) {
     Pool* fresh = new Pool;  // never freed: detached workers sleep in it until the process ends
@@ -99,6 +128,12 @@ void parallel_for(int64_t num_tasks, int num_threads, const std::function<void(i
   const int num_helpers = static_cast<int>(std::min<int64_t>(num_threads, num_tasks)) - 1;
   if (num_helpers <= 0) {
     for (int64_t i = 0; i < num_tasks; ++i) task(i);
+    return;
+  }
+  watch_forks();
+  if (openmp() != nullptr && !g_forked.load()) {
+    Team team{num_tasks, task};
+    openmp()(&Team::member, &team, static_cast<unsigned>(num_helpers + 1), 0);
     return;
   }
   auto job = std::make_shared<Job>(num_tasks, task);

@@ -1,5 +1,7 @@
-// A small pool that sleeps between calls: spinning workers beside torch's own pool made short calls ten
-// times slower. Started on the first parallel call, forgotten in a forked child, which starts its own.
+// Threads: those of the OpenMP that torch has loaded, where there is one. Its workers spin for a while after each of
+// torch's own parallel regions: threads of ours beside them waited for a core, and a call right after a torch operator
+// took twice as long. Else, and in a forked child, a small pool that sleeps between calls, started on the first
+// parallel call.
 #pragma once
 #include <cstdint>
 #include <functional>

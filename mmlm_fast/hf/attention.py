@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mmlm_fast.hf.interval_mask import interval_mask, say_once
 from mmlm_fast.masks import IntervalMask
-from mmlm_fast.ops import interval_attention
+from mmlm_fast.ops.interval_attention import interval_attention
 
 NAME, PACKED_NAME = "mmlm_fast", "mmlm_flash"
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from mmlm_fast.nn import ConcatLinear, FuseModalities
+from mmlm_fast.ops import scatter_features
 
 
 class MMLMProjector(nn.Module):
@@ -66,18 +67,8 @@ def merge_tokens(inputs_embeds: Tensor, input_ids: Tensor, token_id: int, featur
         ValueError: on a CPU, if placeholders and feature tokens differ in number. On CUDA looking would stall the
             device: there a device-side assertion fails instead.
     """
-    placeholders = input_ids == token_id
     rows = features.reshape(-1, features.shape[-1]).to(inputs_embeds.dtype)
-    count = placeholders.sum()
-    if input_ids.device.type == "cpu":
-        if count != rows.shape[0]:
-            raise ValueError(
-                f"{modality}: {int(count)} placeholder tokens in input_ids, but {rows.shape[0]} feature tokens "
-                f"({features.shape[0]} items of {features.shape[1]})"
-            )
-    else:
-        torch._assert_async(count == rows.shape[0])
-    if rows.shape[0] == 0:
-        return inputs_embeds
-    rank = (placeholders.flatten().cumsum(0) - 1).clamp(min=0, max=rows.shape[0] - 1).view_as(input_ids)
-    return torch.where(placeholders[..., None], rows[rank], inputs_embeds)
+    try:
+        return scatter_features(inputs_embeds, input_ids, {token_id: rows})
+    except ValueError as error:
+        raise ValueError(f"{modality} ({features.shape[0]} items of {features.shape[1]} tokens): {error}") from error

@@ -6,7 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from mmlm_fast.masks import IntervalMask
-from mmlm_fast.ops import interval_attention
+from mmlm_fast.nn.loading import join, rename, split
+from mmlm_fast.nn.mlp import GatedMLP
+from mmlm_fast.nn.norms import RMSNorm
+from mmlm_fast.ops import gated_add, interval_attention
 
 
 def _split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -63,8 +66,8 @@ class MultiheadSelfAttention(nn.Module):
         return self.out_proj(_attend(query, key, value, mask))
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        _join(state_dict, prefix, ("q_proj", "k_proj", "v_proj"), "in_proj_")
-        _rename(state_dict, prefix, "o_proj", "out_proj")
+        join(state_dict, prefix, ("q_proj.", "k_proj.", "v_proj."), "in_proj_")
+        rename(state_dict, prefix, "o_proj", "out_proj")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
@@ -84,6 +87,7 @@ class CrossAttention(nn.Module):
         num_key_value_heads: Of keys and values; `num_heads` by default.
         head_dim: ``embed_dim // num_heads`` by default.
         bias: Of all projections.
+        qk_norm_eps: With it, queries and keys are normalised head by head (``q_norm``, ``k_norm``), as in mllama.
 
     Raises:
         ValueError: if numbers of heads do not divide.
@@ -98,6 +102,7 @@ class CrossAttention(nn.Module):
         num_key_value_heads: int | None = None,
         head_dim: int | None = None,
         bias: bool = True,
+        qk_norm_eps: float | None = None,
     ) -> None:
         super().__init__()
         if head_dim is None:
@@ -113,6 +118,8 @@ class CrossAttention(nn.Module):
         self.k_proj = nn.Linear(kv_dim, num_key_value_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(kv_dim, num_key_value_heads * head_dim, bias=bias)
         self.o_proj = nn.Linear(num_heads * head_dim, embed_dim, bias=bias)
+        self.q_norm = None if qk_norm_eps is None else RMSNorm(head_dim, qk_norm_eps)
+        self.k_norm = None if qk_norm_eps is None else RMSNorm(head_dim, qk_norm_eps)
 
     def forward(self, hidden_states: Tensor, context: Tensor, mask: IntervalMask | None = None) -> Tensor:
         """``[B, Sq, embed_dim]`` and context ``[B, Skv, kv_dim]`` to ``[B, Sq, embed_dim]``.
@@ -123,19 +130,18 @@ class CrossAttention(nn.Module):
         _check_hidden("context", context, self.kv_dim)
         query = _split_heads(self.q_proj(hidden_states), self.num_heads)
         key, value = (_split_heads(f(context), self.num_key_value_heads) for f in (self.k_proj, self.v_proj))
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
         return self.o_proj(_attend(query, key, value, mask))
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        split(state_dict, prefix, "in_proj_", ("q_proj.", "k_proj.", "v_proj."))
         for kind in ("weight", "bias"):
-            joined = state_dict.pop(f"{prefix}in_proj_{kind}", None)
-            names = [f"{prefix}{name}_proj.{kind}" for name in "qkv"]
-            if joined is not None:
-                state_dict.update(zip(names, joined.chunk(3), strict=True))
-            for name, target in zip("qkv", names, strict=True):
+            for name in "qkv":
                 separate = state_dict.pop(f"{prefix}{name}_proj_{kind}", None)
                 if separate is not None:
-                    state_dict[target] = separate
-        _rename(state_dict, prefix, "out_proj", "o_proj")
+                    state_dict[f"{prefix}{name}_proj.{kind}"] = separate
+        rename(state_dict, prefix, "out_proj", "o_proj")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
@@ -163,17 +169,49 @@ class GatedCrossAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor, context: Tensor, mask: IntervalMask | None = None) -> Tensor:
         """Shapes and `mask` as in `CrossAttention.forward`."""
-        return hidden_states + self.gate.tanh() * self.attn(self.norm(hidden_states), context, mask)
+        return gated_add(self.attn(self.norm(hidden_states), context, mask), hidden_states, self.gate)
 
 
-def _join(state_dict: dict, prefix: str, parts: tuple[str, ...], joined: str) -> None:
-    for kind in ("weight", "bias"):
-        names = [f"{prefix}{part}.{kind}" for part in parts]
-        if all(name in state_dict for name in names):
-            state_dict[f"{prefix}{joined}{kind}"] = torch.cat([state_dict.pop(name) for name in names])
+class GatedCrossAttentionLayer(nn.Module):
+    """Llama 3.2 Vision's layer between text layers: gated cross-attention, then a gated MLP.
 
+    Its state dict is that of MllamaCrossAttentionDecoderLayer. With a mask, a token that sees no picture passes
+    unchanged; transformers' layer gives it the mean of all pictures in the attention, and masks the MLP alone.
 
-def _rename(state_dict: dict, prefix: str, old: str, new: str) -> None:
-    for kind in ("weight", "bias"):
-        if f"{prefix}{old}.{kind}" in state_dict:
-            state_dict[f"{prefix}{new}.{kind}"] = state_dict.pop(f"{prefix}{old}.{kind}")
+    Args:
+        embed_dim, num_heads, intermediate_size: Widths and heads.
+        kv_dim, num_key_value_heads: As in `CrossAttention`.
+        eps: Of all norms.
+        activation: Of the MLP, by transformers' name.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        intermediate_size: int,
+        *,
+        kv_dim: int | None = None,
+        num_key_value_heads: int | None = None,
+        eps: float = 1e-5,
+        activation: str = "silu",
+    ) -> None:
+        super().__init__()
+        self.cross_attn = CrossAttention(
+            embed_dim, num_heads, kv_dim=kv_dim, num_key_value_heads=num_key_value_heads, bias=False, qk_norm_eps=eps
+        )
+        self.input_layernorm = RMSNorm(embed_dim, eps)
+        self.cross_attn_attn_gate = nn.Parameter(torch.zeros(1))
+        self.mlp = GatedMLP(embed_dim, intermediate_size, activation)
+        self.post_attention_layernorm = RMSNorm(embed_dim, eps)
+        self.cross_attn_mlp_gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, hidden_states: Tensor, context: Tensor, mask: IntervalMask | None = None) -> Tensor:
+        """Shapes and `mask` as in `CrossAttention.forward`."""
+        keep = None
+        if mask is not None:
+            keep = (mask.hi > mask.lo).expand(hidden_states.shape[:-1])
+        attended = self.cross_attn(self.input_layernorm(hidden_states), context, mask)
+        hidden_states = gated_add(attended, hidden_states, self.cross_attn_attn_gate, keep=keep)
+        moved = self.mlp(self.post_attention_layernorm(hidden_states))
+        return gated_add(moved, hidden_states, self.cross_attn_mlp_gate, keep=keep)

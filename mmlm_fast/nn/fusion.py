@@ -5,6 +5,8 @@ from torch import Tensor, nn
 
 from mmlm_fast.ops import concat_linear, fuse_modalities
 
+DECISIONS = ("mean", "weighted", "vote")
+
 
 class ConcatLinear(nn.Linear):
     """``nn.Linear`` over the concatenation of its inputs, with an activation; see `ops.concat_linear`.
@@ -50,6 +52,61 @@ class FuseModalities(nn.Module):
         out = fuse_modalities(features, self.mode, weight=self.weight, bias=self.bias, present=present)
         assert isinstance(out, Tensor)
         return out
+
+    def extra_repr(self) -> str:
+        return f"mode={self.mode}"
+
+
+class DecisionFusion(nn.Module):
+    """Fuse the decisions of one classifier per modality: late fusion, at the level of class probabilities.
+
+    ======== ==================================================================================
+    mode     result
+    ======== ==================================================================================
+    mean     mean of the probabilities of the modalities that are there
+    weighted Σ aₘ·pₘ with a = softmax(``weight``) over those that are there; ``weight`` [k] learns
+    vote     share of the modalities whose most likely class it is; ties go to the larger mean
+             probability (the mean counts for less than a vote); no gradient
+    ======== ==================================================================================
+
+    Raises:
+        ValueError: for another mode.
+    """
+
+    def __init__(self, mode: str = "mean", num_modalities: int = 2) -> None:
+        super().__init__()
+        if mode not in DECISIONS:
+            raise ValueError(f"mode must be one of {', '.join(DECISIONS)}, got {mode!r}")
+        self.mode, self.num_modalities = mode, num_modalities
+        self.weight = nn.Parameter(torch.zeros(num_modalities)) if mode == "weighted" else None
+
+    def forward(self, logits: Sequence[Tensor], present: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            logits: One ``[*batch, classes]`` per modality.
+            present: Bool ``[*batch, k]``, False where a sample lacks that modality.
+
+        Returns:
+            ``[*batch, classes]`` in float32: probabilities, which sum to 1, or zeros where nothing is there.
+        """
+        if len(logits) != self.num_modalities:
+            raise ValueError(f"logits must be {self.num_modalities} tensors, got {len(logits)}")
+        likely = [x.float().softmax(-1)[..., None, :] for x in logits]
+        there = None if present is None else present[..., None, :]
+        if self.mode != "vote":
+            weight = None if self.weight is None else self.weight.float()
+            return self._fuse(likely, self.mode, weight, there)
+        votes = [nn.functional.one_hot(p.argmax(-1), p.shape[-1]).float() for p in likely]
+        mean = self._fuse(likely, "mean", None, there)
+        # A vote of one modality in k is worth 1/k: half of that, over all classes together, can only break ties.
+        share = self._fuse(votes, "mean", None, there) + mean / (2 * self.num_modalities)
+        return (share / share.sum(-1, keepdim=True).clamp(min=torch.finfo(share.dtype).tiny)).detach()
+
+    @staticmethod
+    def _fuse(features: list[Tensor], mode: str, weight: Tensor | None, present: Tensor | None) -> Tensor:
+        out = fuse_modalities(features, mode, weight=weight, present=present)
+        assert isinstance(out, Tensor)
+        return out.squeeze(-2)
 
     def extra_repr(self) -> str:
         return f"mode={self.mode}"

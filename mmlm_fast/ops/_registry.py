@@ -16,6 +16,10 @@ from torch import Tensor
 
 _LIB = torch.library.Library("mmlm_fast", "FRAGMENT")
 
+NATIVE_TYPES = {torch.float32: 0, torch.bfloat16: 1}  # of the native core on a CPU
+_KERNEL_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+_HAS_TRITON = find_spec("triton") is not None
+
 # What `mmlm_fast.doctor()` reports: op name -> (module of the portable path, target of the CUDA kernel).
 REGISTERED: dict[str, tuple[str, str]] = {}
 
@@ -46,6 +50,34 @@ def reference() -> Iterator[None]:
 
 def using_reference() -> bool:
     return _switch.use_reference
+
+
+# On a CPU a call of ours costs more than torch's: for fewer numbers than these the reference is faster (measured, see
+# CONTRIBUTING).
+SMALL_NUMBERS = {
+    "add_norm, layer": 2**20,
+    "add_norm, rms": 2**19,
+    "fuse_modalities": 2**18,
+    "gated_add": 2**20,
+    "glu": 2**18,
+    "merge_embeddings": 2**18,
+    "norm_pixel_shuffle": 2**20,
+    "qk_norm_rope": 2**16,
+}
+
+
+def takes_kernel(x: Tensor, op: str = "") -> bool:
+    """Whether a kernel is the faster way for this tensor, of an op whose portable path is its reference."""
+    if x.device.type == "cpu":
+        if x.dtype not in NATIVE_TYPES:
+            return False
+        return torch.compiler.is_compiling() or x.numel() >= SMALL_NUMBERS.get(op, 0)
+    return x.device.type == "cuda" and x.dtype in _KERNEL_TYPES and _HAS_TRITON
+
+
+def plain_float(number: float) -> float:
+    """A constant in graphs with dynamic shapes too, where Dynamo makes symbols of floats."""
+    return number if type(number) is float else number.__float__()
 
 
 def register_op(

@@ -6,20 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmlm_fast.ops._activations import activate
 from mmlm_fast.ops._registry import autocast, check_like, check_tokens, register_op, using_reference
 
-# Name -> (function, derivative times incoming gradient).
-_ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {
-    "none": (lambda z: z, lambda grad, z: grad),
-    "relu": (F.relu, lambda grad, z: torch.ops.aten.threshold_backward(grad, z, 0)),
-    "gelu": (F.gelu, lambda grad, z: torch.ops.aten.gelu_backward(grad, z, approximate="none")),
-    "gelu_tanh": (
-        lambda z: F.gelu(z, approximate="tanh"),
-        lambda grad, z: torch.ops.aten.gelu_backward(grad, z, approximate="tanh"),
-    ),
-    "silu": (F.silu, lambda grad, z: torch.ops.aten.silu_backward(grad, z)),
+# Derivative times incoming gradient of each.
+_DERIVATIVES: dict[str, Callable] = {
+    "none": lambda grad, z: grad,
+    "relu": lambda grad, z: torch.ops.aten.threshold_backward(grad, z, 0),
+    "gelu": lambda grad, z: torch.ops.aten.gelu_backward(grad, z, approximate="none"),
+    "gelu_tanh": lambda grad, z: torch.ops.aten.gelu_backward(grad, z, approximate="tanh"),
+    "silu": lambda grad, z: torch.ops.aten.silu_backward(grad, z),
 }
-ACTIVATIONS = tuple(_ACTIVATIONS)
+ACTIVATIONS = tuple(_DERIVATIVES)
 
 
 def concat_linear_ref(
@@ -27,7 +25,7 @@ def concat_linear_ref(
 ) -> Tensor:
     num_tokens = next((x.shape[-2] for x in inputs if x.shape[-2] != 1), 1)
     joined = torch.cat([x.expand(*x.shape[:-2], num_tokens, x.shape[-1]) for x in inputs], dim=-1)
-    return _ACTIVATIONS[activation][0](F.linear(joined, weight, bias))
+    return activate(F.linear(joined, weight, bias), activation)
 
 
 def concat_linear(
@@ -53,7 +51,7 @@ def concat_linear(
 
     Source: the feature-level fusion ``Linear(concat(features))`` of multimodal models.
     """
-    if activation not in _ACTIVATIONS:
+    if activation not in _DERIVATIVES:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     if isinstance(inputs, Tensor):
         raise ValueError("inputs must be a sequence of tensors, got one tensor: use [x]")
@@ -125,13 +123,13 @@ def _portable_fwd(
     z = _preactivation(inputs, weight, bias)
     if activation == "none":
         return z, z.new_empty(0)
-    return _ACTIVATIONS[activation][0](z), z if save_preactivation else z.new_empty(0)
+    return activate(z, activation), z if save_preactivation else z.new_empty(0)
 
 
 def _portable_bwd(
     grad: Tensor, inputs: list[Tensor], weight: Tensor, preactivation: Tensor, activation: str, needed: list[bool]
 ) -> list[Tensor]:
-    dz = grad if activation == "none" else _ACTIVATIONS[activation][1](grad, preactivation)
+    dz = grad if activation == "none" else _DERIVATIVES[activation](grad, preactivation)
     rows = dz.reshape(-1, weight.shape[0])
     num_tokens = _num_tokens(inputs)
     per_sample = dz.sum(-2, keepdim=True) if any(x.shape[-2] != num_tokens for x in inputs) else dz

@@ -5,9 +5,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mmlm_fast.ops._registry import autocast, check_like, check_tokens, register_op, using_reference
+from mmlm_fast.ops._native import address, as_rows, floats, num_rows, number_type, rows
+from mmlm_fast.ops._registry import (
+    autocast,
+    check_like,
+    check_tokens,
+    register_op,
+    takes_kernel,
+    using_reference,
+)
 from mmlm_fast.ops.concat_linear import concat_linear, concat_linear_ref
 
+MAX_MODALITIES = 16  # of the native core
 MODES = ("mean", "weighted", "gated", "attention")
 
 
@@ -97,7 +106,7 @@ def fuse_modalities(
     _check_parameters(features, mode, weight, bias)
     if present is not None:
         present = _check_present(present, features, num_tokens)
-    if using_reference():
+    if using_reference() or not takes_kernel(features[0], "fuse_modalities") or len(features) > MAX_MODALITIES:
         out, weights = fuse_modalities_ref(features, mode, weight, bias, present)
         weights = weights if mode == "gated" else weights.to(_weights_dtype(weights.dtype))
     elif mode == "gated":
@@ -151,9 +160,41 @@ def _weights_dtype(dtype: torch.dtype) -> torch.dtype:
 
 # ---- mean, weighted, attention -------------------------------------------------------------------------------------
 
-# Values of one modality handled at a time on a CPU: 1 MiB in float32, so that the chunks of a few modalities meet in
-# cache, and enough for two threads (torch splits from 32768 values on). 2**15 was slower than eager, 2**22 no faster.
-CHUNK_VALUES = 262144
+
+def _rows(features: list[Tensor]) -> tuple[list[Tensor], list[bool], int, int]:
+    """Each feature as rows, which have one for all tokens, and how many tokens and rows there are."""
+    num_tokens, first = _num_tokens(features), features[0]
+    count = num_tokens
+    for size in first.shape[:-2]:
+        count = count * size
+    return [as_rows(x) for x in features], [x.shape[-2] != num_tokens for x in features], num_tokens, count
+
+
+def _flat_present(present: Tensor | None, num: int) -> Tensor | None:
+    return None if present is None else present.reshape(-1, num).contiguous()
+
+
+def _native_fwd(
+    features: list[Tensor], mode: str, weight: Tensor | None, present: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    from mmlm_fast import _C
+
+    flat, broadcast, num_tokens, count = _rows(features)
+    num, size = len(features), features[0].shape[-1]
+    shape = (*features[0].shape[:-2], num_tokens)
+    out = features[0].new_empty((*shape, size))
+    weights, query = out.new_empty((*shape, num), dtype=torch.float32), None
+    flat_present = _flat_present(present, num)
+    if mode == "attention":
+        query = floats(weight) * size**-0.5  # type: ignore[operator]
+    else:  # one row of scores for all rows
+        scores = weights.new_zeros(num) if mode == "mean" else weight.float()  # type: ignore[union-attr]
+        weights.copy_(_weights(scores.expand(weights.shape), present))
+    _C.fuse_forward(
+        number_type(out), count, size, num_tokens, [rows(x) for x in flat], broadcast, address(query),
+        address(flat_present), weights.data_ptr(), rows(out), torch.get_num_threads(),
+    )  # fmt: skip
+    return out, weights
 
 
 def _weights(scores: Tensor, present: Tensor | None) -> Tensor:
@@ -163,94 +204,32 @@ def _weights(scores: Tensor, present: Tensor | None) -> Tensor:
     return torch.where(present, scores.masked_fill(~present, -torch.inf).softmax(-1), 0)
 
 
-def _chunks(features: list[Tensor], num_rows: int, present: Tensor | None):
-    """Slices of rows, and for each the features' rows in float32 (float64 stays), zero where missing."""
-    dtype, hidden_size = _weights_dtype(features[0].dtype), features[0].shape[-1]
-    step = max(1, CHUNK_VALUES // max(1, hidden_size))
-    for start in range(0, num_rows, step):
-        rows = slice(start, start + step)
-        chunk = [x[rows].to(dtype) for x in features]
-        if present is not None:
-            chunk = [torch.where(present[rows, i, None], x, 0) for i, x in enumerate(chunk)]
-        yield rows, chunk
-
-
-def _if_same_dtype(target: Tensor, like: Tensor) -> Tensor | None:
-    """`target` as the ``out=`` of a float32 result, or None where that must be rounded first."""
-    return target if target.dtype == like.dtype else None
-
-
-def _as_rows(features: list[Tensor], present: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
-    num_tokens = _num_tokens(features)
-    rows = [x.expand(*x.shape[:-2], num_tokens, x.shape[-1]).reshape(-1, x.shape[-1]) for x in features]
-    return rows, None if present is None else present.reshape(-1, len(features))
-
-
-def _portable_fwd(
-    features: list[Tensor], mode: str, weight: Tensor | None, present: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    shape = (*features[0].shape[:-2], _num_tokens(features), features[0].shape[-1])
-    features, present = _as_rows(features, present)
-    num_rows, hidden_size = features[0].shape
-    out = features[0].new_empty(num_rows, hidden_size)
-    weights = out.new_empty(num_rows, len(features), dtype=_weights_dtype(out.dtype))
-    if mode != "attention":  # one row of scores for all rows
-        scores = weights.new_zeros(len(features)) if mode == "mean" else weight.to(weights.dtype)  # type: ignore[union-attr]
-        weights.copy_(_weights(scores.expand(weights.shape), present))
-    else:
-        query = weight.to(weights.dtype) * hidden_size**-0.5  # type: ignore[union-attr]
-    for rows, chunk in _chunks(features, num_rows, present):
-        if mode == "attention":
-            scores = torch.stack([(x * query).sum(-1) for x in chunk], -1)  # pairwise sums: closer than BLAS's
-            weights[rows] = _weights(scores, None if present is None else present[rows])
-        a = weights[rows]
-        target = out[rows]
-        total = torch.mul(chunk[0], a[:, :1], out=_if_same_dtype(target, chunk[0]))
-        for i, x in enumerate(chunk[1:], 1):
-            total.addcmul_(x, a[:, i : i + 1])
-        if total is not target:
-            target.copy_(total)
-    return out.view(shape), weights.view(*shape[:-1], len(features))
-
-
-def _portable_bwd(
+def _native_bwd(
     grad: Tensor, features: list[Tensor], weight: Tensor | None, weights: Tensor, present: Tensor | None, mode: str
 ) -> list[Tensor]:
-    shapes = [x.shape for x in features]
-    features, present = _as_rows(features, present)
-    num_rows, hidden_size = features[0].shape
-    flat_grad, weights = grad.reshape(num_rows, hidden_size), weights.reshape(num_rows, len(shapes))
-    dfeatures = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in features]
-    dweight = None if weight is None else torch.zeros(weight.shape, dtype=weights.dtype, device=weight.device)
-    scale = hidden_size**-0.5
-    query = weight.to(weights.dtype) * scale if mode == "attention" else None  # type: ignore[union-attr]
-    for rows, chunk in _chunks(features, num_rows, present):
-        g, a = flat_grad[rows].to(weights.dtype), weights[rows]
-        if weight is not None:
-            da = torch.stack([(g * x).sum(-1) for x in chunk], -1)
-            dscores = a * (da - (a * da).sum(-1, keepdim=True))
-        for i, dfeature in enumerate(dfeatures):
-            target = dfeature[rows]
-            dx = torch.mul(g, a[:, i : i + 1], out=_if_same_dtype(target, g))
-            if query is not None and dweight is not None:
-                dx.addcmul_(dscores[:, i : i + 1], query)
-            if dx is not target:
-                target.copy_(dx)
-        if query is not None and dweight is not None:
-            weighted = chunk[0] * dscores[:, :1]
-            for i, x in enumerate(chunk[1:], 1):
-                weighted.addcmul_(x, dscores[:, i : i + 1])
-            dweight += weighted.sum(0) * scale
-        if mode == "weighted":
-            assert dweight is not None
-            dweight += dscores.sum(0)
-    dfeatures = [_sum_to(dx, grad.shape, shape) for dx, shape in zip(dfeatures, shapes, strict=True)]
-    return [grad.new_empty(0) if dweight is None else dweight.to(grad.dtype), *dfeatures]
+    from mmlm_fast import _C
+
+    flat, broadcast, num_tokens, count = _rows(features)
+    num, size = len(features), features[0].shape[-1]
+    g, weights, flat_present = as_rows(grad), weights.contiguous(), _flat_present(present, num)
+    dfeatures = [grad.new_empty(grad.shape) for _ in features]
+    scale = size**-0.5
+    query = floats(weight) * scale if mode == "attention" else None  # type: ignore[operator]
+    dscores = None if weight is None else torch.empty_like(weights)
+    dquery = None if query is None else torch.zeros_like(query)
+    _C.fuse_backward(
+        number_type(grad), count, size, num_tokens, [rows(x) for x in flat], broadcast, address(query),
+        address(flat_present), weights.data_ptr(), rows(g), [rows(d) for d in dfeatures], address(dscores),
+        address(dquery), torch.get_num_threads(),
+    )  # fmt: skip
+    dfeatures = [_sum_to(dx, x.shape) for dx, x in zip(dfeatures, features, strict=True)]
+    if dquery is not None:
+        return [(dquery * scale).to(grad.dtype), *dfeatures]
+    return [grad.new_empty(0) if dscores is None else dscores.view(-1, num).sum(0).to(grad.dtype), *dfeatures]
 
 
-def _sum_to(dx: Tensor, full_shape: torch.Size, shape: torch.Size) -> Tensor:
+def _sum_to(dx: Tensor, shape: torch.Size) -> Tensor:
     """Gradient of a feature that was broadcast over tokens."""
-    dx = dx.view(full_shape)
     return dx if dx.shape == shape else dx.sum(-2, keepdim=True)
 
 
@@ -268,7 +247,7 @@ def _fake_bwd(grad, features, weight, weights, present, mode):
 
 _fwd = register_op(
     "fuse_modalities_fwd(Tensor[] features, str mode, Tensor? weight, Tensor? present) -> (Tensor, Tensor)",
-    portable=_portable_fwd,
+    portable=_native_fwd,
     kernel="mmlm_kernels.fuse_modalities:fuse_modalities_fwd",
     fake=_fake_fwd,
 )
@@ -276,7 +255,7 @@ _fwd = register_op(
 _bwd = register_op(
     "fuse_modalities_bwd(Tensor grad, Tensor[] features, Tensor? weight, Tensor weights, Tensor? present, str mode)"
     " -> Tensor[]",
-    portable=_portable_bwd,
+    portable=_native_bwd,
     kernel="mmlm_kernels.fuse_modalities:fuse_modalities_bwd",
     fake=_fake_bwd,
 )
@@ -326,34 +305,47 @@ def _effective_gate(logits: Tensor, present: Tensor | None) -> Tensor:
     return torch.where(present.all(-1, keepdim=True), gate, first.to(gate.dtype))
 
 
-def _portable_mix_fwd(first: Tensor, second: Tensor, logits: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
-    gate = _effective_gate(logits.to(_weights_dtype(logits.dtype)), present)
-    # Missing features are zeros by now, so nothing present gives zero.
-    return torch.lerp(second.to(gate.dtype), first.to(gate.dtype), gate).to(first.dtype), gate.to(first.dtype)
+def _mix_rows(x: Tensor, like: Tensor) -> Tensor:
+    return as_rows(x.expand(like.shape))
 
 
-def _portable_mix_bwd(
+def _native_mix_fwd(first: Tensor, second: Tensor, logits: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
+    from mmlm_fast import _C
+
+    out, gate, flat = logits.new_empty(logits.shape), logits.new_empty(logits.shape), as_rows(logits)
+    a, b, present = _mix_rows(first, logits), _mix_rows(second, logits), _flat_present(present, 2)
+    _C.mix_forward(
+        number_type(logits), num_rows(logits), logits.shape[-1], rows(a), rows(b), rows(flat), address(present),
+        rows(out), rows(gate), torch.get_num_threads(),
+    )  # fmt: skip
+    return out, gate
+
+
+def _native_mix_bwd(
     grad: Tensor, first: Tensor, second: Tensor, logits: Tensor, present: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = _weights_dtype(logits.dtype)
-    gate, g = _effective_gate(logits.to(dtype), present), grad.to(dtype)
-    dfirst = g * gate
-    # g·(first − second)·gate·(1 − gate). Where a modality is missing the gate is 0 or 1, and this is zero.
-    dlogits = (first.to(dtype) - second.to(dtype)).mul_(dfirst)
-    dlogits.addcmul_(dlogits, gate, value=-1)
-    return dfirst.to(grad.dtype), (g - dfirst).to(grad.dtype), dlogits.to(grad.dtype)
+    from mmlm_fast import _C
+
+    flat, g, present = as_rows(logits), as_rows(grad), _flat_present(present, 2)
+    a, b = _mix_rows(first, logits), _mix_rows(second, logits)
+    dfirst, dsecond, dlogits = (logits.new_empty(logits.shape) for _ in range(3))
+    _C.mix_backward(
+        number_type(logits), num_rows(logits), logits.shape[-1], rows(a), rows(b), rows(flat), address(present),
+        rows(g), rows(dfirst), rows(dsecond), rows(dlogits), torch.get_num_threads(),
+    )  # fmt: skip
+    return dfirst, dsecond, dlogits
 
 
 _mix_fwd = register_op(
     "gated_mix_fwd(Tensor first, Tensor second, Tensor logits, Tensor? present) -> (Tensor, Tensor)",
-    portable=_portable_mix_fwd,
+    portable=_native_mix_fwd,
     kernel="mmlm_kernels.fuse_modalities:gated_mix_fwd",
     fake=lambda first, second, logits, present: (logits.new_empty(logits.shape), logits.new_empty(logits.shape)),
 )
 _mix_bwd = register_op(
     "gated_mix_bwd(Tensor grad, Tensor first, Tensor second, Tensor logits, Tensor? present)"
     " -> (Tensor, Tensor, Tensor)",
-    portable=_portable_mix_bwd,
+    portable=_native_mix_bwd,
     kernel="mmlm_kernels.fuse_modalities:gated_mix_bwd",
     fake=lambda grad, first, second, logits, present: tuple(logits.new_empty(logits.shape) for _ in range(3)),
 )

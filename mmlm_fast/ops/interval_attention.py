@@ -4,7 +4,14 @@ import torch
 from torch import Tensor
 
 from mmlm_fast.masks import IntervalMask
-from mmlm_fast.ops._registry import autocast, check_floating, register_op, using_reference
+from mmlm_fast.ops._registry import (
+    NATIVE_TYPES,
+    autocast,
+    check_floating,
+    plain_float,
+    register_op,
+    using_reference,
+)
 
 
 def interval_attention_ref(
@@ -98,11 +105,11 @@ def interval_attention(
         return interval_attention_ref(
             query, key, value, mask, scale=scale, softcap=softcap, sinks=sinks, return_lse=return_lse
         )
-    scale = _plain(query.shape[-1] ** -0.5 if scale is None else scale)
+    scale = plain_float(query.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is None and sinks is None and not return_lse and _sdpa_is_best(query, key, mask):
         return _sdpa(query, key, value, mask, scale)
     lo, hi = (None, None) if mask is None or mask.kind == "full" else (mask.lo, mask.hi)
-    softcap = 0.0 if softcap is None else _plain(softcap)
+    softcap = 0.0 if softcap is None else plain_float(softcap)
     out, lse = _IntervalAttention.apply(query, key, value, sinks, lo, hi, scale, softcap, return_lse)
     return (out, lse) if return_lse else out
 
@@ -154,11 +161,6 @@ def interval_attention_varlen(
 
 def _shape(thing: object) -> object:
     return tuple(thing.shape) if isinstance(thing, Tensor) else type(thing).__name__
-
-
-def _plain(number: float) -> float:
-    """A constant in graphs with dynamic shapes too, where Dynamo makes symbols of floats."""
-    return number if type(number) is float else number.__float__()
 
 
 def _check_inputs(query: Tensor, key: Tensor, value: Tensor, mask: IntervalMask | None) -> None:
@@ -231,8 +233,6 @@ def _cudnn_takes(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, gro
 
 # ---- the native core: float32 and bfloat16 on a CPU ----------------------------------------------------------------
 
-_NATIVE_TYPES = {torch.float32: 0, torch.bfloat16: 1}
-
 
 def _heads(x: Tensor) -> tuple[int, ...]:
     return (x.data_ptr(), *x.stride()[:3])
@@ -240,7 +240,7 @@ def _heads(x: Tensor) -> tuple[int, ...]:
 
 def _native(x: Tensor) -> Tensor:
     """As the native core reads it: a number type it knows, rows dense."""
-    if x.dtype not in _NATIVE_TYPES:
+    if x.dtype not in NATIVE_TYPES:
         x = x.float()
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
@@ -277,7 +277,7 @@ def _portable_fwd(
     largest, total = (query.new_empty(batch, heads, q_len, dtype=torch.float32) for _ in range(2))
     sinks = None if sinks is None else sinks.float().contiguous()
     _C.attention_forward(
-        _NATIVE_TYPES[query.dtype], (batch, heads, kv_heads, q_len, kv_len, size, value_size), scale, softcap,
+        NATIVE_TYPES[query.dtype], (batch, heads, kv_heads, q_len, kv_len, size, value_size), scale, softcap,
         (_heads(query), _heads(key), _heads(value), _heads(out)), *_native_bounds(lo, hi),
         0 if sinks is None else sinks.data_ptr(), largest.data_ptr(), total.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -313,7 +313,7 @@ def _portable_bwd(
     dv = _heads_last(batch, kv_heads, kv_len, value_size, query)
     delta = torch.empty_like(total)
     _C.attention_backward(
-        _NATIVE_TYPES[query.dtype], (batch, heads, kv_heads, q_len, kv_len, size, value_size), scale, softcap,
+        NATIVE_TYPES[query.dtype], (batch, heads, kv_heads, q_len, kv_len, size, value_size), scale, softcap,
         (_heads(query), _heads(key), _heads(value), _heads(out)), *_native_bounds(lo, hi), largest.data_ptr(),
         total.data_ptr(), (_heads(grad), _heads(dq), _heads(dk), _heads(dv)),
         0 if grad_lse is None else grad_lse.data_ptr(), delta.data_ptr(), torch.get_num_threads(),

@@ -1,0 +1,110 @@
+// Floor: gate and up read, the product written; backward reads the gradient too and writes two.
+namespace mmlm {
+namespace {
+
+// y = act(x); slope = act'(x) where asked for.
+template <Activation kind, bool with_slope>
+MMLM_INLINE V activate(V x, V& slope) {
+  if (kind == Activation::relu) {
+    if (with_slope) slope = select((Lanes<float>::Int)(x > 0.f), broadcast(1.f), V{});
+    return max(V{}, x);  // NaN is the second operand: it passes
+  }
+  if (kind == Activation::gelu) {
+    const V phi = 0.5f + 0.5f * erf_of(x * 0.70710678118654752f);
+    if (with_slope) slope = phi + x * 0.39894228040143268f * exp_of(-0.5f * (x * x));
+    return x * phi;
+  }
+  V u = x, du = broadcast(1.f);  // x * sigmoid(u)
+  if (kind == Activation::quick_gelu) {
+    u = 1.702f * x;
+    du = broadcast(1.702f);
+  } else if (kind == Activation::gelu_tanh) {  // (1 + tanh(z)) / 2 = sigmoid(2z)
+    const V square = x * x;
+    u = 1.5957691216057308f * (x * (1.f + 0.044715f * square));
+    if (with_slope) du = 1.5957691216057308f * (1.f + 0.134145f * square);
+  }
+  const V e = exp_of(-u), s = 1.f / (1.f + e), y = x * s;
+  if (with_slope) slope = s + y * (e * s) * du;  // e * s is 1 - s without its rounding error where s is near 1
+  return y;
+}
+
+template <typename T, Activation kind>
+void glu_rows(const Glu& g, int64_t first, int64_t last) {
+  for (int64_t r = first; r < last; ++r) {
+    const T *gate = row_of<T>(g.gate, r), *up = row_of<T>(g.up, r);
+    T* out = row_of<T>(g.out, r);
+    const bool stream = streams(out, g.stream);
+    vectors(g.size, [&](int64_t i, int64_t n) {
+      V x = load_part(gate + i, n), unused;
+      if (g.bias != nullptr) x += load_part(g.bias + i, n);
+      V y = activate<kind, false>(x, unused);
+      if (up != nullptr) y *= load_part(up + i, n);
+      store_out(out + i, y, n, stream);
+    });
+  }
+}
+
+template <typename T, Activation kind>
+void glu_backward_rows(const Glu& g, const Rows& grads, const Rows& dgates, const Rows& dups, int64_t first,
+                       int64_t last, float* dbias) {
+  for (int64_t r = first; r < last; ++r) {
+    const T *gate = row_of<T>(g.gate, r), *up = row_of<T>(g.up, r), *grad = row_of<T>(grads, r);
+    T *dgate = row_of<T>(dgates, r), *dup = row_of<T>(dups, r);
+    const bool stream = streams(dgate, g.stream) && streams(dup, g.stream);
+    vectors(g.size, [&](int64_t i, int64_t n) {
+      V x = load_part(gate + i, n), slope, d = load_part(grad + i, n);
+      if (g.bias != nullptr) x += load_part(g.bias + i, n);
+      const V y = activate<kind, true>(x, slope);
+      if (up != nullptr) {
+        store_out(dup + i, d * y, n, stream);
+        d *= load_part(up + i, n);
+      }
+      d *= slope;
+      store_out(dgate + i, d, n, stream);
+      if (dbias != nullptr) store_part(dbias + i, load_part(dbias + i, n) + d, n);
+    });
+  }
+}
+
+#define MMLM_FOR_ACTIVATION(call)   \
+  switch (g.activation) {           \
+    case Activation::silu:          \
+      call(Activation::silu);       \
+    case Activation::gelu:          \
+      call(Activation::gelu);       \
+    case Activation::gelu_tanh:     \
+      call(Activation::gelu_tanh);  \
+    case Activation::quick_gelu:    \
+      call(Activation::quick_gelu); \
+    case Activation::relu:          \
+      call(Activation::relu);       \
+  }
+
+template <typename T>
+void glu_any(const Glu& g, int64_t first, int64_t last) {
+#define MMLM_CALL(kind) return glu_rows<T, kind>(g, first, last)
+  MMLM_FOR_ACTIVATION(MMLM_CALL)
+#undef MMLM_CALL
+}
+
+template <typename T>
+void glu_backward_any(const Glu& g, const Rows& grad, const Rows& dgate, const Rows& dup, int64_t first, int64_t last,
+                      float* dbias) {
+#define MMLM_CALL(kind) return glu_backward_rows<T, kind>(g, grad, dgate, dup, first, last, dbias)
+  MMLM_FOR_ACTIVATION(MMLM_CALL)
+#undef MMLM_CALL
+}
+
+}  // namespace
+
+void MMLM_JOIN(glu_forward, MMLM_ISA)(const Glu& g, int64_t first, int64_t last) {
+  g.type == Number::float32 ? glu_any<float>(g, first, last) : glu_any<BFloat16>(g, first, last);
+}
+
+void MMLM_JOIN(glu_backward, MMLM_ISA)(const Glu& g, const Rows& grad, const Rows& dgate, const Rows& dup,
+                                       int64_t first, int64_t last, float* dbias) {
+  g.type == Number::float32 ? glu_backward_any<float>(g, grad, dgate, dup, first, last, dbias)
+                            : glu_backward_any<BFloat16>(g, grad, dgate, dup, first, last, dbias);
+}
+
+}  // namespace mmlm

@@ -1,0 +1,53 @@
+"""Triton kernel for `patchify`: 8-bit pixels to patches. Contract: mmlm_fast/ops/patch_embed.py.
+
+Memory-bound. Floor: a byte read and a number written for each pixel.
+
+Legend: B pictures, C channels, P patch size, m patches a side that a merger joins.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _patchify_kernel(pixels_ptr, scales, shifts, out_ptr, patches, columns_of_patches, stride_b, stride_c, stride_y,
+                     stride_x, P, M, REPEATS: tl.constexpr, C: tl.constexpr, BLOCK_P: tl.constexpr):  # fmt: skip
+    patch = tl.program_id(0).to(tl.int64)
+    n = patch % patches
+    inside, block = n % (M * M), n // (M * M)
+    blocks_x = columns_of_patches // M
+    y0 = ((block // blocks_x) * M + inside // M) * P
+    x0 = ((block % blocks_x) * M + inside % M) * P
+    i, j = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_P)
+    mask = (i < P)[:, None] & (j < P)[None, :]
+    pixels = pixels_ptr + patch // patches * stride_b
+    pixels += (y0 + i)[:, None] * stride_y + (x0 + j)[None, :] * stride_x
+    out = out_ptr + patch * (C * REPEATS * P * P) + i[:, None] * P + j[None, :]
+    for c in tl.static_range(C):
+        value = tl.load(pixels, mask=mask, other=0).to(tl.float32) * scales[c] + shifts[c]
+        value = value.to(out_ptr.dtype.element_ty)
+        for k in tl.static_range(REPEATS):
+            tl.store(out + (c * REPEATS + k) * P * P, value, mask=mask)
+        pixels += stride_c
+
+
+def patchify(
+    pixels: Tensor,
+    scale: list[float],
+    shift: list[float],
+    patch_size: int,
+    merge_size: int,
+    repeats: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    batch, channels, height, width = pixels.shape
+    patches = height * width // patch_size**2
+    out = pixels.new_empty(batch, patches, channels * repeats * patch_size**2, dtype=dtype)
+    if out.numel():
+        _patchify_kernel[(batch * patches,)](
+            pixels, tuple(scale), tuple(shift), out, patches, width // patch_size, *pixels.stride(), patch_size,
+            merge_size, REPEATS=repeats, C=channels, BLOCK_P=triton.next_power_of_2(patch_size),
+        )  # fmt: skip
+    return out

@@ -1,0 +1,117 @@
+"""Add a branch to the residual stream through a tanh gate: the epilogue of gated cross-attention."""
+
+import torch
+from torch import Tensor
+
+from mmlm_fast.ops._native import address, as_rows, num_rows, number_type, rows
+from mmlm_fast.ops._registry import check_floating, register_op, takes_kernel, using_reference
+
+
+def gated_add_ref(x: Tensor, residual: Tensor, gate: Tensor, keep: Tensor | None = None) -> Tensor:
+    if keep is not None:
+        x = torch.where(keep[..., None], x, 0)
+    return residual + gate.tanh().to(x.dtype) * x
+
+
+def gated_add(x: Tensor, residual: Tensor, gate: Tensor, *, keep: Tensor | None = None) -> Tensor:
+    """Compute residual + tanh(gate)·x, where `keep`.
+
+    Args:
+        x: ``[..., H]``, the output of cross-attention or of the MLP behind it.
+        residual: Like `x`.
+        gate: ``[1]`` or ``[H]`` (or a scalar), in the dtype of `x` or float32.
+        keep: Bool, shaped like `x` without its last dimension: False where a token sees no picture and passes
+            unchanged, whatever `x` holds there.
+
+    Returns:
+        Like `x`, computed in float32 and rounded once. Kept for the backward pass: `x`, `gate` and `keep`.
+
+    Raises:
+        ValueError: for shapes, dtypes or devices that do not go together.
+
+    Source: Flamingo (Alayrac et al. 2022), equation 2; transformers' MllamaCrossAttentionDecoderLayer.
+    """
+    for name, tensor in (("x", x), ("residual", residual), ("gate", gate)):
+        check_floating(name, tensor)
+        if tensor.device != x.device:
+            raise ValueError(f"{name} must be on {x.device}, got {tensor.device}")
+    if x.dim() < 1 or residual.shape != x.shape or residual.dtype != x.dtype:
+        raise ValueError(
+            f"residual must be {tuple(x.shape)} in {x.dtype}, got {tuple(residual.shape)} in {residual.dtype}"
+        )
+    if gate.numel() not in (1, x.shape[-1]) or gate.dim() > 1 or gate.dtype not in (x.dtype, torch.float32):
+        raise ValueError(
+            f"gate must be [1] or [{x.shape[-1]}] in {x.dtype} or float32, got {tuple(gate.shape)} in {gate.dtype}"
+        )
+    if keep is not None and (keep.dtype != torch.bool or keep.shape != x.shape[:-1] or keep.device != x.device):
+        raise ValueError(
+            f"keep must be bool {tuple(x.shape[:-1])} on {x.device}, got {keep.dtype} {tuple(keep.shape)} on "
+            f"{keep.device}"
+        )
+    if using_reference() or not takes_kernel(x, "gated_add"):
+        return gated_add_ref(x, residual, gate, keep)
+    return _GatedAdd.apply(x, residual, gate, keep)
+
+
+def wide_gate(gate: Tensor, size: int) -> Tensor:
+    """tanh of the gate for each column, in float32."""
+    return gate.float().tanh().expand(size).contiguous()
+
+
+def gate_gradient(sums: Tensor, gate: Tensor) -> Tensor:
+    """Of the gate from Σ grad·x of each column ``[H]``."""
+    slope = 1 - gate.float().tanh().square()
+    return ((sums.sum() if gate.numel() == 1 else sums) * slope).reshape(gate.shape).to(gate.dtype)
+
+
+def _native_fwd(x, residual, gate, keep):
+    from mmlm_fast import _C
+
+    flat, other, out = as_rows(x), as_rows(residual), x.new_empty(x.shape)
+    t, keep = wide_gate(gate, x.shape[-1]), None if keep is None else keep.contiguous()
+    _C.gated_add_forward(
+        number_type(x), num_rows(x), x.shape[-1], rows(flat), rows(other), t.data_ptr(), address(keep), rows(out),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _native_bwd(grad, x, gate, keep):
+    from mmlm_fast import _C
+
+    flat, g, dx = as_rows(x), as_rows(grad), x.new_empty(x.shape)
+    t, keep = wide_gate(gate, x.shape[-1]), None if keep is None else keep.contiguous()
+    sums = flat.new_zeros(x.shape[-1], dtype=torch.float32)
+    _C.gated_add_backward(
+        number_type(x), num_rows(x), x.shape[-1], rows(flat), t.data_ptr(), address(keep), rows(g), rows(dx),
+        sums.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return dx, gate_gradient(sums, gate)
+
+
+_fwd = register_op(
+    "gated_add_fwd(Tensor x, Tensor residual, Tensor gate, Tensor? keep) -> Tensor",
+    portable=_native_fwd,
+    kernel="mmlm_kernels.gated_add:gated_add_fwd",
+    fake=lambda x, residual, gate, keep: x.new_empty(x.shape),
+)
+_bwd = register_op(
+    "gated_add_bwd(Tensor grad, Tensor x, Tensor gate, Tensor? keep) -> (Tensor, Tensor)",
+    portable=_native_bwd,
+    kernel="mmlm_kernels.gated_add:gated_add_bwd",
+    fake=lambda grad, x, gate, keep: (x.new_empty(x.shape), gate.new_empty(gate.shape)),
+)
+
+
+class _GatedAdd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, gate, keep):
+        ctx.save_for_backward(x, gate, keep)
+        return _fwd(x, residual, gate, keep)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, gate, keep = ctx.saved_tensors
+        dx, dgate = _bwd(grad, x, gate, keep)
+        return dx, grad, dgate, None

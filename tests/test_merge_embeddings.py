@@ -1,0 +1,167 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_path import PATHS, PATHS_AND_DTYPES, saved_numbers, take
+
+from mmlm_fast import testing
+from mmlm_fast.ops import merge_embeddings, scatter_features
+from mmlm_fast.ops.merge_embeddings import merge_embeddings_ref, scatter_features_ref
+
+IMAGE, AUDIO = 17, -200  # one placeholder in the vocabulary, one outside, as LLaVA's
+
+
+def draw(dtype, device, shape=(2, 30), size=33, vocabulary=20):
+    ids = torch.randint(0, 17, shape, device=device)
+    ids[..., 3:9] = IMAGE
+    ids[..., ::7] = AUDIO
+    features = {t: torch.randn(int((ids == t).sum()), size, dtype=dtype, device=device) for t in (IMAGE, AUDIO)}
+    return ids, torch.randn(vocabulary, size, dtype=dtype, device=device), features
+
+
+@pytest.mark.parametrize(("path", "dtype"), PATHS_AND_DTYPES)
+@pytest.mark.parametrize("size", [33, 1030])
+def test_close_to_reference(path, dtype, size, monkeypatch, device):
+    take(path, "merge_embeddings", monkeypatch)
+    ids, table, features = draw(dtype, device, size=size)
+    rows = tuple(features.values())
+    for scale, padding in ((1.0, None), (5.5, 3)):
+
+        def fast(table, a, b, scale=scale, padding=padding):
+            return merge_embeddings(ids, table, {IMAGE: a, AUDIO: b}, scale=scale, padding_idx=padding)
+
+        def ref(table, a, b, scale=scale, padding=padding):
+            return merge_embeddings_ref(ids, table, {IMAGE: a, AUDIO: b}, scale, padding)
+
+        testing.assert_close_to_reference(fast(table, *rows), ref, table, *rows)
+        testing.assert_gradients_close_to_reference(fast, ref, table, *rows)
+    embeds = torch.randn(*ids.shape, size, dtype=dtype, device=device)
+    for add in (False, True):
+
+        def fast(embeds, a, b, add=add):
+            return scatter_features(embeds, ids, {IMAGE: a, AUDIO: b}, add=add)
+
+        def ref(embeds, a, b, add=add):
+            return scatter_features_ref(embeds, ids, {IMAGE: a, AUDIO: b}, add)
+
+        testing.assert_close_to_reference(fast(embeds, *rows), ref, embeds, *rows)
+        testing.assert_gradients_close_to_reference(fast, ref, embeds, *rows)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.lists(st.sampled_from([0, 1, 2, 3]), min_size=0, max_size=12), min_size=1, max_size=4),
+    st.integers(1, 20),
+)
+def test_is_masked_scatter(rows, size):
+    """Any placement of two placeholders; equal bits, since rows are copied."""
+    from mmlm_fast.ops import _registry
+
+    width = max(map(len, rows))
+    ids = torch.tensor([r + [0] * (width - len(r)) for r in rows], dtype=torch.int32).view(len(rows), width)
+    table = torch.randn(2, size)
+    features = {t: torch.randn(int((ids == t).sum()), size) for t in (2, 3)}
+    before = dict(_registry.SMALL_NUMBERS)
+    try:
+        _registry.SMALL_NUMBERS["merge_embeddings"] = 0
+        out = merge_embeddings(ids, table, features)
+    finally:
+        _registry.SMALL_NUMBERS.update(before)
+    assert out.equal(merge_embeddings_ref(ids, table, features))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_features_of_any_shape_and_no_features(path, monkeypatch, device):
+    take(path, "merge_embeddings", monkeypatch)
+    ids, table, features = draw(torch.float32, device)
+    shaped = {IMAGE: features[IMAGE].view(2, -1, 33), AUDIO: features[AUDIO].t().contiguous().t()}
+    assert merge_embeddings(ids, table, shaped).equal(merge_embeddings_ref(ids, table, features))
+    text = ids.clamp(0, 16)
+    assert merge_embeddings(text, table, {}).equal(table[text])
+    assert merge_embeddings(text, table, {IMAGE: table[:0]}).equal(table[text])
+    assert merge_embeddings(text[:, :0], table, {}).shape == (2, 0, 33)
+
+
+def test_counts_that_differ_are_never_silent():
+    ids, table, features = draw(torch.float32, "cpu")
+    short = {IMAGE: features[IMAGE][1:], AUDIO: features[AUDIO]}
+    for check in (None, True):
+        with pytest.raises(ValueError, match="features of token 17: 9 rows for 10 placeholders in input_ids"):
+            merge_embeddings(ids, table, short, check=check)
+    with pytest.raises(ValueError, match="features of token -200: 0 rows for 10 placeholders"):
+        scatter_features(table[ids.clamp(0)], ids, {AUDIO: table[:0]})
+    # What CUDA does by default: an assertion on the device, here on the host.
+    with pytest.raises(RuntimeError, match="features of token 17: 9 rows for another number of placeholders"):
+        merge_embeddings(ids, table, short, check=False)
+    with pytest.raises(ValueError, match=r"input_ids must be in \[0, 20\) or placeholders, got 1 outside"):
+        merge_embeddings(torch.tensor([[1, 20]]), table, {})
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_counts_that_differ_stay_in_bounds(path, monkeypatch, device):
+    """The assertion may come late: until then nothing out of range is read."""
+    take(path, "merge_embeddings", monkeypatch)
+    monkeypatch.setattr(torch, "_assert_async", lambda *_: None)
+    ids, table, features = draw(torch.float32, device)
+    for count in (1, 0):
+        out = merge_embeddings(ids, table, {t: f[:count] for t, f in features.items()}, check=False)
+        assert out.shape == (2, 30, 33)
+
+
+def test_transients_are_of_the_order_of_the_tokens(monkeypatch):
+    from mmlm_benchmarks.harness import peak_memory_mib
+
+    take("native", "merge_embeddings", monkeypatch)
+    ids, table, features = draw(torch.float32, "cpu", (4, 1024), 512)
+    out_mib = 4 * 1024 * 512 * 4 / 2**20
+    with torch.no_grad():
+        peak = peak_memory_mib(lambda: merge_embeddings(ids, table, features), ())
+        eager = peak_memory_mib(lambda: merge_embeddings_ref(ids, table, features), ())
+    assert peak < out_mib + 1
+    assert eager > 2 * out_mib
+
+
+def test_keeps_one_integer_a_token(monkeypatch):
+    take("native", "merge_embeddings", monkeypatch)
+    ids, table, features = draw(torch.float32, "cpu", (2, 300))
+    table.requires_grad_()
+    assert saved_numbers(lambda: merge_embeddings(ids, table, features)) == 600 * 8
+
+
+def test_registration():
+    source = torch.tensor([0, -1, 1, -2])
+    table, features = torch.randn(3, 5), [torch.randn(1, 5), torch.randn(1, 5)]
+    for mode in ("embed", "replace", "add"):
+        base = table if mode == "embed" else torch.randn(4, 5)
+        torch.library.opcheck(torch.ops.mmlm_fast.merge_embeddings_fwd.default, (source, base, features, mode, 1.0))
+    torch.library.opcheck(torch.ops.mmlm_fast.merge_embeddings_bwd.default, (torch.randn(4, 5), source, [1, 1]))
+
+
+def test_compiles_in_one_graph_with_dynamic_shapes():
+    compiled = torch.compile(
+        lambda ids, table, rows: merge_embeddings(ids, table, {IMAGE: rows}),
+        fullgraph=True, dynamic=True, backend="aot_eager",
+    )  # fmt: skip
+    for length in (12, 20):
+        ids = torch.randint(0, 17, (2, length))
+        ids[:, 3:9] = IMAGE
+        table, rows = torch.randn(20, 6, requires_grad=True), torch.randn(12, 6, requires_grad=True)
+        out, expected = compiled(ids, table, rows), merge_embeddings_ref(ids, table, {IMAGE: rows})
+        torch.testing.assert_close(out, expected)
+        torch.testing.assert_close(*(torch.autograd.grad(o.square().sum(), [table, rows]) for o in (out, expected)))
+
+
+def test_errors():
+    ids, table, features = draw(torch.float32, "cpu")
+    with pytest.raises(ValueError, match="input_ids must be int64 or int32"):
+        merge_embeddings(ids.float(), table, features)
+    with pytest.raises(ValueError, match=r"features\[17\] must be \[..., 33\]"):
+        merge_embeddings(ids, table, {IMAGE: torch.zeros(12, 4)})
+    with pytest.raises(ValueError, match=r"features\[17\] must be torch.float32"):
+        merge_embeddings(ids, table, {IMAGE: torch.zeros(12, 33, dtype=torch.float16)})
+    with pytest.raises(ValueError, match="features must map placeholder tokens"):
+        merge_embeddings(ids, table, [features[IMAGE]])
+    with pytest.raises(ValueError, match=r"input_ids must be \(2, 30\)"):
+        scatter_features(torch.zeros(2, 30, 33), ids[:1], features)
+    with pytest.raises(ValueError, match=r"padding_idx must be in \[0, 20\)"):
+        merge_embeddings(ids, table, features, padding_idx=20)
