@@ -12,7 +12,6 @@ SIZES = {
     "cpu": [
         ("silu", True, "Qwen2.5-0.5B", 1, 1024, 4864, torch.float32),
         ("silu", True, "Qwen2.5-0.5B", 1, 1024, 4864, torch.bfloat16),
-        ("gelu_tanh", True, "Gemma3-1B", 1, 512, 6912, torch.bfloat16),
         ("quick_gelu", False, "CLIP-L", 4, 577, 4096, torch.float32),
         ("gelu_tanh", False, "SigLIP-so400m", 2, 729, 4304, torch.bfloat16),
     ],

@@ -2,6 +2,9 @@
 
 #include <algorithm>
 #include <vector>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include "core/isa.h"
 #include "core/memory.h"
@@ -62,11 +65,21 @@ bool expect_outputs(Number type, int64_t rows, int64_t size, std::initializer_li
   return total >= kStreamBytes;
 }
 
+// Stores past the caches are ordered with nothing: all are done before a task is.
+void finish_stores() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 template <typename Body>
 void for_rows(int64_t rows, int64_t size, int num_threads, Body body) {
   const int64_t step = std::max<int64_t>(1, kChunk / std::max<int64_t>(1, size));
   parallel_for((rows + step - 1) / step, threads_for(rows, size, num_threads),
-               [&](int64_t task) { body(task * step, std::min(rows, (task + 1) * step)); });
+               [&](int64_t task) {
+                 body(task * step, std::min(rows, (task + 1) * step));
+                 finish_stores();
+               });
 }
 
 // Rows in fixed parts, each with an array of `width` sums for every one of `sums`; body adds to them, `terms` terms a
@@ -92,6 +105,7 @@ void sum_rows(int64_t rows, int64_t size, int64_t width, int64_t terms, std::ini
         inner[i] = 0;
       }
     }
+    finish_stores();
   });
   std::vector<double> total(width);
   int64_t k = 0;
