@@ -124,7 +124,7 @@ def test_help(command, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["report", "--ops", "nonsense"], "--ops must be among concat_linear"),
+        (["report", "--ops", "nonsense"], "--ops must be among add_norm"),
         (["report", "--threads", "0"], "--threads must be at least 1, got 0"),
         (["frobnicate"], "invalid choice"),
         ([], "required: COMMAND"),

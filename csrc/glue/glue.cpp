@@ -75,11 +75,10 @@ void finish_stores() {
 template <typename Body>
 void for_rows(int64_t rows, int64_t size, int num_threads, Body body) {
   const int64_t step = std::max<int64_t>(1, kChunk / std::max<int64_t>(1, size));
-  parallel_for((rows + step - 1) / step, threads_for(rows, size, num_threads),
-               [&](int64_t task) {
-                 body(task * step, std::min(rows, (task + 1) * step));
-                 finish_stores();
-               });
+  parallel_for((rows + step - 1) / step, threads_for(rows, size, num_threads), [&](int64_t task) {
+    body(task * step, std::min(rows, (task + 1) * step));
+    finish_stores();
+  });
 }
 
 // Rows in fixed parts, each with an array of `width` sums for every one of `sums`; body adds to them, `terms` terms a
