@@ -1,5 +1,6 @@
 import pytest
 import torch
+from kernel_path import take
 
 from mmlm_fast.ops import fuse_modalities
 from mmlm_fast.ops.fuse_modalities import MODES, fuse_modalities_ref
@@ -18,6 +19,11 @@ CASES = {
     "rows": ((70, 3), [3, 3], 64),
 }
 MORE_CASES = {"one_modality": ((4,), [6], 32), "three": ((2,), [9, 1, 1], 40), "five": ((2,), [4, 4, 1, 4, 4], 12)}
+
+
+@pytest.fixture(autouse=True)
+def small_inputs_take_the_native_core(monkeypatch):
+    take("native", "fuse_modalities", monkeypatch)
 
 
 def make_inputs(shape, mode, dtype, device="cpu", missing=False):
