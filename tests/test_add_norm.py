@@ -93,6 +93,19 @@ def test_strides_and_inputs_kept(path, monkeypatch, device):
     assert wide.equal(before)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_sum_has_the_bits_of_torchs(dtype, monkeypatch):
+    """Rounded to nearest even, and NaN, infinities and the largest numbers as they are."""
+    take("native", "add_norm", monkeypatch)
+    x, residual = torch.randn(7, 515).to(dtype), 3 * torch.randn(7, 515).to(dtype)
+    x[0, :4] = torch.tensor([torch.nan, torch.inf, -torch.inf, torch.finfo(dtype).max])
+    residual[0, 3] = torch.finfo(dtype).max
+    x[1, 9] = torch.tensor(0x7FFF, dtype=torch.int16).view(torch.bfloat16).to(dtype)  # a NaN of all ones
+    total, expected = add_norm(x, residual)[1], x + residual
+    assert total.nan_to_num(7.0).equal(expected.nan_to_num(7.0))
+    assert total.isnan().equal(expected.isnan())
+
+
 def test_keeps_the_sum_and_the_weight(monkeypatch):
     take("native", "add_norm", monkeypatch)
     x, residual = torch.randn(64, 256, requires_grad=True), torch.randn(64, 256, requires_grad=True)

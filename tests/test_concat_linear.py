@@ -1,5 +1,6 @@
 import pytest
 import torch
+from kernel_path import saved_numbers
 from torch import nn
 
 from mmlm_fast import reference
@@ -217,3 +218,14 @@ def test_errors(change, message):
     good = dict(inputs=[torch.zeros(2, 3, 4), torch.zeros(2, 1, 4)], weight=torch.zeros(5, 8), bias=torch.zeros(5))
     with pytest.raises(ValueError, match=message):
         concat_linear(**(good | change))
+
+
+@pytest.mark.parametrize("activation", ["none", "silu"])
+def test_keeps_its_inputs_not_their_concatenation(activation):
+    inputs = [torch.randn(2, 64, 24, requires_grad=True), torch.randn(2, 1, 40, requires_grad=True)]
+    weight = torch.randn(16, 64, requires_grad=True)
+    kept = saved_numbers(lambda: concat_linear(inputs, weight, activation=activation))
+    preactivation = 0 if activation == "none" else 2 * 64 * 16
+    assert kept == 4 * (2 * 64 * 24 + 2 * 40 + 16 * 64 + preactivation)
+    eager = saved_numbers(lambda: concat_linear_ref(inputs, weight, None, activation))
+    assert eager >= kept + 4 * 2 * 64 * 40

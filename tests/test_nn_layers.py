@@ -13,6 +13,7 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     Phi3Config,
+    PixtralVisionConfig,
     Qwen2_5_VLConfig,
     Qwen2VLConfig,
     Qwen3Config,
@@ -27,6 +28,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
+from transformers.models.pixtral.modeling_pixtral import PixtralVisionRotaryEmbedding
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLPatchMerger, Qwen2_5_VLRotaryEmbedding
 from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     PatchMerger as Qwen2VLPatchMerger,
@@ -312,6 +314,15 @@ def test_vision_rotary_embedding(dtype):
     exact = q * wide[0].unsqueeze(-2) + half * wide[1].unsqueeze(-2)  # the function itself computes in float32
     out = ours.rotate(query.transpose(0, 1)[None], None, *ours.from_grid(grid))[0]
     assert testing.difference(out[0].transpose(0, 1), twin, exact).ok
+
+
+def test_vision_rotary_embedding_of_pixtral():
+    config = PixtralVisionConfig(hidden_size=128, num_attention_heads=4, head_dim=32)
+    theirs = PixtralVisionRotaryEmbedding(config)
+    positions = torch.randint(0, 30, (2, 1, 9))
+    ours = fast.VisionRotaryEmbedding(32, base=config.rope_parameters["rope_theta"], alternate=True)
+    for table, full in zip(ours(positions), theirs(torch.zeros(1), positions[:, 0].T), strict=True):
+        torch.testing.assert_close(table[0], full[:, :16])
 
 
 @DTYPES
