@@ -66,6 +66,14 @@ def test_patch_embed(path, frames, dtype, monkeypatch, device):
     testing.assert_gradients_close_to_reference(fast, ref, weight, bias)
 
 
+def test_patch_embed_of_channels_last():
+    pixels = torch.randint(0, 256, (1, 3, 8, 12), dtype=torch.uint8)
+    for shape in ((5, 3, 4, 4), (5, 3, 2, 4, 4)):
+        weight = torch.randn(shape)
+        out = patch_embed(pixels.permute(0, 2, 3, 1), weight, mean=MEAN, std=STD, channels_last=True)
+        torch.testing.assert_close(out, patch_embed(pixels, weight, mean=MEAN, std=STD))
+
+
 def test_registration_and_compile():
     pixels = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8)
     args = (pixels, [1.0] * 3, [0.0] * 3, 4, 1, 2, torch.float32)
@@ -84,7 +92,7 @@ def test_errors():
     pixels = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"pixels must be uint8 \[B, C, height, width\], got torch.float32"):
         patchify(pixels.float(), 4, mean=MEAN, std=STD)
-    with pytest.raises(ValueError, match="divisible by patch_size·merge_size, got 8 × 8 for 3·1"):
+    with pytest.raises(ValueError, match="divisible by patch_size·merge_size = 3, got 8 × 8"):
         patchify(pixels, 3, mean=MEAN, std=STD)
     with pytest.raises(ValueError, match="mean and std must be 3 numbers"):
         patchify(pixels, 4, mean=[0.0], std=[1.0])
@@ -92,5 +100,9 @@ def test_errors():
         patchify(pixels, 4, mean=MEAN, std=[0.0, 1.0, 1.0])
     with pytest.raises(ValueError, match="pixels must have 4 channels"):
         patch_embed(pixels, torch.zeros(2, 4, 4, 4), mean=MEAN, std=STD)
+    with pytest.raises(ValueError, match="divisible by patch_size·merge_size = 3, got 8 × 8"):
+        patch_embed(pixels, torch.zeros(2, 3, 3, 3), mean=MEAN, std=STD)
+    with pytest.raises(ValueError, match="must be at least 1, got 4, 1, 0"):
+        patchify(pixels, 4, mean=MEAN, std=STD, temporal_patch_size=0)
     with pytest.raises(ValueError, match=r"weight must be \[E, C, P, P\]"):
         patch_embed(pixels, torch.zeros(2, 48), mean=MEAN, std=STD)

@@ -60,24 +60,16 @@ def patchify(
 
     Source: rescale_and_normalize and the patches of transformers' CLIP, SigLIP and Qwen2-VL image processors.
     """
-    if not isinstance(pixels, Tensor) or pixels.dtype != torch.uint8 or pixels.dim() != 4:
-        got = f"{pixels.dtype} {tuple(pixels.shape)}" if isinstance(pixels, Tensor) else type(pixels).__name__
-        raise ValueError(f"pixels must be uint8 [B, C, height, width], got {got}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be float32, float16, bfloat16 or float64, got {dtype}")
+    _check_pixels(pixels, patch_size * merge_size, mean, std, channels_last)
+    if patch_size < 1 or merge_size < 1 or temporal_patch_size < 1:
+        raise ValueError(
+            f"patch_size, merge_size and temporal_patch_size must be at least 1, got {patch_size}, {merge_size}, "
+            f"{temporal_patch_size}"
+        )
     if channels_last:
         pixels = pixels.permute(0, 3, 1, 2)
-    channels, height, width = pixels.shape[1:]
-    step = patch_size * merge_size
-    if patch_size < 1 or merge_size < 1 or temporal_patch_size < 1 or height % step or width % step:
-        raise ValueError(
-            f"height and width must be divisible by patch_size·merge_size, got {height} × {width} for "
-            f"{patch_size}·{merge_size}"
-        )
-    if len(mean) != channels or len(std) != channels:
-        raise ValueError(f"mean and std must be {channels} numbers, one a channel, got {len(mean)} and {len(std)}")
-    if any(s == 0 for s in std):
-        raise ValueError(f"std must not be 0, got {list(std)}")
     scale = [rescale / s for s in std]
     shift = [-m / s for m, s in zip(mean, std, strict=True)]
     like = torch.empty(0, dtype=dtype, device=pixels.device)
@@ -86,6 +78,21 @@ def patchify(
         table = torch.tensor([scale, shift], dtype=wide, device=pixels.device)
         return patchify_ref(pixels, patch_size, table[0], table[1], merge_size, temporal_patch_size).to(dtype)
     return _patchify(pixels, scale, shift, patch_size, merge_size, temporal_patch_size, dtype)
+
+
+def _check_pixels(pixels: Tensor, step: int, mean: Sequence[float], std: Sequence[float], channels_last: bool) -> None:
+    if not isinstance(pixels, Tensor) or pixels.dtype != torch.uint8 or pixels.dim() != 4:
+        got = f"{pixels.dtype} {tuple(pixels.shape)}" if isinstance(pixels, Tensor) else type(pixels).__name__
+        raise ValueError(f"pixels must be uint8 [B, C, height, width], got {got}")
+    height, width, channels = pixels.shape[1:] if channels_last else (*pixels.shape[2:], pixels.shape[1])
+    if step < 1 or height % step or width % step:
+        raise ValueError(
+            f"height and width must be divisible by patch_size·merge_size = {step}, got {height} × {width}"
+        )
+    if len(mean) != channels or len(std) != channels:
+        raise ValueError(f"mean and std must be {channels} numbers, one a channel, got {len(mean)} and {len(std)}")
+    if any(s == 0 for s in std):
+        raise ValueError(f"std must not be 0, got {list(std)}")
 
 
 def patch_embed_ref(
@@ -122,7 +129,8 @@ def patch_embed(
         bias: ``[E]`` or None.
 
     Returns:
-        ``[B, patches, E]`` in the dtype of the weight, row by row. Gradients for weight and bias.
+        ``[B, patches, E]`` in the dtype of the weight, row by row. Gradients for weight and bias. On a CPU a ``Conv2d``
+        stays torch's convolution behind the plain formula, which is as fast.
 
     Raises:
         ValueError: as `patchify`, or for a weight or bias that does not fit.
@@ -136,14 +144,18 @@ def patch_embed(
         raise ValueError(f"weight must be floating point, got {weight.dtype}")
     if bias is not None:
         check_like("bias", bias, weight, (weight.shape[0],))
-    if isinstance(pixels, Tensor) and pixels.dim() == 4:
-        channels = pixels.shape[3 if channels_last else 1]
-        if channels != weight.shape[1] or pixels.device != weight.device:
-            raise ValueError(
-                f"pixels must have {weight.shape[1]} channels on {weight.device}, got {channels} on {pixels.device}"
-            )
+    patch_size = weight.shape[-1]
+    _check_pixels(pixels, patch_size, mean, std, channels_last)
+    channels = pixels.shape[3 if channels_last else 1]
+    if channels != weight.shape[1] or pixels.device != weight.device:
+        raise ValueError(
+            f"pixels must have {weight.shape[1]} channels on {weight.device}, got {channels} on {pixels.device}"
+        )
+    if weight.dim() == 4 and pixels.device.type == "cpu":  # torch's convolution is as fast as our passes (measured)
+        pixels = pixels.permute(0, 3, 1, 2) if channels_last else pixels
+        return patch_embed_ref(pixels, weight, bias, mean, std, rescale)
     patches = patchify(
-        pixels, weight.shape[-1], mean=mean, std=std, rescale=rescale, channels_last=channels_last, dtype=weight.dtype
+        pixels, patch_size, mean=mean, std=std, rescale=rescale, channels_last=channels_last, dtype=weight.dtype
     )
     taps = weight.sum(2) if weight.dim() == 5 else weight
     return F.linear(patches, taps.flatten(1), bias)
