@@ -106,6 +106,8 @@ def test_counts_that_differ_stay_in_bounds(path, monkeypatch, device):
     for count in (1, 0):
         out = merge_embeddings(ids, table, {t: f[:count] for t, f in features.items()}, check=False)
         assert out.shape == (2, 30, 33)
+        if count:  # nor a row of another modality
+            assert all(out[ids == t].equal(f[:1].expand(int((ids == t).sum()), -1)) for t, f in features.items())
 
 
 def test_transients_are_of_the_order_of_the_tokens(monkeypatch):
