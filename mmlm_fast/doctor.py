@@ -68,9 +68,14 @@ def op_paths(gpu: bool, native_cuda: bool) -> dict[str, str]:
     for name, (_, kernel) in sorted(REGISTERED.items()):
         in_audio = kernel.startswith("mmlm_fast.audio")
         native = name == "spectral_features"
-        on_cpu = "CPU native core" if in_audio and not name.endswith("_bwd") else "CPU portable PyTorch"
         if name.startswith("interval_attention"):
             on_cpu = "CPU native core, mask-free and float64 PyTorch"
+        elif name.startswith("concat_linear") or (in_audio and name.endswith("_bwd")):
+            on_cpu = "CPU portable PyTorch"
+        elif in_audio:
+            on_cpu = "CPU native core"
+        else:
+            on_cpu = "CPU native core; PyTorch for float16, float64 and small inputs"
         if not gpu:
             on_cuda = "CUDA unused, no device"
         elif native:
