@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -147,6 +150,25 @@ def test_bits_do_not_depend_on_threads(monkeypatch):
         assert all(a.equal(b) for a, b in zip(found[0], other, strict=True))
     rows = add_norm(x[:8], residual[:8], weight)
     assert rows[0].equal(found[0][0][:8])
+
+
+def test_forked_before_the_first_call():
+    """torch has used its OpenMP threads, ours were never called: the child has neither and must not wait for them."""
+    script = """
+import os, torch
+torch.set_num_threads(2)
+torch.randn(1 << 21).exp().sum()
+from mmlm_fast import _C
+x = torch.randn(2048, 1024)
+out = torch.empty_like(x)
+pid = os.fork()
+if pid == 0:
+    rows = [(x.data_ptr(), 1024), (0, 0), (0, 0), (out.data_ptr(), 1024)]
+    _C.add_norm_forward(0, 2048, 1024, False, 0, 0, 1e-6, *rows, 2)
+    os._exit(0)
+assert os.waitpid(pid, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-P", "-c", script], check=True, timeout=60)
 
 
 def test_registration(monkeypatch):

@@ -84,15 +84,11 @@ std::atomic<bool> g_forked{false};
 
 // The child of a fork has none of the parent's threads, and maybe a locked mutex: it drops the pool unopened, and keeps
 // off OpenMP's, which would wait for threads that are not there.
-void watch_forks() {
-  static std::once_flag once;
-  std::call_once(once, [] {
-    pthread_atfork(nullptr, nullptr, [] {
-      g_pool.store(nullptr);
-      g_forked.store(true);
-    });
-  });
-}
+// From the moment the library is loaded: torch may have used OpenMP before our first call.
+const int g_watching = pthread_atfork(nullptr, nullptr, [] {
+  g_pool.store(nullptr);
+  g_forked.store(true);
+});
 
 // GOMP_parallel of the OpenMP that torch has loaded for all, whichever that is; null where there is none.
 using OpenMp = void (*)(void (*member)(void*), void* data, unsigned num_threads, unsigned flags);
@@ -130,7 +126,6 @@ void parallel_for(int64_t num_tasks, int num_threads, const std::function<void(i
     for (int64_t i = 0; i < num_tasks; ++i) task(i);
     return;
   }
-  watch_forks();
   if (openmp() != nullptr && !g_forked.load()) {
     Team team{num_tasks, task};
     openmp()(&Team::member, &team, static_cast<unsigned>(num_helpers + 1), 0);
