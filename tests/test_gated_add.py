@@ -68,7 +68,7 @@ def test_registration_gradcheck_compile():
 
 def test_errors():
     x = torch.zeros(2, 4)
-    with pytest.raises(ValueError, match=r"residual must be \(2, 4\)"):
+    with pytest.raises(ValueError, match=r"residual must be \(2, 4\), got \(1, 4\)"):
         gated_add(x, x[:1], torch.zeros(1))
     with pytest.raises(ValueError, match=r"gate must be \[1\] or \[4\]"):
         gated_add(x, x, torch.zeros(3))

@@ -209,6 +209,27 @@ def test_gated_cross_attention_layer(dtype):
     same(ours, Original(config, 0), torch.randn(2, 5, 32), torch.randn(2, 7, 32), dtype=dtype)
 
 
+def test_layers_train_under_autocast():
+    """Branches come in bfloat16 there, the residual stream stays in float32, as with the originals."""
+    x, context = torch.randn(2, 5, 32, requires_grad=True), torch.randn(2, 7, 32)
+    ids = torch.tensor([[1, 9, 2, 3, 4]] * 2)
+    embedding, projector = fast.MergedEmbedding(9, 32), fast.LlavaProjector(16, 32)
+    rotary, norm = fast.RotaryEmbedding(8), fast.RMSNorm(8)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = fast.GatedCrossAttentionLayer(32, 4, 48)(x, context) + fast.GatedCrossAttention(32, 4)(x, context)
+        out = fast.MLP(32, 64)(out) + fast.GatedMLP(32, 64)(out) + out
+        out, total = fast.RMSNorm(32)(fast.GatedMLP(32, 64)(out), out)
+        assert total.dtype == torch.float32
+        merged = embedding(ids, {9: projector(torch.randn(2, 16))})
+        assert merged.dtype == torch.float32
+        query = nn.Linear(32, 32)(out).unflatten(-1, (4, 8)).transpose(1, 2)
+        query, _ = rotary.rotate(query, query * 2, *rotary(torch.arange(5)[None]), q_norm=norm, k_norm=norm)
+        loss = out.square().sum() + merged.square().sum() + query.float().square().sum()
+    loss.backward()
+    assert x.grad.isfinite().all()
+    assert projector.linear_1.weight.grad.abs().sum() > 0
+
+
 def test_a_token_that_sees_no_picture_passes_unchanged():
     layer = fast.GatedCrossAttentionLayer(16, 2, 24)
     with torch.no_grad():
@@ -219,15 +240,6 @@ def test_a_token_that_sees_no_picture_passes_unchanged():
     out = layer(x, torch.randn(2, 4, 16), mask)
     assert out[:, 0].equal(x[:, 0])
     assert not torch.allclose(out[:, 1:], x[:, 1:])
-
-
-def rotation(apply, rotary, head_dim):
-    """Rotated query, after transformers' own tables."""
-
-    def call(query, positions):
-        return apply(query, query, *rotary(query, positions))[0]
-
-    return call
 
 
 @DTYPES

@@ -22,8 +22,9 @@ class MergedEmbedding(nn.Embedding):
         self.scale = scale
 
     def forward(self, input_ids: Tensor, features: Mapping[int, Tensor] | None = None) -> Tensor:  # type: ignore[override]
-        """``[*batch, S]`` and rows by placeholder token to ``[*batch, S, H]``."""
-        return merge_embeddings(input_ids, self.weight, features or {}, scale=self.scale, padding_idx=self.padding_idx)
+        """``[*batch, S]`` and rows by placeholder token, cast to the weight's dtype, to ``[*batch, S, H]``."""
+        features = {token: rows.to(self.weight.dtype) for token, rows in (features or {}).items()}
+        return merge_embeddings(input_ids, self.weight, features, scale=self.scale, padding_idx=self.padding_idx)
 
 
 class PatchEmbedding(nn.Module):

@@ -18,13 +18,14 @@ def gated_add(x: Tensor, residual: Tensor, gate: Tensor, *, keep: Tensor | None 
 
     Args:
         x: ``[..., H]``, the output of cross-attention or of the MLP behind it.
-        residual: Like `x`.
-        gate: ``[1]`` or ``[H]`` (or a scalar), in the dtype of `x` or float32.
+        residual: Like `x`; where dtypes differ (autocast) both are promoted.
+        gate: ``[1]`` or ``[H]`` (or a scalar), in the dtype of the sum or float32.
         keep: Bool, shaped like `x` without its last dimension: False where a token sees no picture and passes
             unchanged, whatever `x` holds there.
 
     Returns:
-        Like `x`, computed in float32 and rounded once. Kept for the backward pass: `x`, `gate` and `keep`.
+        Like `x`, in the dtype of the sum, computed in float32 and rounded once. Kept for the backward pass: `x`, `gate`
+        and `keep`.
 
     Raises:
         ValueError: for shapes, dtypes or devices that do not go together.
@@ -35,10 +36,10 @@ def gated_add(x: Tensor, residual: Tensor, gate: Tensor, *, keep: Tensor | None 
         check_floating(name, tensor)
         if tensor.device != x.device:
             raise ValueError(f"{name} must be on {x.device}, got {tensor.device}")
-    if x.dim() < 1 or residual.shape != x.shape or residual.dtype != x.dtype:
-        raise ValueError(
-            f"residual must be {tuple(x.shape)} in {x.dtype}, got {tuple(residual.shape)} in {residual.dtype}"
-        )
+    if x.dim() < 1 or residual.shape != x.shape:
+        raise ValueError(f"residual must be {tuple(x.shape)}, got {tuple(residual.shape)}")
+    dtype = torch.promote_types(x.dtype, residual.dtype)
+    x, residual = x.to(dtype), residual.to(dtype)
     if gate.numel() not in (1, x.shape[-1]) or gate.dim() > 1 or gate.dtype not in (x.dtype, torch.float32):
         raise ValueError(
             f"gate must be [1] or [{x.shape[-1]}] in {x.dtype} or float32, got {tuple(gate.shape)} in {gate.dtype}"
