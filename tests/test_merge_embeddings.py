@@ -114,13 +114,15 @@ def test_transients_are_of_the_order_of_the_tokens(monkeypatch):
     from mmlm_benchmarks.harness import peak_memory_mib
 
     take("native", "merge_embeddings", monkeypatch)
-    ids, table, features = draw(torch.float32, "cpu", (4, 1024), 512)
-    out_mib = 4 * 1024 * 512 * 4 / 2**20
+    ids, table, features = draw(torch.float32, "cpu", (4, 1024), 2048)
+    out_mib = 4 * 1024 * 2048 * 4 / 2**20
+
+    def peak(function):  # of the process, which may grow for reasons of its own: the least of a few
+        return min(peak_memory_mib(lambda: function(ids, table, features), ()) for _ in range(4))
+
     with torch.no_grad():
-        peak = peak_memory_mib(lambda: merge_embeddings(ids, table, features), ())
-        eager = peak_memory_mib(lambda: merge_embeddings_ref(ids, table, features), ())
-    assert peak < out_mib + 1
-    assert eager > 2 * out_mib
+        assert peak(merge_embeddings) < 1.1 * out_mib
+        assert peak(merge_embeddings_ref) > 1.9 * out_mib
 
 
 def test_keeps_one_integer_a_token(monkeypatch):
