@@ -42,7 +42,7 @@ def _store(out_ptr, base, columns, mask, x):
 
 
 @triton.jit
-def _fwd_one(x_ptr, out_ptr, weight_ptr, cos_ptr, sin_ptr, token, table, b, s, first_head, H, S, D, half, stride_b,
+def _fwd_one(x_ptr, out_ptr, weight_ptr, cos_ptr, sin_ptr, token, table, b, s, first_head, H, D, half, stride_b,
              stride_h, stride_s, eps, offset, HAS_NORM: tl.constexpr, INTERLEAVED: tl.constexpr,
              INVERSE: tl.constexpr, HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, HAS_REST: tl.constexpr,
              BLOCK_REST: tl.constexpr):  # fmt: skip
@@ -85,12 +85,12 @@ def _fwd_kernel(q_ptr, k_ptr, q_out_ptr, k_out_ptr, q_weight_ptr, k_weight_ptr, 
     table = b * table_stride + s
     block, q_blocks = tl.program_id(1), (q_heads + HEADS - 1) // HEADS
     if block < q_blocks:
-        _fwd_one(q_ptr, q_out_ptr, q_weight_ptr, cos_ptr, sin_ptr, token, table, b, s, block * HEADS, q_heads, S, D,
+        _fwd_one(q_ptr, q_out_ptr, q_weight_ptr, cos_ptr, sin_ptr, token, table, b, s, block * HEADS, q_heads, D,
                  half, q_stride_b, q_stride_h, q_stride_s, eps, offset, HAS_NORM, INTERLEAVED, INVERSE, HEADS,
                  BLOCK_HALF, HAS_REST, BLOCK_REST)  # fmt: skip
     else:
         _fwd_one(k_ptr, k_out_ptr, k_weight_ptr, cos_ptr, sin_ptr, token, table, b, s, (block - q_blocks) * HEADS,
-                 k_heads, S, D, half, k_stride_b, k_stride_h, k_stride_s, eps, offset, HAS_NORM, INTERLEAVED, INVERSE,
+                 k_heads, D, half, k_stride_b, k_stride_h, k_stride_s, eps, offset, HAS_NORM, INTERLEAVED, INVERSE,
                  HEADS, BLOCK_HALF, HAS_REST, BLOCK_REST)  # fmt: skip
 
 

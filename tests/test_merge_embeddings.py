@@ -122,7 +122,7 @@ def test_transients_are_of_the_order_of_the_tokens(monkeypatch):
 
     with torch.no_grad():
         assert peak(merge_embeddings) < 1.1 * out_mib
-        assert peak(merge_embeddings_ref) > 1.9 * out_mib
+        assert peak(merge_embeddings_ref) > 2 * out_mib
 
 
 def test_keeps_one_integer_a_token(monkeypatch):

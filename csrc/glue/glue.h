@@ -96,8 +96,7 @@ struct Merge {
   Number type = Number::float32;
   int64_t rows = 0, size = 0;
   const int64_t* source = nullptr;  // [rows]: row of the table, or -1 - row of the features, counted over all of them
-  int64_t num_base = 0;
-  Rows base;                               // table[source[i]], or where `base_is_rows` base[i]
+  Rows base;                        // table[source[i]], or where `base_is_rows` base[i]
   bool base_is_rows = false, add = false;  // add: features are added to the base
   float scale = 1;                         // of the base
   int num_features = 0;
