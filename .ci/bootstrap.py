@@ -6,7 +6,7 @@ Quick the second time: nothing is done while the inputs are unchanged.
 MMLM_FAST_TORCH        auto (default): the torch this Python already has, else the pinned one; or a pip requirement
 MMLM_FAST_TORCH_INDEX  index to take torch from, such as PyTorch's index of CPU wheels
 MMLM_FAST_VENV         where to make the environment (default .venv)
-MMLM_FAST_PEERS        1 (default): also the audio libraries that tests and benchmarks compare with; 0: without them
+MMLM_FAST_PEERS        1 (default): also the libraries that tests and benchmarks compare with; 0: without them
 """
 
 import hashlib
@@ -50,11 +50,14 @@ def can(python: object, code: str) -> bool:
 
 def install_peers(pip: list[object]) -> None:
     """All at once, else one by one, so that a package that is not to be had does not cost the others."""
-    say("audio libraries to compare with (MMLM_FAST_PEERS=0 leaves them out)")
+    say("libraries to compare with (MMLM_FAST_PEERS=0 leaves them out)")
     if subprocess.run([str(part) for part in (*pip, "-q", *PEERS)], check=False).returncode:
         for name in PEERS:
             if subprocess.run([str(part) for part in (*pip, "-q", name)], check=False).returncode:
                 say(f"not installed: {name}")
+    # Of open_clip only the losses are compared with, which need none of its dependencies.
+    if subprocess.run([str(part) for part in (*pip, "-q", "--no-deps", "open_clip_torch")], check=False).returncode:
+        say("not installed: open_clip_torch")
     # torchaudio's wheel does not load beside another torch until its binaries are out of the way; the transforms that
     # are compared are plain torch and lose nothing.
     if subprocess.run([str(part) for part in (*pip, "-q", "--no-deps", "torchaudio")], check=False).returncode:

@@ -18,6 +18,7 @@
 #include "audio/stream.h"
 #include "core/isa.h"
 #include "glue/glue.h"
+#include "loss/loss.h"
 
 namespace py = pybind11;
 
@@ -499,6 +500,68 @@ void run_gated_add_backward(int type, int64_t rows, int64_t size, RowsTuple x, u
   gated_add_backward(a, rows_of(grad), rows_of(dx), at<float>(sums), num_threads);
 }
 
+// options: scale, soft cap, smoothing, z-loss.
+void run_token_loss(int64_t rows, int64_t vocab, RowsTuple logits, uintptr_t target,
+                    const std::array<float, 4>& options, uintptr_t factor, uintptr_t loss, int num_threads) {
+  const Rows z = rows_of(logits);
+  const TokenLoss t{rows,       vocab,      z.stride,   static_cast<float*>(z.data), at<int64_t>(target), options[0],
+                    options[1], options[2], options[3], at<float>(factor),           at<float>(loss)};
+  py::gil_scoped_release release;
+  token_loss(t, num_threads);
+}
+
+// positives: kind, offset, addresses of row ids, column ids, weights, and the stride of the weights.
+using PositivesTuple = std::tuple<int, int64_t, uintptr_t, uintptr_t, uintptr_t, int64_t>;
+
+Pairs pairs_of(int64_t rows, int64_t columns, RowsTuple dots, float scale, float bias,
+               const PositivesTuple& positives) {
+  const auto [kind, offset, row_ids, column_ids, weights, weights_stride] = positives;
+  if (kind < 0 || kind > 2) throw py::value_error("kind of positives must be 0, 1 or 2");
+  const Rows d = rows_of(dots);
+  return {rows,
+          columns,
+          d.stride,
+          static_cast<float*>(d.data),
+          scale,
+          bias,
+          static_cast<Positives>(kind),
+          offset,
+          at<int64_t>(row_ids),
+          at<int64_t>(column_ids),
+          at<float>(weights),
+          weights_stride};
+}
+
+using AddressesOfSide = std::array<uintptr_t, 3>;
+using AddressesOfRunning = std::array<uintptr_t, 4>;
+
+void run_clip_statistics(int64_t rows, int64_t columns, RowsTuple dots, float scale, float bias,
+                         const PositivesTuple& positives, const AddressesOfRunning& row,
+                         const AddressesOfRunning& column, int num_threads) {
+  const Pairs p = pairs_of(rows, columns, dots, scale, bias, positives);
+  const auto running = [](const AddressesOfRunning& a) {
+    return Running{at<float>(a[0]), at<float>(a[1]), at<float>(a[2]), at<float>(a[3])};
+  };
+  py::gil_scoped_release release;
+  clip_statistics(p, running(row), running(column), num_threads);
+}
+
+void run_clip_gradients(int64_t rows, int64_t columns, RowsTuple dots, float scale, float bias,
+                        const PositivesTuple& positives, const AddressesOfSide& row, const AddressesOfSide& column,
+                        uintptr_t sums, int num_threads) {
+  const Pairs p = pairs_of(rows, columns, dots, scale, bias, positives);
+  const auto side = [](const AddressesOfSide& a) { return Side{at<float>(a[0]), at<float>(a[1]), at<float>(a[2])}; };
+  py::gil_scoped_release release;
+  clip_gradients(p, side(row), side(column), at<double>(sums), num_threads);
+}
+
+void run_siglip_pairs(int64_t rows, int64_t columns, RowsTuple dots, float scale, float bias,
+                      const PositivesTuple& positives, bool gradients, uintptr_t sums, int num_threads) {
+  const Pairs p = pairs_of(rows, columns, dots, scale, bias, positives);
+  py::gil_scoped_release release;
+  siglip_pairs(p, gradients, at<double>(sums), num_threads);
+}
+
 // sizes: batch, heads, length, head size, half. Without a norm eps is negative.
 Rope rope_of(int type, const std::array<int64_t, 5>& sizes, bool interleaved, uintptr_t cos, uintptr_t sin,
              int64_t table_stride, uintptr_t weight, float eps, const HeadsTuple& x, const HeadsTuple& out) {
@@ -705,6 +768,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("add_norm_backward", &run_add_norm_backward);
   m.def("glu_forward", &run_glu_forward);
   m.def("glu_backward", &run_glu_backward);
+  m.def("token_loss", &run_token_loss);
+  m.def("clip_statistics", &run_clip_statistics);
+  m.def("clip_gradients", &run_clip_gradients);
+  m.def("siglip_pairs", &run_siglip_pairs);
   m.def("gated_add_forward", &run_gated_add_forward);
   m.def("gated_add_backward", &run_gated_add_backward);
   m.def("rope_forward", &run_rope_forward);

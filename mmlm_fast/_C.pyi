@@ -327,3 +327,50 @@ def patchify(
     out: int,
     num_threads: int,
 ) -> None: ...
+
+Positives = tuple[int, int, int, int, int, int]
+
+def token_loss(
+    rows: int,
+    vocab: int,
+    logits: Rows,
+    target: int,
+    options: tuple[float, float, float, float],
+    factor: int,
+    loss: int,
+    num_threads: int,
+) -> None: ...
+def clip_statistics(
+    rows: int,
+    columns: int,
+    dots: Rows,
+    scale: float,
+    bias: float,
+    positives: Positives,
+    row: tuple[int, ...],
+    column: tuple[int, ...],
+    num_threads: int,
+) -> None: ...
+def clip_gradients(
+    rows: int,
+    columns: int,
+    dots: Rows,
+    scale: float,
+    bias: float,
+    positives: Positives,
+    row: tuple[int, ...],
+    column: tuple[int, ...],
+    sums: int,
+    num_threads: int,
+) -> None: ...
+def siglip_pairs(
+    rows: int,
+    columns: int,
+    dots: Rows,
+    scale: float,
+    bias: float,
+    positives: Positives,
+    gradients: bool,
+    sums: int,
+    num_threads: int,
+) -> None: ...

@@ -212,18 +212,72 @@ def interval_attention(dtype, every=False):
             compile_one(size, group=1)
 
 
-MEMORY_BOUND = [add_norm, gated_add, glu, merge_embeddings, norm_pixel_shuffle, patch_embed, qk_norm_rope]
+KINDS = ("diagonal", "ids", "weights")
+
+
+def positives(kind, rows, columns, dtype):
+    ids = torch.zeros(rows, dtype=torch.int64), torch.zeros(columns, dtype=torch.int64)
+    weights = torch.empty(rows, columns, dtype=dtype)
+    return kind, 1, *(ids if kind == 1 else (None, None)), weights if kind == 2 else None
+
+
+def clip_loss(dtype):
+    from mmlm_kernels.clip_loss import clip_loss_gradients, clip_loss_statistics
+
+    dots, scale, sums = torch.empty(512, 528, dtype=dtype)[:, :512], torch.empty(()), torch.empty(2).double()
+    running, sides = [torch.empty(4, 512) for _ in range(2)], [torch.empty(3, 512) for _ in range(2)]
+    for kind in range(len(KINDS)):
+        clip_loss_statistics(dots, scale, *running, *positives(kind, 512, 512, dtype))
+        clip_loss_gradients(dots, scale, *sides, sums, *positives(kind, 512, 512, dtype))
+
+
+def siglip_loss(dtype):
+    from mmlm_kernels.siglip_loss import siglip_loss_pairs
+
+    dots, one, sums = torch.empty(512, 528, dtype=dtype)[:, :512], torch.empty(()), torch.empty(3).double()
+    for kind in range(len(KINDS)):
+        for gradients in (True, False) if kind == 0 else (True,):
+            siglip_loss_pairs(dots, one, one, gradients, sums, *positives(kind, 512, 512, dtype))
+
+
+def linear_cross_entropy(dtype):
+    from mmlm_kernels.linear_cross_entropy import linear_cross_entropy_fwd
+
+    x, weight, bias = (torch.empty(n, dtype=dtype) for n in ((256, 128), (32000, 128), (32000,)))
+    y, ignored, one = torch.zeros(256, dtype=torch.int64), torch.zeros(256, dtype=torch.bool), torch.empty(())
+    for tf32 in (False, True) if dtype == torch.float32 else (False,):
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        plain, all_options = [1.0, 0.0, 0.0, 0.0], [1.0, 30.0, 0.1, 1e-4]
+        linear_cross_entropy_fwd(x, weight, None, y, ignored, None, one, plain, [True] * 3, 2**30)
+        linear_cross_entropy_fwd(x, weight, bias, y, ignored, one.expand(256), one, all_options, [True] * 3, 2**30)
+        linear_cross_entropy_fwd(x, weight, bias, y, ignored, None, one, plain, [False] * 3, 2**30)
+
+
+MEMORY_BOUND = [
+    add_norm,
+    clip_loss,
+    gated_add,
+    glu,
+    merge_embeddings,
+    norm_pixel_shuffle,
+    patch_embed,
+    qk_norm_rope,
+    siglip_loss,
+]
 CASES = [
     add_norm,
+    clip_loss,
     concat_linear,
     fuse_modalities,
     gated_add,
     glu,
     interval_attention,
+    linear_cross_entropy,
     merge_embeddings,
     norm_pixel_shuffle,
     patch_embed,
     qk_norm_rope,
+    siglip_loss,
 ]
 
 

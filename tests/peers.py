@@ -1,7 +1,9 @@
-"""Audio libraries that the tests compare with, where they are installed (see PEERS in .ci/bootstrap.py)."""
+"""Libraries that the tests compare with, where they are installed (see PEERS in .ci/bootstrap.py)."""
 
 import importlib
+import importlib.util
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +19,17 @@ def need(name: str):
             return importlib.import_module(name)
     except (ImportError, OSError) as error:
         pytest.skip(f"{name} is not installed here (see PEERS in .ci/bootstrap.py): {error}")
+
+
+def open_clip_losses():
+    """open_clip's file of losses, without the rest of it and its dependencies."""
+    package = importlib.util.find_spec("open_clip")
+    if package is None:
+        pytest.skip("open_clip_torch is not installed here (see .ci/bootstrap.py)")
+    spec = importlib.util.spec_from_file_location("open_clip_loss", Path(package.origin).with_name("loss.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def signals() -> dict[str, torch.Tensor]:

@@ -57,12 +57,15 @@ def using_reference() -> bool:
 SMALL_NUMBERS = {
     "add_norm, layer": 2**20,
     "add_norm, rms": 2**19,
+    "clip_loss": 2**16,  # pairs
     "fuse_modalities": 2**18,
     "gated_add": 2**20,
     "glu": 2**18,
+    "linear_cross_entropy": 2**18,  # logits
     "merge_embeddings": 2**18,
     "norm_pixel_shuffle": 2**20,
     "qk_norm_rope": 2**16,
+    "siglip_loss": 2**16,  # pairs
 }
 
 
@@ -81,7 +84,12 @@ def plain_float(number: float) -> float:
 
 
 def register_op(
-    schema: str, *, portable: Callable, kernel: str, fake: Callable, kernel_takes: Callable[..., bool] | None = None
+    schema: str,
+    *,
+    portable: Callable,
+    kernel: str | None,
+    fake: Callable,
+    kernel_takes: Callable[..., bool] | None = None,
 ) -> Callable[..., Any]:
     """Register one op: CPU tensors go to `portable`, CUDA tensors to `kernel`.
 
@@ -89,7 +97,8 @@ def register_op(
         schema: ATen schema without namespace, ``"name(Tensor x, float eps) -> Tensor"``.
         portable: PyTorch implementation for any device.
         kernel: ``"module:function"`` of the launcher, imported on the first CUDA call, so that a machine without
-            Triton can import the package. Where Triton is missing, CUDA tensors take `portable`, with one warning.
+            Triton can import the package. Where Triton is missing, CUDA tensors take `portable`, with one warning. None
+            where `portable` is made of ops that are dispatched themselves.
         fake: Output shapes and dtypes only, for torch.compile.
         kernel_takes: Given the op's arguments, whether the kernel is for them; other CUDA tensors take `portable`.
 
@@ -99,9 +108,9 @@ def register_op(
     name = schema.partition("(")[0]
     _LIB.define(schema)
     _LIB.impl(name, portable, "CPU")
-    _LIB.impl(name, _lazy(name, kernel, portable, kernel_takes), "CUDA")
+    _LIB.impl(name, portable if kernel is None else _lazy(name, kernel, portable, kernel_takes), "CUDA")
     torch.library.register_fake(f"mmlm_fast::{name}", fake, lib=_LIB)
-    REGISTERED[name] = (portable.__module__, kernel)
+    REGISTERED[name] = (portable.__module__, kernel or portable.__module__)
     return getattr(torch.ops.mmlm_fast, name).default
 
 

@@ -1,0 +1,2 @@
+#define MMLM_ISA baseline
+#include "loss/loss_kernel.inl"
