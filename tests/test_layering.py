@@ -17,8 +17,16 @@ MAY_IMPORT = {
     "mmlm_fast/masks.py": {"torch"},
     "mmlm_fast/positions.py": {"torch"},
     "mmlm_fast/ops": {"torch", "mmlm_fast._C", "mmlm_fast.ops", "mmlm_fast.masks"},
+    "mmlm_fast/distributed.py": {"torch", "mmlm_fast.ops"},
     "mmlm_fast/testing.py": {"torch"},
-    "mmlm_fast/nn": {"torch", "mmlm_fast.ops", "mmlm_fast.masks", "mmlm_fast.positions", "mmlm_fast.nn"},
+    "mmlm_fast/nn": {
+        "torch",
+        "mmlm_fast.ops",
+        "mmlm_fast.masks",
+        "mmlm_fast.positions",
+        "mmlm_fast.distributed",
+        "mmlm_fast.nn",
+    },
     "mmlm_fast/audio": {
         "torch",
         "numpy",

@@ -3,6 +3,7 @@
 from mmlm_fast.nn.attention import CrossAttention, GatedCrossAttention, GatedCrossAttentionLayer, MultiheadSelfAttention
 from mmlm_fast.nn.embedding import MergedEmbedding, PatchEmbedding
 from mmlm_fast.nn.fusion import ConcatLinear, DecisionFusion, FuseModalities
+from mmlm_fast.nn.losses import ClipLoss, LinearCrossEntropyLoss, SiglipLoss
 from mmlm_fast.nn.mlp import MLP, GatedMLP
 from mmlm_fast.nn.norms import LayerNorm, RMSNorm
 from mmlm_fast.nn.projectors import IdeficsProjector, InternVLProjector, LlavaProjector, PatchMerger
@@ -10,6 +11,7 @@ from mmlm_fast.nn.rotary import RotaryEmbedding, VisionRotaryEmbedding
 
 __all__ = [
     "MLP",
+    "ClipLoss",
     "ConcatLinear",
     "CrossAttention",
     "DecisionFusion",
@@ -20,6 +22,7 @@ __all__ = [
     "IdeficsProjector",
     "InternVLProjector",
     "LayerNorm",
+    "LinearCrossEntropyLoss",
     "LlavaProjector",
     "MergedEmbedding",
     "MultiheadSelfAttention",
@@ -27,5 +30,6 @@ __all__ = [
     "PatchMerger",
     "RMSNorm",
     "RotaryEmbedding",
+    "SiglipLoss",
     "VisionRotaryEmbedding",
 ]

@@ -126,8 +126,8 @@ def _native_pairs(dots, scale, bias, gradients, sums, kind, offset, row_ids, col
 
     positives, keep = native_positives(Positives(kind, offset, row_ids, column_ids, weights))
     _C.siglip_pairs(
-        dots.shape[0], dots.shape[1], (dots.data_ptr(), dots.stride(0)), float(scale), float(bias), positives, gradients,
-        sums.data_ptr(), torch.get_num_threads(),
+        dots.shape[0], dots.shape[1], (dots.data_ptr(), dots.stride(0)), float(scale), float(bias), positives,
+        gradients, sums.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     del keep
 
