@@ -20,12 +20,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmlm_fast.ops import clip_loss as local_clip_loss
-from mmlm_fast.ops import siglip_loss as local_siglip_loss
 from mmlm_fast.ops._contrastive import DIAGONAL, IDS, Positives, check_pairs, positives_of, scalar_tensor
 from mmlm_fast.ops._formed import FormedGradients
 from mmlm_fast.ops._registry import autocast, using_reference
 from mmlm_fast.ops.clip_loss import NAMES, clip_over
+from mmlm_fast.ops.clip_loss import clip_loss as local_clip_loss
+from mmlm_fast.ops.siglip_loss import siglip_loss as local_siglip_loss
 from mmlm_fast.ops.siglip_loss import siglip_over
 
 EXCHANGES = ("gather", "ring")
@@ -228,7 +228,7 @@ def clip_loss(
     _check_options(exchange, timeout_seconds)
     if not _several(group):
         return local_clip_loss(image_features, text_features, logit_scale, positive_ids=positive_ids)
-    return _clip_loss(
+    return _untraced(_clip_loss)(
         image_features, text_features, logit_scale, positive_ids, group, exchange, averaged_by_ddp, sizes,
         timeout_seconds,
     )  # fmt: skip
@@ -254,7 +254,7 @@ def siglip_loss(
     _check_options(exchange, timeout_seconds)
     if not _several(group):
         return local_siglip_loss(image_features, text_features, logit_scale, logit_bias, positive_ids=positive_ids)
-    return _siglip_loss(
+    return _untraced(_siglip_loss)(
         image_features, text_features, logit_scale, logit_bias, positive_ids, group, exchange, averaged_by_ddp, sizes,
         timeout_seconds,
     )  # fmt: skip
@@ -311,7 +311,11 @@ def _several(group: Any) -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
 
 
-@torch.compiler.disable
+def _untraced(function: Callable) -> Callable:
+    """Collectives in the order of Python, not of a graph. Not a decorator: that would import the compiler."""
+    return torch.compiler.disable(function) if torch.compiler.is_compiling() else function
+
+
 def _clip_loss(x, y, logit_scale, positive_ids, group, exchange, averaged, sizes, timeout_seconds):
     check_pairs(x, y, NAMES, {"logit_scale": logit_scale}, positive_ids, None)
     scalars = [scalar_tensor(logit_scale, x)]
@@ -323,7 +327,6 @@ def _clip_loss(x, y, logit_scale, positive_ids, group, exchange, averaged, sizes
     return _loss(over, local_clip_loss, x, y, scalars, positive_ids, group, exchange, averaged, sizes, timeout_seconds)
 
 
-@torch.compiler.disable
 def _siglip_loss(x, y, logit_scale, logit_bias, positive_ids, group, exchange, averaged, sizes, timeout_seconds):
     scalars = {"logit_scale": logit_scale, "logit_bias": logit_bias}
     check_pairs(x, y, NAMES, scalars, positive_ids, None)

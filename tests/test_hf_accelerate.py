@@ -105,7 +105,7 @@ def test_a_wrong_replacement_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("thing", [None, torch.nn.Linear(2, 2), "openai/whisper-tiny"])
 def test_other_objects(thing):
-    with pytest.raises(ValueError, match="takes a transformers processor or feature extractor, got"):
+    with pytest.raises(ValueError, match="takes a transformers model, processor or feature extractor, got"):
         mmlm_fast.accelerate(thing)
 
 

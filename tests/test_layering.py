@@ -43,8 +43,10 @@ MAY_IMPORT = {
         "numpy",
         "transformers",
         "mmlm_fast.audio",
+        "mmlm_fast.nn",
         "mmlm_fast.ops",
         "mmlm_fast.masks",
+        "mmlm_fast.testing",
         "mmlm_fast.hf",
     },
     "mmlm_fast/models": {

@@ -1,15 +1,16 @@
-"""`accelerate`: swap the feature extractor of a processor for the drop-in, proved on the user's own object."""
+"""`accelerate`: swap parts of a model or processor for faster ones, each proved on the user's own object."""
 
 import inspect
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import FeatureExtractionMixin, ProcessorMixin
+from transformers import FeatureExtractionMixin, PreTrainedModel, ProcessorMixin
 
 from mmlm_fast.audio.extractors import EXTRACTORS, NOT_REPLACED, drop_in
+from mmlm_fast.hf.loss import heads_of, replace_head
 
 # Two float32 computations of a logarithm differ by this much where a bin nearly cancels, and by a tenth of it in the
 # mean, relative to the largest feature (tests/test_audio_extractors.py compares each with float64).
@@ -21,7 +22,7 @@ MEAN_DIFFERENCE = 1e-4
 class Replaced:
     path: str  # attribute of the object, "" for the object itself
     name: str
-    max_difference: float | None  # to the original on a test clip, relative; None where not verified
+    max_difference: float | None  # to the original on a test input, relative; None where not verified
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,16 @@ def accelerate(
 ) -> Acceleration:
     """Replace what this package does faster, in place, each piece proved against what it replaces.
 
-    So far: the audio feature extractor of a processor, or a feature extractor itself. Its class is changed to the
-    drop-in of the same name; its settings, and what it saves, stay as they are. Before that both run on a test clip,
-    and the replacement is refused where keys, shapes, types, masks or features differ.
+    So far:
+
+    - the audio feature extractor of a processor, or a feature extractor itself. Its class is changed to the drop-in of
+      the same name; its settings, and what it saves, stay as they are. Before that both run on a test clip, and the
+      replacement is refused where keys, shapes, types, masks or features differ.
+    - the head of a language model (see `mmlm_fast.hf.loss`): in training ``model(**inputs, labels=labels)`` computes
+      its loss without logits, unless something asks for these. Parameters and state dict stay as they are.
 
     Args:
-        model: A transformers processor or feature extractor.
+        model: A transformers model, processor or feature extractor.
         only: Replace only these classes, by name.
         exclude: Leave these classes, by name.
         verify: Run the proof. Without it a replacement is kept unseen.
@@ -79,30 +84,41 @@ def accelerate(
         if isinstance(names, str):
             raise ValueError(f"{name} must be a collection of class names, got the string {names!r}")
     result = Acceleration()
-    for path, extractor in _extractors_of(model):
-        name = type(extractor).__name__
+    for path, part, replace in _parts_of(model):
+        name = type(part).__name__
         if (only is not None and name not in only) or name in exclude:
             result.refused.append(Refused(path, name, "left out by only or exclude"))
             continue
-        reason, difference = _try_to_replace(extractor, verify)
+        reason, difference, cls = replace(part, verify)
         if reason is not None:
             result.refused.append(Refused(path, name, reason))
             continue
-        result._originals.append((extractor, type(extractor)))
-        extractor.__class__ = drop_in(name)
+        result._originals.append((part, type(part)))
+        part.__class__ = cls
         result.replaced.append(Replaced(path, name, difference))
     return result
 
 
-def _extractors_of(model: Any) -> list[tuple[str, Any]]:
+def _parts_of(model: Any) -> list[tuple[str, Any, Callable]]:
+    """Path, part, and what finds its replacement: ``(part, verify) -> (why not, largest difference, class)``."""
     if isinstance(model, FeatureExtractionMixin):
-        return [("", model)]
+        return [("", model, _replace_extractor)]
     if isinstance(model, ProcessorMixin):
-        return [(path, part) for path, part in vars(model).items() if isinstance(part, FeatureExtractionMixin)]
-    raise ValueError(f"accelerate takes a transformers processor or feature extractor, got {type(model).__name__}")
+        parts = vars(model).items()
+        return [(path, part, _replace_extractor) for path, part in parts if isinstance(part, FeatureExtractionMixin)]
+    if isinstance(model, PreTrainedModel):
+        return [(path, head, replace_head) for path, head in heads_of(model)]
+    raise ValueError(
+        f"accelerate takes a transformers model, processor or feature extractor, got {type(model).__name__}"
+    )
 
 
-def _try_to_replace(extractor: Any, verify: bool) -> tuple[str | None, float | None]:
+def _replace_extractor(extractor: Any, verify: bool) -> tuple[str | None, float | None, type | None]:
+    reason, difference = _why_not(extractor, verify)
+    return reason, difference, None if reason else drop_in(type(extractor).__name__)
+
+
+def _why_not(extractor: Any, verify: bool) -> tuple[str | None, float | None]:
     """Why not, or the largest difference found."""
     cls, name = type(extractor), type(extractor).__name__
     if name not in EXTRACTORS:

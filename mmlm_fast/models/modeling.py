@@ -12,7 +12,7 @@ from transformers.utils import can_return_tuple
 
 from mmlm_fast.models.configuration import MMLMConfig
 from mmlm_fast.models.fusion import MMLMFusion, MMLMProjector, merge_tokens
-from mmlm_fast.nn import FuseModalities
+from mmlm_fast.nn import FuseModalities, LazyLinear
 
 MODALITIES = ("image", "audio")
 
@@ -211,7 +211,8 @@ class MMLMForConditionalGeneration(MMLMPreTrainedModel, GenerationMixin):
         super().__init__(config)
         text_config: Any = config.text_config
         self.model = MMLMModel(config)
-        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
+        # In training the loss takes no logits; asked for, they are there.
+        self.lm_head = LazyLinear(text_config.hidden_size, text_config.vocab_size, bias=False)
         self.post_init()
 
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:

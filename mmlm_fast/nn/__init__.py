@@ -3,6 +3,7 @@
 from mmlm_fast.nn.attention import CrossAttention, GatedCrossAttention, GatedCrossAttentionLayer, MultiheadSelfAttention
 from mmlm_fast.nn.embedding import MergedEmbedding, PatchEmbedding
 from mmlm_fast.nn.fusion import ConcatLinear, DecisionFusion, FuseModalities
+from mmlm_fast.nn.lazy_logits import LazyLinear, LazyLogits
 from mmlm_fast.nn.losses import ClipLoss, LinearCrossEntropyLoss, SiglipLoss
 from mmlm_fast.nn.mlp import MLP, GatedMLP
 from mmlm_fast.nn.norms import LayerNorm, RMSNorm
@@ -22,6 +23,8 @@ __all__ = [
     "IdeficsProjector",
     "InternVLProjector",
     "LayerNorm",
+    "LazyLinear",
+    "LazyLogits",
     "LinearCrossEntropyLoss",
     "LlavaProjector",
     "MergedEmbedding",

@@ -2,7 +2,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from mmlm_fast.ops import merge_embeddings, patch_embed
+from mmlm_fast.ops.merge_embeddings import merge_embeddings
+from mmlm_fast.ops.patch_embed import patch_embed
 
 
 class MergedEmbedding(nn.Embedding):

@@ -3,7 +3,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mmlm_fast.ops import concat_linear, fuse_modalities
+from mmlm_fast.ops.concat_linear import concat_linear
+from mmlm_fast.ops.fuse_modalities import fuse_modalities
 
 DECISIONS = ("mean", "weighted", "vote")
 

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from mmlm_fast import distributed as together
-from mmlm_fast.ops import clip_loss, linear_cross_entropy, siglip_loss
+from mmlm_fast.ops.clip_loss import clip_loss
+from mmlm_fast.ops.linear_cross_entropy import linear_cross_entropy
+from mmlm_fast.ops.siglip_loss import siglip_loss
 
 
 class LinearCrossEntropyLoss(nn.Module):

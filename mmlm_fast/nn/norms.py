@@ -1,7 +1,7 @@
 import torch
 from torch import Tensor, nn
 
-from mmlm_fast.ops import add_norm
+from mmlm_fast.ops.add_norm import add_norm
 
 
 class RMSNorm(nn.Module):

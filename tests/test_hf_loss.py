@@ -1,0 +1,291 @@
+"""The heads of transformers' models: the same loss and gradients, without logits."""
+
+import copy
+
+import pytest
+import tiny_models
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+
+import mmlm_fast
+from mmlm_fast.nn import LazyLinear, LazyLogits
+from mmlm_fast.nn import lazy_logits as module
+from mmlm_fast.ops import _registry
+
+DECODERS = ("llava", "gemma3", "paligemma", "qwen2_5_vl", "qwen3_vl", "mllama", "whisper")
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """How often logits were computed, and how often the loss did without."""
+    counts = {"logits": 0, "loss": 0}
+    original, loss = LazyLogits.logits, module.linear_cross_entropy
+
+    def count_logits(self):
+        counts["logits"] += self._computed is None
+        return original(self)
+
+    def count_losses(*args, **kwargs):
+        counts["loss"] += 1
+        return loss(*args, **kwargs)
+
+    monkeypatch.setattr(LazyLogits, "logits", count_logits)
+    monkeypatch.setattr(module, "linear_cross_entropy", count_losses)
+    monkeypatch.setitem(_registry.SMALL_NUMBERS, "linear_cross_entropy", 0)
+    return counts
+
+
+def accelerate(model, counts):
+    done = mmlm_fast.accelerate(model)
+    assert [r.name for r in done.replaced] == ["Linear"]
+    counts["loss"] = 0  # those of the proof
+    return done
+
+
+def step(model, inputs, labels, **keywords):
+    model.train()
+    model.zero_grad()
+    torch.manual_seed(0)
+    out = model(**inputs, labels=labels, **keywords)
+    out.loss.backward()
+    return out, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_same_loss_and_gradients(name, computed):
+    tiny = tiny_models.MODELS[name]()
+    model = tiny.build("eager")
+    inputs = dict(tiny.inputs)
+    labels = inputs.get("input_ids", inputs.get("decoder_input_ids")).clone()
+    labels[:, :3] = -100
+    expected, expected_grads = step(model, inputs, labels)
+    keys = list(model.state_dict())
+    done = accelerate(model, computed)
+    assert type(model.get_output_embeddings()) is LazyLinear
+    assert list(model.state_dict()) == keys
+    out, grads = step(model, inputs, labels)
+    assert computed == {"logits": 0, "loss": 1}
+    torch.testing.assert_close(out.loss, expected.loss)
+    assert grads.keys() == expected_grads.keys()
+    for key, grad in grads.items():
+        torch.testing.assert_close(
+            grad, expected_grads[key], rtol=1e-4, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}"
+        )
+    # asked for, logits are there, and themselves
+    torch.testing.assert_close(out.logits + 0, expected.logits)
+    assert out.logits.shape == expected.logits.shape
+    assert out.logits.argmax(-1).equal(expected.logits.argmax(-1))
+    assert computed["logits"] == 1
+    # inference has plain logits
+    with torch.no_grad():
+        assert type(model.eval()(**inputs).logits) is torch.Tensor
+    done.undo()
+    again, again_grads = step(model, inputs, labels)
+    assert again.loss.equal(expected.loss)
+    assert all(g.equal(expected_grads[k]) for k, g in again_grads.items())
+
+
+def test_soft_cap(computed):
+    tiny = tiny_models.gemma3()
+    tiny.config.text_config.final_logit_softcapping = 3.0
+    model, labels = tiny.build("eager"), tiny.inputs["input_ids"]
+    expected, grads = step(model, tiny.inputs, labels)
+    accelerate(model, computed)
+    out, ours = step(model, tiny.inputs, labels)
+    assert computed == {"logits": 0, "loss": 1}
+    torch.testing.assert_close(out.loss, expected.loss)
+    assert ours.keys() == grads.keys()
+    for key, grad in ours.items():
+        torch.testing.assert_close(grad, grads[key], rtol=1e-4, atol=1e-6)
+
+
+def test_num_items_in_batch_and_all_ignored(computed):
+    tiny = tiny_models.llava()
+    model, labels = tiny.build("eager"), tiny.inputs["input_ids"].clone()
+    expected, _ = step(model, tiny.inputs, labels, num_items_in_batch=torch.tensor(50))
+    accelerate(model, computed)
+    out, _ = step(model, tiny.inputs, labels, num_items_in_batch=torch.tensor(50))
+    torch.testing.assert_close(out.loss, expected.loss)
+    out, grads = step(model, tiny.inputs, torch.full_like(labels, -100))
+    assert out.loss == 0  # where the original's mean over nothing is NaN
+    assert all((g == 0).all() for g in grads.values())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_trainer_in_bfloat16(checkpointing, computed, tmp_path):
+    """Autocast, accumulation of gradients, checkpointing; the history is the original's."""
+    tiny = tiny_models.llava()
+    images = tiny.inputs["pixel_values"].shape[0] // 2
+    rows = [
+        {k: v[i : i + 1] if k != "pixel_values" else v[i * images : (i + 1) * images] for k, v in tiny.inputs.items()}
+        for i in range(2)
+    ]
+    data = [row | {"labels": row["input_ids"].clone()} for row in rows * 4]
+
+    def collate(samples):
+        return {key: torch.cat([s[key] for s in samples]) for key in samples[0]}
+
+    histories = []
+    for fast in (False, True):
+        model = tiny.build("eager")
+        if fast:
+            accelerate(model, computed)
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=3,
+            bf16=True, use_cpu=True, learning_rate=1e-3, logging_steps=1, report_to=[], save_strategy="no", seed=0,
+            gradient_checkpointing=checkpointing, disable_tqdm=True, data_seed=0,
+        )  # fmt: skip
+        trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data, data_collator=collate)
+        trainer.train()
+        histories.append(torch.tensor([h["loss"] for h in trainer.state.log_history if "loss" in h]))
+    assert computed["logits"] == 0
+    assert computed["loss"] == 6
+    torch.testing.assert_close(*histories, rtol=torch.finfo(torch.bfloat16).eps, atol=0)
+
+
+def lazy(dtype=torch.float32, bias=True):
+    head = LazyLinear(8, 300, bias=bias).to(dtype)
+    x = torch.randn(2, 5, 8).to(dtype).requires_grad_()
+    return head(x), F.linear(x, head.weight, head.bias), head, x
+
+
+def test_what_stays_lazy_and_what_does_not(computed):
+    logits, plain, _, _ = lazy()
+    labels = torch.randint(0, 300, (2, 5))
+    lazily = [
+        (lambda z: z.float(), "float"),
+        (lambda z: z.to(torch.float32).to(dtype=torch.float32).contiguous(), "to"),
+        (lambda z: z[..., :-1, :], "shift"),
+        (lambda z: z[:, 1:, :].contiguous(), "slice"),
+        (lambda z: z[:1], "first"),
+        (lambda z: z[labels > 100], "mask"),
+        (lambda z: z.view(-1, 300), "view"),
+        (lambda z: z.reshape(10, -1), "reshape"),
+        (lambda z: z.flatten(0, 1), "flatten"),
+        (lambda z: 2 * z / 3, "number"),
+        (lambda z: torch.tanh(z / 5) * 5, "cap"),
+    ]
+    for function, name in lazily:
+        found = function(logits)
+        assert type(found) is LazyLogits, name
+        assert found.shape == function(plain).shape, name
+        assert computed["logits"] == 0
+    for function, name in lazily:
+        torch.testing.assert_close(function(logits) + 0, function(plain), msg=lambda m, name=name: f"{name}: {m}")
+    computed["logits"] = 0
+    for function in (
+        lambda z: z[:, :, 3], lambda z: z[0, 1], lambda z: z.argmax(-1), lambda z: z.softmax(-1), lambda z: z.sum(),
+        lambda z: z[..., 5:], lambda z: z * torch.ones(300), lambda z: torch.tanh(torch.tanh(z)), lambda z: z.double(),
+        lambda z: z.transpose(1, 2), lambda z: z.detach(), lambda z: torch.cat([z, z]), lambda z: z.numpy(force=True),
+        lambda z: z.tolist(), lambda z: -z, lambda z: z[0, 1:2, 7], lambda z: z.clone(),
+    ):  # fmt: skip
+        found = function(lazy_twin(logits))
+        assert type(found) is not LazyLogits
+        expected = function(plain)
+        if isinstance(expected, torch.Tensor):
+            torch.testing.assert_close(found, expected)
+    with torch.no_grad():
+        assert repr(lazy_twin(logits).detach()) == repr(plain.detach())
+
+
+def lazy_twin(logits):
+    return logits._with()
+
+
+def test_losses_of_lazy_logits(computed):
+    logits, plain, head, x = lazy()
+    labels = torch.randint(0, 300, (10,))
+    labels[2] = -100
+    parameters = (x, head.weight, head.bias)
+    without = [
+        dict(), dict(reduction="sum"), dict(reduction="none"), dict(ignore_index=labels[0].item()),
+        dict(label_smoothing=0.2),
+    ]  # fmt: skip
+    for options in without:
+        if "ignore_index" in options:
+            labels = labels.clamp(min=0)
+        for change in (lambda z: z, lambda z: 0.5 * torch.tanh(z / 2) * 4, lambda z: z * 0.3):
+            ours = F.cross_entropy(change(logits).view(-1, 300), labels, **options)
+            theirs = F.cross_entropy(change(plain).view(-1, 300), labels, **options)
+            torch.testing.assert_close(ours, theirs)
+            torch.testing.assert_close(
+                *(torch.autograd.grad(loss.sum(), parameters, retain_graph=True) for loss in (ours, theirs))
+            )
+    assert computed == {"logits": 0, "loss": 15}
+    torch.testing.assert_close(
+        nn.CrossEntropyLoss()(logits.view(-1, 300), labels), F.cross_entropy(plain.view(-1, 300), labels)
+    )
+    # class weights, probabilities, a negative cap: with logits
+    weights, probabilities = torch.rand(300), torch.rand(10, 300).softmax(-1)
+    for function in (
+        lambda z: F.cross_entropy(z.view(-1, 300), labels, weight=weights),
+        lambda z: F.cross_entropy(z.view(-1, 300), probabilities),
+        lambda z: F.cross_entropy((torch.tanh(z) * -2).view(-1, 300), labels),
+        lambda z: F.cross_entropy(z.transpose(1, 2), labels.view(2, 5)),
+    ):
+        torch.testing.assert_close(function(logits._with()), function(plain))
+    assert computed["loss"] == 16
+
+
+def test_in_place_changes_are_seen():
+    logits, plain, _, _ = lazy()
+    labels = torch.randint(1, 300, (10,))
+    for z in (logits, plain := plain.clone()):
+        z[..., 0] = -torch.inf
+    torch.testing.assert_close(
+        F.cross_entropy(logits.view(-1, 300), labels), F.cross_entropy(plain.view(-1, 300), labels)
+    )
+
+
+def test_when_the_head_is_plain():
+    head, x = LazyLinear(8, 300), torch.randn(4, 8)
+    assert type(head(x)) is LazyLogits
+    with torch.no_grad():
+        assert type(head(x)) is torch.Tensor
+    with mmlm_fast.reference():
+        assert type(head(x)) is torch.Tensor
+    assert type(head.eval()(x)) is torch.Tensor
+    compiled = torch.compile(lambda x: F.cross_entropy(head(x), torch.arange(4)), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), F.cross_entropy(head(x), torch.arange(4)))
+
+
+def test_refusals():
+    model = tiny_models.llava().build("eager")
+
+    class Own(nn.Linear):
+        def forward(self, input):
+            return super().forward(input) + 1
+
+    plain = model.lm_head
+    model.lm_head.__class__ = Own
+    refused = mmlm_fast.accelerate(model).refused
+    assert "not a plain nn.Linear" in refused[0].reason
+    plain.__class__ = nn.Linear
+    assert mmlm_fast.accelerate(model, exclude=["Linear"]).refused[0].reason == "left out by only or exclude"
+    assert mmlm_fast.accelerate(model).replaced
+    assert mmlm_fast.accelerate(model).refused[0].reason == "accelerated already"
+    encoder = tiny_models.siglip().build("eager")
+    assert str(mmlm_fast.accelerate(encoder)) == "nothing to replace was found"
+    with pytest.raises(ValueError, match="takes a transformers model, processor or feature extractor, got LazyLinear"):
+        mmlm_fast.accelerate(plain)
+
+
+def test_a_wrong_head_is_refused(monkeypatch):
+    loss = module.linear_cross_entropy
+    monkeypatch.setattr(module, "linear_cross_entropy", lambda *a, **k: loss(*a, **k) * 1.001)
+    model = tiny_models.llava().build("eager")
+    assert "loss errs by" in mmlm_fast.accelerate(model).refused[0].reason
+    assert type(model.lm_head) is nn.Linear
+
+
+def test_copies_and_half_precision(computed):
+    model = tiny_models.llava().build("eager", torch.bfloat16)
+    inputs = {k: v.bfloat16() if v.is_floating_point() else v for k, v in tiny_models.llava().inputs.items()}
+    expected, _ = step(model, inputs, inputs["input_ids"])
+    accelerate(model, computed)
+    twin = copy.deepcopy(model)
+    out, _ = step(twin, inputs, inputs["input_ids"])
+    assert computed["logits"] == 0
+    torch.testing.assert_close(out.loss, expected.loss, rtol=torch.finfo(torch.bfloat16).eps, atol=0)
