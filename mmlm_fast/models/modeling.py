@@ -10,8 +10,9 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from mmlm_fast.models.configuration import MMLMConfig
+from mmlm_fast.models.configuration import MMLMConfig, width_of
 from mmlm_fast.models.fusion import MMLMFusion, MMLMProjector, merge_tokens
+from mmlm_fast.models.objectives import MMLMAlignment, MMLMReconstruction, pooled_by_sample
 from mmlm_fast.nn import FuseModalities, LazyLinear
 
 MODALITIES = ("image", "audio")
@@ -23,12 +24,18 @@ class MMLMModelOutput(BaseModelOutputWithPast):
 
     fusion_context: Tensor | None = None
     fusion_present: Tensor | None = None
+    modality_features: dict[str, Tensor] | None = None  # projected tokens [items, tokens, H] of what was given
 
 
 @dataclass
 class MMLMCausalLMOutput(CausalLMOutputWithPast):
+    """`loss` is the weighted sum of the parts; a part without weight is None."""
+
     fusion_context: Tensor | None = None
     fusion_present: Tensor | None = None
+    language_modeling_loss: Tensor | None = None
+    contrastive_loss: Tensor | None = None
+    reconstruction_loss: Tensor | None = None
 
 
 class MMLMPreTrainedModel(PreTrainedModel):
@@ -51,10 +58,6 @@ class MMLMPreTrainedModel(PreTrainedModel):
             module.reset_parameters()
 
 
-def _width(config: Any) -> int:
-    return getattr(config, "hidden_size", None) or config.d_model
-
-
 class MMLMModel(MMLMPreTrainedModel):
     """Towers, projectors, fusion and decoder, without the language-model head."""
 
@@ -66,11 +69,11 @@ class MMLMModel(MMLMPreTrainedModel):
         num_modalities = 0
         if config.vision_config is not None:
             self.vision_tower = AutoModel.from_config(config.vision_config)
-            self.multi_modal_projector = MMLMProjector(_width(config.vision_config), hidden_size, activation)
+            self.multi_modal_projector = MMLMProjector(width_of(config.vision_config), hidden_size, activation)
             num_modalities += 1
         if config.audio_config is not None:
             self.audio_tower = AutoModel.from_config(config.audio_config)
-            self.audio_projector = MMLMProjector(_width(config.audio_config), hidden_size, activation)
+            self.audio_projector = MMLMProjector(width_of(config.audio_config), hidden_size, activation)
             num_modalities += 1
         if config.fusion != "merge" and num_modalities:
             self.fusion = MMLMFusion(config.fusion, hidden_size, num_modalities)
@@ -191,7 +194,20 @@ class MMLMModel(MMLMPreTrainedModel):
             attentions=out.attentions,
             fusion_context=fusion_context,
             fusion_present=fusion_present,
+            modality_features=features or None,
         )
+
+    def text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Mean of the decoder's states ``[B, H]`` over the text of each sample, which sees no other modality."""
+        there = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        there = there.bool()
+        for token_id in (self.config.image_token_id, self.config.audio_token_id):
+            if token_id is not None:
+                there = there & (input_ids != token_id)
+        embeds = self.get_input_embeddings()(input_ids)
+        states = self.language_model(inputs_embeds=embeds, attention_mask=there.to(torch.int64), use_cache=False)
+        weights = there.to(embeds.dtype) / there.sum(1, keepdim=True).clamp(min=1).to(embeds.dtype)
+        return (weights[:, None, :] @ torch.where(there[..., None], states.last_hidden_state, 0))[:, 0]
 
 
 def _as_mask(mask: Tensor | None, batch_size: int, device: torch.device, modality: str) -> Tensor:
@@ -213,6 +229,14 @@ class MMLMForConditionalGeneration(MMLMPreTrainedModel, GenerationMixin):
         self.model = MMLMModel(config)
         # In training the loss takes no logits; asked for, they are there.
         self.lm_head = LazyLinear(text_config.hidden_size, text_config.vocab_size, bias=False)
+        if config.contrastive_weight:
+            self.alignment = MMLMAlignment(
+                text_config.hidden_size, config.projection_dim, config.contrastive_loss, self.model._modalities
+            )
+        if config.reconstruction_weight:
+            self.reconstruction = MMLMReconstruction(config)
+        if config.contrastive_weight or config.reconstruction_weight:
+            self.accepts_loss_kwargs = False  # Trainer's count of tokens divides no other part of the loss
         self.post_init()
 
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
@@ -240,7 +264,11 @@ class MMLMForConditionalGeneration(MMLMPreTrainedModel, GenerationMixin):
         fusion_present: Tensor | None = None,
         **kwargs: Any,
     ) -> MMLMCausalLMOutput:
-        """Logits, and with `labels` ([B, T], -100 ignored, shifted inside) the loss; see `MMLMModel.forward`."""
+        """Logits, and with `labels` ([B, T], -100 ignored, shifted inside) the loss; see `MMLMModel.forward`.
+
+        The parts of the loss and their weights are the configuration's. Where language modelling has no weight, the
+        others need no labels in training.
+        """
         out = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -259,11 +287,19 @@ class MMLMForConditionalGeneration(MMLMPreTrainedModel, GenerationMixin):
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
         keep = slice(None) if isinstance(keep, int) else keep
         logits = self.lm_head(out.last_hidden_state[:, keep])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+        parts: dict[str, Tensor] = {}
+        if labels is not None and self.config.language_modeling_weight:
+            parts["language_modeling"] = self.loss_function(
+                logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs
+            )
+        if labels is not None or (self.training and not self.config.language_modeling_weight):
+            parts |= self._other_losses(
+                input_ids, attention_mask, out, pixel_values, input_features, {"image": image_mask, "audio": audio_mask}
+            )
+        weighted = [getattr(self.config, f"{name}_weight") * part for name, part in parts.items()]
         return MMLMCausalLMOutput(
-            loss=loss,
+            loss=torch.stack([w.float() for w in weighted]).sum() if weighted else None,
+            **{f"{name}_loss": part for name, part in parts.items()},
             logits=logits,
             past_key_values=out.past_key_values,
             hidden_states=out.hidden_states,
@@ -271,6 +307,37 @@ class MMLMForConditionalGeneration(MMLMPreTrainedModel, GenerationMixin):
             fusion_context=out.fusion_context,
             fusion_present=out.fusion_present,
         )
+
+    def _other_losses(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        out: MMLMModelOutput,
+        pixel_values: Tensor | None,
+        input_features: Tensor | None,
+        masks: dict[str, Tensor | None],
+    ) -> dict[str, Tensor]:
+        parts, model = {}, self.model
+        features = out.modality_features or {}
+        if self.config.contrastive_weight:
+            if input_ids is None:
+                raise ValueError("the contrastive loss needs input_ids, got inputs_embeds")
+            pooled, present = {}, dict(masks)
+            for modality, values in features.items():
+                pooled[modality] = values.mean(1)
+                if self.config.fusion == "merge":
+                    token_id = getattr(self.config, f"{modality}_token_id")
+                    pooled[modality], present[modality] = pooled_by_sample(values, input_ids == token_id)
+            text = model.text_features(input_ids, attention_mask)
+            parts["contrastive"] = self.alignment(text, pooled, present)
+        if self.config.reconstruction_weight:
+            errors = []
+            if pixel_values is not None:
+                errors.append(self.reconstruction.images(model.vision_tower, pixel_values))
+            if input_features is not None:
+                errors.append(self.reconstruction.audio(model.audio_tower, input_features))
+            parts["reconstruction"] = torch.stack(errors).mean() if errors else out.last_hidden_state.sum() * 0
+        return parts
 
     def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: dict, **kwargs: Any) -> dict:
         # generate() drops pictures and sound after the first step: later ones fuse with what it pooled from them.

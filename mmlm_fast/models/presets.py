@@ -37,7 +37,12 @@ def _image_processor(size: int) -> Any:
 
 
 def token_merge_vlm(
-    fusion: str = "merge", *, hidden_size: int = 64, num_hidden_layers: int = 2, image_size: int = 56
+    fusion: str = "merge",
+    *,
+    hidden_size: int = 64,
+    num_hidden_layers: int = 2,
+    image_size: int = 56,
+    **options: Any,
 ) -> tuple[MMLMConfig, MMLMProcessor]:
     """LLaVA-style model with audio too: SigLIP vision tower, Whisper-style audio encoder, Qwen3 decoder, bytes.
 
@@ -46,6 +51,7 @@ def token_merge_vlm(
         hidden_size: Width of all three; a multiple of 64.
         num_hidden_layers: Depth of all three.
         image_size: Pixels; a multiple of 14.
+        options: Further ones of `MMLMConfig`, such as the weights of the loss.
 
     Returns:
         Configuration and processor. Clips are cut to ten seconds.
@@ -89,6 +95,7 @@ def token_merge_vlm(
         fusion=fusion,
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         audio_token_id=tokenizer.convert_tokens_to_ids("<audio>"),
+        **options,
     )
     merge = fusion == "merge"
     processor = MMLMProcessor(
