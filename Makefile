@@ -40,7 +40,7 @@ bench: env
 wheel: env
 	$(BIN)/pip wheel --no-deps --no-build-isolation -w dist .
 
-# The native core under AddressSanitizer and UndefinedBehaviorSanitizer, over the tests of audio and glue.
+# The native core under AddressSanitizer and UndefinedBehaviorSanitizer, over the tests of audio, glue and losses.
 sanitize: env
 	rm -rf build/sanitize && mkdir -p build/sanitize
 	MMLM_FAST_CUDA=0 CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -g" LDFLAGS="-fsanitize=address,undefined" \
@@ -50,7 +50,7 @@ sanitize: env
 	  $(RUN) pytest -q tests/test_audio_log_mel.py tests/test_audio_whisper.py tests/test_audio_kaldi.py tests/test_audio_mel_spectrogram.py \
 	  tests/test_audio_resample.py tests/test_audio_streaming.py tests/test_audio_cuda.py tests/test_audio_fuzz.py tests/test_add_norm.py tests/test_glu.py tests/test_gated_add.py \
 	  tests/test_qk_norm_rope.py tests/test_merge_embeddings.py tests/test_norm_pixel_shuffle.py tests/test_patch_embed.py \
-	  tests/test_fuse_modalities.py -m "not slow" -k "not fork and not compile and not kernel"
+	  tests/test_fuse_modalities.py tests/test_linear_cross_entropy.py tests/test_clip_loss.py tests/test_siglip_loss.py -m "not slow" -k "not fork and not compile and not kernel"
 
 clean:
 	rm -rf $(VENV) build dist report *.egg-info mmlm_fast/_C*.so

@@ -23,10 +23,10 @@ COLUMNS = (
 )
 
 
-def newest(device_type: str) -> tuple[str, dict[str, Any]] | None:
-    """File name and content of the newest committed results of a kind of device."""
+def newest(device_type: str, having: str = "rows") -> tuple[str, dict[str, Any]] | None:
+    """File name and content of the newest committed results of a kind of device that have this."""
     found = [(path.name, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(RESULTS.glob("*.json"))]
-    found = [(name, r) for name, r in found if r["environment"]["device_type"] == device_type]
+    found = [(name, r) for name, r in found if r["environment"]["device_type"] == device_type and r.get(having)]
     return max(found, key=lambda item: item[1]["environment"]["date"], default=None)
 
 
@@ -69,6 +69,23 @@ def table(device_type: str) -> str:
     return f"{told}\n\n{markdown_table(COLUMNS, lines(results))}"
 
 
+def memory_curve() -> str:
+    """Of the contrastive losses on a CPU, from the newest committed results that have it."""
+    found = newest("cpu", "memory")
+    if found is None:
+        return "Not measured yet."
+    name, results = found
+    points = {(p["op"], p["provider"], p["batch"]): p["mib"] for p in results["memory"]}
+    columns = [(op, provider) for op in ("clip_loss", "siglip_loss") for provider in ("eager", "mmlm_fast")]
+    rows = [
+        (f"{batch:,}", *(_or_dash(points.get((*column, batch)), ".1f") for column in columns))
+        for batch in sorted({p["batch"] for p in results["memory"]})
+    ]
+    titles = ("batch", *(f"{op}, {'ours' if provider == 'mmlm_fast' else provider}" for op, provider in columns))
+    note = f"MiB beyond inputs and gradients, float32, 64 features. From `benchmarks/results/{name}`."
+    return f"{note}\n\n{markdown_table(titles, rows)}"
+
+
 def extractors() -> str:
     """Every feature extractor of transformers: the drop-ins, and those left as they are."""
     rows = [(f"`{name}`", f"replaced: {entry.computes}") for name, entry in EXTRACTORS.items()]
@@ -80,6 +97,9 @@ def with_tables(text: str) -> str:
     """README text with the tables between its markers made anew."""
     text = re.sub(
         r"(<!-- extractors -->\n).*?(<!-- end -->)", lambda m: m[1] + extractors() + "\n" + m[2], text, flags=re.S
+    )
+    text = re.sub(
+        r"(<!-- memory curve -->\n).*?(\n<!-- end -->)", lambda m: m[1] + memory_curve() + m[2], text, flags=re.S
     )
     for device_type in ("cpu", "cuda"):
         pattern = rf"(<!-- {device_type} results -->\n).*?(\n<!-- end -->)"

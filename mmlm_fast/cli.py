@@ -36,7 +36,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     report.add_argument("--out", type=Path, default=Path("report"), help="folder to write (default: %(default)s)")
     report.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
-    report.add_argument("--full", action="store_true", help="also what takes minutes of compilation")
+    report.add_argument(
+        "--full", action="store_true", help="also what takes minutes: compilations, contrastive losses of large batches"
+    )
     report.add_argument(
         "--seconds", type=float, default=0.6, help="timed per case; more is steadier (default: %(default)s)"
     )

@@ -12,15 +12,18 @@ from mmlm_fast.testing import difference, gradients
 
 OPS = (
     "add_norm",
+    "clip_loss",
     "concat_linear",
     "fuse_modalities",
     "gated_add",
     "glu",
     "interval_attention",
+    "linear_cross_entropy",
     "merge_embeddings",
     "norm_pixel_shuffle",
     "patch_embed",
     "qk_norm_rope",
+    "siglip_loss",
 )
 
 

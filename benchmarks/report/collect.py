@@ -12,11 +12,12 @@ import torch
 import transformers
 from tqdm import tqdm
 
+import mmlm_fast.ops
 from mmlm_benchmarks import harness
 from mmlm_benchmarks.audio import AUDIO, log_mel
 from mmlm_benchmarks.audio.speech import RATE, speech
 from mmlm_benchmarks.models import thin
-from mmlm_benchmarks.ops import OPS
+from mmlm_benchmarks.ops import OPS, contrastive
 from mmlm_fast.audio import WhisperFeatureExtractor
 
 JOBS = (*OPS, *AUDIO, "model")
@@ -28,8 +29,9 @@ def audio_cases(family: str, device: str) -> list[harness.Case]:
     return import_module(f"mmlm_benchmarks.audio.{family}").cases(device)
 
 
-def op_cases(op: str, device: str) -> list[harness.Case]:
-    return import_module(f"mmlm_benchmarks.ops.{op}").cases(device)
+def op_cases(op: str, device: str, full: bool = False) -> list[harness.Case]:
+    module = import_module(f"mmlm_benchmarks.ops.{op}")
+    return module.cases(device) + (module.full_cases(device) if full and hasattr(module, "full_cases") else [])
 
 
 def collect(
@@ -40,17 +42,17 @@ def collect(
     Args:
         device: ``cpu`` or ``cuda``.
         jobs: Some of ``JOBS``; all by default.
-        full: Also what takes minutes of compilation.
+        full: Also what takes minutes: compilations, contrastive losses of large batches.
         seconds: Timed per case.
         progress: Show a progress bar on stderr.
 
     Returns:
-        A JSON-serialisable dict: environment, machine, rows, generation, scaling, not_measured, failures.
+        A JSON-serialisable dict: environment, machine, rows, generation, scaling, memory, not_measured, failures.
     """
     jobs = tuple(jobs) if jobs else JOBS
     transformers.logging.set_verbosity_error()
     results: dict[str, Any] = {"environment": harness.environment(device), "rows": [], "generation": []}
-    results |= {"scaling": [], "not_measured": [], "failures": [], "seconds_by_case": {}}
+    results |= {"scaling": [], "memory": [], "not_measured": [], "failures": [], "seconds_by_case": {}}
     steps = list(_steps(device, jobs, full, seconds, results))
     with tqdm(total=len(steps), disable=not progress, unit="case", dynamic_ncols=True) as bar:
         for name, step in steps:
@@ -103,8 +105,11 @@ def _steps(
         yield "log-mel, scaling", lambda: results["scaling"].extend(_scaling())
     for op in OPS:
         if op in jobs:
-            for case in op_cases(op, device):
+            for case in op_cases(op, device, full):
                 yield case.name, lambda case=case: run(case, every)
+    for op, num_scalars in (("clip_loss", 1), ("siglip_loss", 2)):
+        if op in jobs and full:
+            yield f"{op}, memory over the batch", lambda op=op, n=num_scalars: results["memory"].extend(_memory(op, n))
     if "model" in jobs:
         for case in thin.cases(device, full):  # long calls: fewer samples in the same time
             yield case.name, lambda case=case: run(case, every, 3 * seconds)
@@ -114,6 +119,12 @@ def _steps(
                 lambda fusion=fusion: results["generation"].append(thin.generation_agrees(fusion, device)),
             )
     yield "machine rates again", limits
+
+
+def _memory(op: str, num_scalars: int) -> list[dict[str, Any]]:
+    """Of a contrastive loss, over the batch; on the CPU, where it is counted in pages."""
+    module = import_module(f"mmlm_benchmarks.ops.{op}")
+    return contrastive.memory_curve(op, "cpu", module.eager, getattr(mmlm_fast.ops, op), num_scalars)
 
 
 def _scaling() -> list[dict[str, Any]]:

@@ -147,6 +147,28 @@ def scaling(points: Rows) -> bytes:
     return _png(figure)
 
 
+def batch_memory(points: Rows) -> bytes:
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for op in dict.fromkeys(p["op"] for p in points):
+        for provider in dict.fromkeys(p["provider"] for p in points):
+            curve = [p for p in points if p["op"] == op and p["provider"] == provider]
+            axes.plot(
+                [p["batch"] for p in curve],
+                [max(0.1, p["mib"]) for p in curve],
+                marker="o" if op == "clip_loss" else "s",
+                linestyle="-" if op == "clip_loss" else "--",
+                color=COLOURS[provider],
+                label=f"{op}, {provider}",
+            )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("batch")
+    axes.set_ylabel("MiB beyond inputs and gradients")
+    axes.set_title("Memory of a training step of the contrastive losses")
+    axes.legend(fontsize=8)
+    return _png(figure)
+
+
 def features(arrays: dict[str, np.ndarray]) -> bytes:
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 4.6), sharex=True)
     image = top.imshow(arrays["features"], origin="lower", aspect="auto", cmap="magma")

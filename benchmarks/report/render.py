@@ -7,13 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mmlm_benchmarks.ops import OPS
 from mmlm_benchmarks.report.collect import sample_features
 from mmlm_fast.data import load_image, load_prompts, load_speech
 
 GROUPS = {
     "audio": "Audio features",
-    "concat_linear": "concat_linear",
-    "fuse_modalities": "fuse_modalities",
+    **{op: op for op in OPS},
     "model": "The thin model",
 }
 COLUMNS = ("case", "by", "median ms", "p20 – p80 ms", "speed-up", "ours is faster", "peak MiB", "error", "of limit")
@@ -219,6 +219,9 @@ def page(results: dict[str, Any]) -> str:
                 )
             )
             parts.append(_table(chosen))
+    if results.get("memory"):
+        parts.append("<h2>Memory of the contrastive losses</h2>")
+        parts.append(_figure(plots.batch_memory(results["memory"]), "Linear in the batch, where the formula is square"))
     if results["generation"]:
         lines = [f"fusion {g['fusion']}: {'identical' if g['equal'] else 'DIFFERENT'}" for g in results["generation"]]
         parts.append(f"<h3>Greedy generation, fast against reference</h3>{_list(lines)}")

@@ -57,15 +57,15 @@ def using_reference() -> bool:
 SMALL_NUMBERS = {
     "add_norm, layer": 2**20,
     "add_norm, rms": 2**19,
-    "clip_loss": 2**16,  # pairs
+    "clip_loss": 2**17,  # pairs
     "fuse_modalities": 2**18,
     "gated_add": 2**20,
     "glu": 2**18,
-    "linear_cross_entropy": 2**18,  # logits
+    "linear_cross_entropy": 2**15,  # logits
     "merge_embeddings": 2**18,
     "norm_pixel_shuffle": 2**20,
     "qk_norm_rope": 2**16,
-    "siglip_loss": 2**16,  # pairs
+    "siglip_loss": 2**15,  # pairs
 }
 
 
