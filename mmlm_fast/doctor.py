@@ -74,6 +74,8 @@ def op_paths(gpu: bool, native_cuda: bool) -> dict[str, str]:
             on_cpu = "CPU portable PyTorch"
         elif in_audio:
             on_cpu = "CPU native core"
+        elif "_loss" in name or "cross_entropy" in name:
+            on_cpu = "CPU native core between torch's matrix products; PyTorch for float64 and small inputs"
         else:
             on_cpu = "CPU native core; PyTorch for float16, float64 and small inputs"
         if not gpu:

@@ -152,6 +152,32 @@ def test_trainer_in_bfloat16(checkpointing, computed, tmp_path):
     torch.testing.assert_close(*histories, rtol=torch.finfo(torch.bfloat16).eps, atol=0)
 
 
+def test_a_real_whisper_on_real_speech(computed):
+    """51,864 classes, tied to the embedding: the loss of the words it writes, and what it would learn from them."""
+    import real_whisper
+
+    from mmlm_fast.audio import WhisperFeatureExtractor
+    from mmlm_fast.data import load_speech
+
+    model, _ = real_whisper.load()
+    clip = load_speech()[0].waveform
+    features = WhisperFeatureExtractor()(clip, sampling_rate=16000, return_tensors="pt").input_features
+    with torch.no_grad():
+        labels = model.eval().generate(features)
+    inputs = {"input_features": features}
+    expected, expected_grads = step(model, inputs, labels)
+    done = accelerate(model, computed)
+    out, grads = step(model, inputs, labels)
+    assert computed == {"logits": 0, "loss": 1}
+    done.undo()
+    model = model.double()
+    exact, exact_grads = step(model, {"input_features": features.double()}, labels)
+    assert difference(out.loss, expected.loss, exact.loss).ok
+    assert grads.keys() == expected_grads.keys() == exact_grads.keys()
+    ours, theirs, truth = (torch.cat([g[k].flatten() for k in grads]) for g in (grads, expected_grads, exact_grads))
+    assert difference(ours, theirs, truth).ok
+
+
 def lazy(dtype=torch.float32, bias=True):
     head = LazyLinear(8, 300, bias=bias).to(dtype)
     x = torch.randn(2, 5, 8).to(dtype).requires_grad_()

@@ -16,7 +16,7 @@ from mmlm_fast.ops._contrastive import (
     scalar_tensor,
 )
 from mmlm_fast.ops._formed import FormedGradients, formed_dtype, wide
-from mmlm_fast.ops._registry import SMALL_NUMBERS, autocast, register_op, using_reference
+from mmlm_fast.ops._registry import SMALL_NUMBERS, autocast, register_op, takes_kernel, using_reference
 
 NAMES = ("image_features", "text_features")
 
@@ -97,11 +97,12 @@ def clip_loss(
 
 
 def takes_tiles(x: Tensor, y: Tensor, op: str) -> bool:
-    if x.dtype == torch.float64 or x.device.type not in ("cpu", "cuda") or not x.shape[0] or not y.shape[0]:
+    """Whether tiles are the faster way. Unlike other ops' native paths they take float16 on a CPU too."""
+    if x.dtype == torch.float64 or not x.shape[0] or not y.shape[0]:
         return False
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        return x.shape[0] * y.shape[0] >= SMALL_NUMBERS[op]
-    return True
+    if x.device.type == "cpu":
+        return torch.compiler.is_compiling() or x.shape[0] * y.shape[0] >= SMALL_NUMBERS[op]
+    return takes_kernel(x)
 
 
 def clip_over(

@@ -8,7 +8,15 @@ from torch import Tensor
 
 from mmlm_fast.ops._formed import FormedGradients, formed_dtype, wide
 from mmlm_fast.ops._native import rows
-from mmlm_fast.ops._registry import SMALL_NUMBERS, autocast, check_floating, check_like, register_op, using_reference
+from mmlm_fast.ops._registry import (
+    SMALL_NUMBERS,
+    autocast,
+    check_floating,
+    check_like,
+    register_op,
+    takes_kernel,
+    using_reference,
+)
 
 REDUCTIONS = ("mean", "sum", "none")
 # Of the logits at hand at once. On a CPU larger is no faster; on a GPU matrix products need some hundred rows.
@@ -175,18 +183,20 @@ def _checked_target(target: Tensor, num_classes: int, ignore_index: int | None) 
 
 def _denominator(ignored: Tensor, reduction: str, num_items: Any) -> Tensor:
     if num_items is not None:
-        return torch.as_tensor(num_items, dtype=torch.float32, device=ignored.device)
+        if isinstance(num_items, Tensor):
+            return num_items.to(device=ignored.device, dtype=torch.float32).reshape(())
+        return torch.full((), num_items, dtype=torch.float32, device=ignored.device)
     if reduction == "sum":
         return torch.ones((), dtype=torch.float32, device=ignored.device)
     return (~ignored).sum().clamp(min=1).float()
 
 
 def _takes_chunks(x: Tensor, weight: Tensor) -> bool:
-    if x.dtype == torch.float64 or x.device.type not in ("cpu", "cuda") or x.numel() == 0:
+    if x.numel() == 0 or x.dtype == torch.float64:
         return False
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        return x.shape[0] * weight.shape[0] >= SMALL_NUMBERS["linear_cross_entropy"]
-    return True
+    if x.device.type == "cpu":
+        return torch.compiler.is_compiling() or x.shape[0] * weight.shape[0] >= SMALL_NUMBERS["linear_cross_entropy"]
+    return takes_kernel(x)
 
 
 def chunks_of(num_rows: int, bytes_per_row: int, budget: int) -> int:
