@@ -46,7 +46,9 @@ class _Peers:
         if sizes is None:
             mine = torch.tensor([own], dtype=torch.int64, device=device)
             found = [torch.empty_like(mine) for _ in range(self.count)]
-            self.wait(dist.all_gather(found, mine, group=group, async_op=True) for _ in range(1))
+            with self.watched():
+                works = [dist.all_gather(found, mine, group=group, async_op=True)]
+            self.wait(works)
             sizes = torch.cat(found).tolist()
         self.sizes = [int(size) for size in sizes]
         if len(self.sizes) != self.count or self.sizes[self.rank] != own:
@@ -75,7 +77,9 @@ class _Peers:
 
     def reduce(self, x: Tensor, op: Any) -> Tensor:
         """Over all processes, in place."""
-        self.wait(dist.all_reduce(x, op, group=self.group, async_op=True) for _ in range(1))
+        with self.watched():
+            works = [dist.all_reduce(x, op, group=self.group, async_op=True)]
+        self.wait(works)
         return x
 
     def gather(self, x: Tensor) -> Tensor:

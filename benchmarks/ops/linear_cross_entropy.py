@@ -24,7 +24,7 @@ def eager(hidden, weight, target):
 
 def peers(device: str) -> dict:
     found = {}
-    if hasattr(F, "linear_cross_entropy"):
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
         options = torch.nn.LinearCrossEntropyOptions()
 
         def chunked(hidden, weight, target):
