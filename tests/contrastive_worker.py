@@ -7,6 +7,7 @@ import time
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmlm_fast import distributed, ops, reference
 from mmlm_fast.ops import _contrastive, _registry
@@ -79,6 +80,42 @@ def losses() -> None:
     columns = slice(own.start, own.stop - last)
     loss = distributed.clip_loss(x[own], y[columns], scale, positive_ids=(ids[own], ids[columns]), exchange="ring")
     close(loss, ops.clip_loss(x, y[:-1], scale, positive_ids=(ids, ids[:-1])), "pairs of ids")
+
+
+class Tallest(TorchDispatchMode):
+    """Most rows of a tensor as wide as the features."""
+
+    rows = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in torch.utils._pytree.tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.dim() == 2 and t.shape[1] == 24:
+                self.rows = max(self.rows, len(t))
+        return out
+
+
+def ring() -> None:
+    """No process ever has more rows in one tensor than a batch; with a gather it has all."""
+    x, y, scale, bias, _ = whole_batch()
+    own, sizes = own_rows(), SIZES[dist.get_world_size()]
+    mine = [t[own].clone().requires_grad_() for t in (x, y)]
+    for exchange, expected in (("ring", max(sizes)), ("gather", sum(sizes))):
+        for loss in (
+            lambda e=exchange: distributed.clip_loss(*mine, scale, exchange=e),
+            lambda e=exchange: distributed.siglip_loss(*mine, scale, bias, exchange=e),
+        ):
+            with Tallest() as tallest:
+                torch.autograd.grad(loss(), mine)
+            assert tallest.rows == expected, (exchange, tallest.rows, expected)
+
+
+def compiled() -> None:
+    """Inside a compiled function the exchange runs as it is."""
+    x, y, scale, *_ = whole_batch()
+    own = own_rows()
+    function = torch.compile(lambda x, y: 2 * distributed.clip_loss(x * 1, y, scale), backend="aot_eager")
+    close(function(x[own], y[own]), 2 * ops.clip_loss(x, y, scale), "compiled")
 
 
 def half() -> None:

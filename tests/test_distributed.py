@@ -33,7 +33,12 @@ def torchrun(count: int, *names: str, **environment: str) -> subprocess.Complete
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_equals_one_process_on_the_whole_batch(count):
     """Value and gradients to 1e-6, batches of different sizes (one empty), both exchanges; parameters under DDP."""
-    done = torchrun(count, "losses", "half", "gather", "training")
+    done = torchrun(count, "losses", "ring", "half", "gather", "training")
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_in_a_compiled_function():
+    done = torchrun(2, "compiled")
     assert done.returncode == 0, done.stderr[-3000:]
 
 
