@@ -40,7 +40,6 @@ def positives(kind: str, num_rows: int, num_columns: int, device: str) -> tuple[
 def test_close_to_reference(path, dtype, kind, monkeypatch, device):
     """Several tiles, the last ones with a rest, rows and columns in different numbers."""
     take(path, "clip_loss", monkeypatch)
-    monkeypatch.setitem(_contrastive.TILE, device, 12)
     num_rows, num_columns = (15, 15) if kind == "diagonal" else (15, 21)
     keywords, p = positives(kind, num_rows, num_columns, device)
 
@@ -48,7 +47,9 @@ def test_close_to_reference(path, dtype, kind, monkeypatch, device):
         scale = torch.tensor(math.exp(torch.rand(()).item() * 3), device=device)
         return features(num_rows, 20, dtype, device), features(num_columns, 20, dtype, device), scale
 
-    for rows_only in (False, True) if path == "native" else (False,):  # the kernels know nothing of it
+    # one tile, and several; the kernels know nothing of rows_only
+    for tile, rows_only in ((12, False), (1024, False), (12, True)) if path == "native" else ((12, False),):
+        monkeypatch.setitem(_contrastive.TILE, device, tile)
         assert_loss_close(
             lambda *a, only=rows_only: clip_loss(*a, rows_only=only, **keywords),
             lambda *a, only=rows_only: clip_loss_ref(*a, p, only),

@@ -173,12 +173,23 @@ def tile_dtype(x: Tensor) -> torch.dtype:
 
 
 def each_tile(
-    x: Tensor, y: Tensor, positives: Positives, first_row: int, first_column: int, visit: Callable[..., None]
-) -> None:
-    """``visit(i, j, dots, x tile, y tile, positives of the tile)`` with the dot products of each tile."""
+    x: Tensor,
+    y: Tensor,
+    positives: Positives,
+    first_row: int,
+    first_column: int,
+    visit: Callable[..., None],
+    kept: Tensor | None = None,
+) -> Tensor | None:
+    """``visit(i, j, dots, x tile, y tile, positives of the tile)`` with the dot products of each tile.
+
+    Returns:
+        Where all pairs are one tile, its dot products: given back as `kept`, they are not computed again.
+    """
     tile, (num_rows, num_columns) = tile_size(x.device), (x.shape[0], y.shape[0])
     dtype = tile_dtype(x)
-    buffer = x.new_empty(min(tile, num_rows), min(tile, num_columns) + PADDING, dtype=dtype)
+    shape = min(tile, num_rows), min(tile, num_columns) + PADDING
+    buffer = x.new_empty(shape, dtype=dtype) if kept is None else kept
     for begin in range(0, num_rows, tile):
         i = slice(begin, min(begin + tile, num_rows))
         x_tile = x[i].to(dtype)
@@ -186,10 +197,12 @@ def each_tile(
             j = slice(start, min(start + tile, num_columns))
             y_tile = y[j].to(dtype)
             dots = buffer[: i.stop - i.start, : j.stop - j.start]
-            torch.mm(x_tile, y_tile.T, out=dots)
+            if kept is None:
+                torch.mm(x_tile, y_tile.T, out=dots)
             columns = slice(first_column + j.start, first_column + j.stop)
             place = replace(positives, offset=positives.offset + first_row) if positives.kind == DIAGONAL else positives
             visit(i, j, dots, x_tile, y_tile, place.tile(i, columns))
+    return buffer if num_rows <= tile and num_columns <= tile else None
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:

@@ -57,7 +57,8 @@ def clip_loss(
 ) -> Tensor:
     """Compute ½·(CE of each row over all columns + CE of each column over all rows) of logit_scale·image·textᵀ.
 
-    Logits exist for a tile of pairs at a time. Gradients, where wanted, are formed in the same call: 8·N·M·D flops.
+    Logits exist for a tile of pairs at a time. Gradients, where wanted, are formed in the same call: 8·N·M·D flops, 6
+    where all pairs are one tile (1,024 on a CPU, 4,096 on CUDA).
     Over several processes: `mmlm_fast.distributed.clip_loss`.
 
     Args:
@@ -117,13 +118,15 @@ def clip_over(
     """Loss, and gradients of own rows, own columns and (its share of) the scale; `x` are this process's rows."""
     num_rows = x.shape[0]
     rows, columns = (_running(size, x.device) for size in (num_rows, exchange.total))
+    kept = None
     for first, block in exchange.blocks(y):
 
         def gather(i, j, dots, x_tile, y_tile, p, first=first):
             there = slice(first + j.start, first + j.stop)
             _statistics(dots, scale, rows[:, i], columns[:, there], *p.arguments())
 
-        each_tile(x, block, positives, exchange.first_row, first, gather)
+        kept = each_tile(x, block, positives, exchange.first_row, first, gather)
+        kept = kept if len(block) == exchange.total else None
     _combine(columns, exchange)
 
     row_loss, row_side = _direction(rows, positives, exchange)
@@ -149,7 +152,7 @@ def clip_over(
                 if needed[1]:
                     add_product(dblock[j], dots.T, x_tile)
 
-            each_tile(x, block, positives, exchange.first_row, first, carry)
+            each_tile(x, block, positives, exchange.first_row, first, carry, kept)
         dy = exchange.own_gradient()
         formed = [dx.to(formed_dtype(x)), dy.to(formed_dtype(y)), sums[0].to(scale.dtype)]
         formed = [g if n else g.new_empty(0) for g, n in zip(formed, needed, strict=True)]
