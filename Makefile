@@ -23,7 +23,7 @@ report: env
 # busy; what ARGS picks runs in one, as on a machine without pytest-xdist.
 test: lint
 	OMP_WAIT_POLICY=passive PYTHONSAFEPATH=1 $(RUN) pytest -q $(if $(ARGS),$(ARGS),-m "not slow" \
-	  $$($(BIN)/python -c 'import importlib.util as u; print("-n 2 --dist loadfile" if u.find_spec("xdist") else "")'))
+	  $$($(BIN)/python -c 'import importlib.util as u; print("-n 2 --dist loadfile --no-loadscope-reorder" if u.find_spec("xdist") else "")'))
 
 lint: env
 	$(BIN)/ruff check .
