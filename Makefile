@@ -19,11 +19,11 @@ env:
 report: env
 	@$(RUN) mmlm_fast.cli report $(ARGS)
 
-# The whole suite runs in two processes, a file in one of them, without spinning threads that would keep the other's cores
+# The whole suite runs in two processes, a file or class in one of them, without spinning threads that would keep the other's cores
 # busy; what ARGS picks runs in one, as on a machine without pytest-xdist.
 test: lint
 	OMP_WAIT_POLICY=passive PYTHONSAFEPATH=1 $(RUN) pytest -q $(if $(ARGS),$(ARGS),-m "not slow" \
-	  $$($(BIN)/python -c 'import importlib.util as u; print("-n 2 --dist loadfile --no-loadscope-reorder" if u.find_spec("xdist") else "")'))
+	  $$($(BIN)/python -c 'import importlib.util as u; print("-n 2 --dist loadscope --no-loadscope-reorder" if u.find_spec("xdist") else "")'))
 
 lint: env
 	$(BIN)/ruff check .

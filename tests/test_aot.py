@@ -12,18 +12,34 @@ import pytest
 HERE = Path(__file__).parent
 
 
-@pytest.mark.aot
-@pytest.mark.parametrize("configurations", ["quick", pytest.param("all", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_triton_kernels_compile_without_spills(arch, configurations, capsys):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-P", HERE / "aot.py", str(arch), *(["all"] if configurations == "all" else [])]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=3600)
-    with capsys.disabled():
-        print(f"\n{done.stdout}")
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    if arch == 90:
-        assert "wgmma" in done.stdout
+class Triton:
+    """One class for each architecture, so that a suite in several processes compiles them side by side."""
+
+    arch: int
+
+    @pytest.mark.aot
+    @pytest.mark.parametrize("configurations", ["quick", pytest.param("all", marks=pytest.mark.slow)])
+    def test_triton_kernels_compile_without_spills(self, configurations, capsys):
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        command = [sys.executable, "-P", HERE / "aot.py", str(self.arch), *(["all"] if configurations == "all" else [])]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=3600)
+        with capsys.disabled():
+            print(f"\n{done.stdout}")
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+        if self.arch == 90:
+            assert "wgmma" in done.stdout
+
+
+class TestSm80(Triton):
+    arch = 80
+
+
+class TestSm90(Triton):
+    arch = 90
+
+
+class TestSm100(Triton):
+    arch = 100
 
 
 @pytest.mark.aot
