@@ -11,6 +11,7 @@ time: at once where the connection breaks (Gloo), else after `timeout_seconds` o
 torch's watchdog ends the job after the group's timeout.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -121,7 +122,7 @@ class _Peers:
         return rank if self.group is None else dist.get_global_rank(self.group, rank)
 
 
-class _Together:
+class _Together(ABC):
     """An `Exchange` between processes; `rows` and `columns` are of the same processes, with their own sizes."""
 
     def __init__(self, rows: _Peers, columns: _Peers) -> None:
@@ -135,11 +136,10 @@ class _Together:
     def max(self, x: Tensor) -> Tensor:
         return self.peers.reduce(x, dist.ReduceOp.MAX)
 
-    def blocks(self, y: Tensor) -> Iterator[tuple[int, Tensor]]:
-        raise NotImplementedError
-
-    def blocks_with_gradients(self, y: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor, Tensor]]:
-        raise NotImplementedError
+    @abstractmethod
+    def blocks(self, y: Tensor) -> Iterator[tuple[int, Tensor]]: ...
+    @abstractmethod
+    def blocks_with_gradients(self, y: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor, Tensor]]: ...
 
     def own_gradient(self) -> Tensor:
         return self._gradient

@@ -129,7 +129,7 @@ def half() -> None:
         close(loss, expected, "bfloat16")
         for g, e in zip(torch.autograd.grad(loss, mine), torch.autograd.grad(expected, leaves), strict=True):
             # float32 sums in another order, rounded once: a unit in the last place here and there
-            torch.testing.assert_close(g, e[own], rtol=2**-7, atol=0)
+            torch.testing.assert_close(g, e[own], rtol=torch.finfo(g.dtype).eps, atol=0)
 
 
 def gather() -> None:
