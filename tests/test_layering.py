@@ -54,6 +54,7 @@ MAY_IMPORT = {
         "numpy",
         "transformers",
         "tokenizers",
+        "mmlm_fast.masks",
         "mmlm_fast.ops",
         "mmlm_fast.nn",
         "mmlm_fast.audio",

@@ -32,6 +32,20 @@ def load_speech() -> list[Speech]:
     return samples
 
 
+def load_spoken_digits() -> dict[str, list[Speech]]:
+    """The digits 0 to 9 in English, Spanish and French, one reading each, 8 kHz, by language. Needs soundfile."""
+    import soundfile
+
+    digits = {}
+    for entry in _index()["digits"]:
+        with as_file(files(__name__) / entry["file"]) as path:
+            waveform, sampling_rate = soundfile.read(path, dtype="float32")
+        clips = np.split(waveform, entry["ends"][:-1])
+        language = entry["language"]
+        digits[language] = [Speech(language, w, c, sampling_rate) for w, c in zip(entry["words"], clips, strict=True)]
+    return digits
+
+
 def load_image() -> tuple[Any, str]:
     """A picture (PIL image, RGB, 336 × 336) and its caption. Needs pillow."""
     from PIL import Image

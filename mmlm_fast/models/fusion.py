@@ -1,9 +1,12 @@
 """What joins towers and decoder: projectors, token merge, and fusion with pooled features."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from mmlm_fast.nn import ConcatLinear, FuseModalities
+from mmlm_fast.masks import IntervalMask
+from mmlm_fast.nn import ConcatLinear, FuseModalities, GatedCrossAttentionLayer
 from mmlm_fast.ops import scatter_features
 
 
@@ -20,37 +23,93 @@ class MMLMProjector(nn.Module):
 
 
 class MMLMFusion(nn.Module):
-    """Fuse each token embedding with the pooled features of the other modalities."""
+    """Fuse the features of one modality, usually tokens of text, with one feature of each other modality."""
 
-    def __init__(self, fusion: str, hidden_size: int, num_modalities: int) -> None:
+    def __init__(self, fusion: str, hidden_size: int, num_others: int) -> None:
         super().__init__()
         self.fusion = fusion
         if fusion == "concat":
-            self.linear = ConcatLinear((1 + num_modalities) * hidden_size, hidden_size)
-        else:
-            self.fuse = FuseModalities(fusion, hidden_size, 1 + num_modalities)
-            if fusion == "gated":
-                self.pool = FuseModalities("mean", hidden_size)
+            self.linear = ConcatLinear((1 + num_others) * hidden_size, hidden_size)
+        elif fusion == "gated" and num_others:
+            self.fuse = FuseModalities("gated", hidden_size)
+            self.pool = FuseModalities("mean", hidden_size)
+        else:  # a single modality has nothing to be gated with
+            self.fuse = FuseModalities("mean" if fusion == "gated" else fusion, hidden_size, 1 + num_others)
 
-    def forward(self, inputs_embeds: Tensor, context: Tensor, present: Tensor) -> Tensor:
+    def forward(
+        self, first: Tensor, others: Tensor, present: Tensor, *, return_weights: bool = False
+    ) -> Any:
         """
         Args:
-            inputs_embeds: ``[B, T, H]``.
-            context: Pooled features, ``[B, num_modalities, H]``.
-            present: Bool ``[B, num_modalities]``.
+            first: ``[B, T, H]``.
+            others: ``[B, k, H]``.
+            present: Bool ``[B, 1 + k]``.
+            return_weights: Also return the weights of the modalities, see `fuse_modalities`; None for ``concat``.
 
         Returns:
             ``[B, T, H]``.
         """
-        modalities = list(context.split(1, dim=1))  # [B, 1, H] each: broadcast over the tokens
+        modalities = list(others.split(1, dim=1))  # [B, 1, H] each: broadcast over the tokens
         if self.fusion == "concat":
-            modalities = [torch.where(present[:, i, None, None], x, 0) for i, x in enumerate(modalities)]
-            return self.linear(inputs_embeds, *modalities)
-        text = torch.ones_like(present[:, :1])
-        if self.fusion == "gated":
-            modalities = [self.pool(modalities, present[:, None, :])]
-            present = present.any(-1, keepdim=True)
-        return self.fuse([inputs_embeds, *modalities], torch.cat([text, present], dim=1)[:, None, :])
+            every = [torch.where(present[:, i, None, None], x, 0) for i, x in enumerate([first, *modalities])]
+            fused = self.linear(*every)
+            return (fused, None) if return_weights else fused
+        if self.fusion == "gated" and modalities:
+            modalities = [self.pool(modalities, present[:, None, 1:])]
+            present = torch.cat([present[:, :1], present[:, 1:].any(1, keepdim=True)], 1)
+        return self.fuse([first, *modalities], present[:, None], return_weights=return_weights)
+
+
+class MMLMCrossAttentionLayer(GatedCrossAttentionLayer):
+    """Gated cross-attention that a layer of a decoder takes before itself, with the context of the decoder's call."""
+
+    def look(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Forward pre-hook of `layer`."""
+        found = kwargs.pop("cross_attention_context", None)
+        if found is None:
+            return args, kwargs
+        context, there = found
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        hi = there.sum(1, dtype=torch.int32)[:, None].expand(-1, hidden_states.shape[1])  # what is there comes first
+        hidden_states = self(hidden_states, context, IntervalMask(torch.zeros_like(hi), hi))
+        return ((hidden_states, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden_states})
+
+
+def _pass(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Keep the context of a call from a layer without cross-attention."""
+    kwargs.pop("cross_attention_context", None)
+    return args, kwargs
+
+
+def add_cross_attention(language_model: nn.Module, interval: int) -> nn.ModuleList:
+    """Gated cross-attention before every `interval`-th layer of a decoder of transformers, from the first on.
+
+    The layers are hooked, so that the decoder's state dict stays its own; `language_model(...)` takes
+    ``cross_attention_context=(context [B, N, H], there [B, N])`` then.
+
+    Raises:
+        ValueError: for a decoder that has no list of layers, or does not hand keyword arguments to them.
+    """
+    layers, config = getattr(language_model, "layers", None), language_model.config
+    if not isinstance(layers, nn.ModuleList) or not hasattr(config, "num_key_value_heads"):
+        raise ValueError(
+            f"gated_cross_attention needs a decoder with `layers` and grouped heads, such as Llama or Qwen, got "
+            f"{type(language_model).__name__}"
+        )
+    added = nn.ModuleList()
+    for i, layer in enumerate(layers):
+        if i % interval:
+            layer.register_forward_pre_hook(_pass, with_kwargs=True)
+            continue
+        extra = MMLMCrossAttentionLayer(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.intermediate_size,
+            num_key_value_heads=config.num_key_value_heads,
+        )
+        layer.register_forward_pre_hook(extra.look, with_kwargs=True)
+        added.append(extra)
+    return added
 
 
 def merge_tokens(inputs_embeds: Tensor, input_ids: Tensor, token_id: int, features: Tensor, modality: str) -> Tensor:

@@ -5,26 +5,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from mmlm_fast.models.configuration import MMLMConfig, width_of
-from mmlm_fast.models.fusion import MMLMFusion, MMLMProjector, merge_tokens
+from mmlm_fast.models.base import VALUES, MMLMPreTrainedModel, add_towers, encode_items, join_tokens, masked_mean
+from mmlm_fast.models.configuration import DECODER_FUSIONS, POOLED_FUSIONS, MMLMConfig, check_fusion
+from mmlm_fast.models.fusion import MMLMFusion, add_cross_attention, merge_tokens
 from mmlm_fast.models.objectives import MMLMAlignment, MMLMReconstruction, pooled_by_sample
-from mmlm_fast.nn import FuseModalities, LazyLinear
-
-MODALITIES = ("image", "audio")
+from mmlm_fast.models.towers import tokens_of
+from mmlm_fast.nn import LazyLinear
 
 
 @dataclass
 class MMLMModelOutput(BaseModelOutputWithPast):
-    """`fusion_context` [B, modalities, H] and `fusion_present` [B, modalities]: what later decoding steps fuse with."""
+    """`fusion_context` [B, k, H] and `fusion_present` [B, k]: what later decoding steps fuse with: the pooled features of
+    the modalities, or all their tokens (`gated_cross_attention`)."""
 
     fusion_context: Tensor | None = None
     fusion_present: Tensor | None = None
-    modality_features: dict[str, Tensor] | None = None  # projected tokens [items, tokens, H] of what was given
+    modality_features: dict[str, tuple[Tensor, Tensor]] | None = None  # projected tokens of what was given; which are there
 
 
 @dataclass
@@ -38,102 +39,78 @@ class MMLMCausalLMOutput(CausalLMOutputWithPast):
     reconstruction_loss: Tensor | None = None
 
 
-class MMLMPreTrainedModel(PreTrainedModel):
-    config: MMLMConfig
-    config_class = MMLMConfig
-    base_model_prefix = "model"
-    main_input_name = "input_ids"
-    input_modalities = ("image", "audio", "text")
-    supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, FuseModalities):
-            module.reset_parameters()
-
-
 class MMLMModel(MMLMPreTrainedModel):
     """Towers, projectors, fusion and decoder, without the language-model head."""
 
     def __init__(self, config: MMLMConfig) -> None:
         super().__init__(config)
+        check_fusion(config, DECODER_FUSIONS, "a decoder")
         text_config: Any = config.text_config
-        hidden_size, activation = text_config.hidden_size, config.projector_hidden_act
         self.language_model = AutoModel.from_config(text_config)
-        num_modalities = 0
-        if config.vision_config is not None:
-            self.vision_tower = AutoModel.from_config(config.vision_config)
-            self.multi_modal_projector = MMLMProjector(width_of(config.vision_config), hidden_size, activation)
-            num_modalities += 1
-        if config.audio_config is not None:
-            self.audio_tower = AutoModel.from_config(config.audio_config)
-            self.audio_projector = MMLMProjector(width_of(config.audio_config), hidden_size, activation)
-            num_modalities += 1
-        if config.fusion != "merge" and num_modalities:
-            self.fusion = MMLMFusion(config.fusion, hidden_size, num_modalities)
+        if config.hidden_size != text_config.hidden_size:
+            raise ValueError(f"hidden_size must be the decoder's, {text_config.hidden_size}, got {config.hidden_size}")
+        add_towers(self, config)
+        if self.modalities and config.fusion in POOLED_FUSIONS:
+            self.fusion = MMLMFusion(config.fusion, text_config.hidden_size, len(self.modalities))
+        elif self.modalities and config.fusion == "gated_cross_attention":
+            self.cross_attention_layers = add_cross_attention(self.language_model, config.cross_attention_interval)
         self.post_init()
 
     @property
-    def _modalities(self) -> list[str]:
-        towers = {"image": self.config.vision_config, "audio": self.config.audio_config}
-        return [m for m in MODALITIES if towers[m] is not None]
+    def modalities(self) -> list[str]:
+        """Those beside the text."""
+        return [m for m in self.config.modalities or () if m != "text"]
 
     @can_return_tuple
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """Vision tower and projector; ``pooler_output`` holds the projected tokens ``[num_images, tokens, H]``."""
-        out = self.vision_tower(pixel_values, return_dict=True)
+        hidden_states = tokens_of(self.vision_tower, pixel_values)
         return BaseModelOutputWithPooling(
-            last_hidden_state=out.last_hidden_state,
-            pooler_output=self.multi_modal_projector(out.last_hidden_state),
+            last_hidden_state=hidden_states, pooler_output=self.multi_modal_projector(hidden_states)
         )
 
     @can_return_tuple
     def get_audio_features(self, input_features: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """Audio tower and projector; ``pooler_output`` holds the projected tokens ``[num_clips, tokens, H]``."""
-        hidden_states = self.audio_tower(input_features, return_dict=True).last_hidden_state
+        hidden_states = tokens_of(self.audio_tower, input_features)
         return BaseModelOutputWithPooling(
             last_hidden_state=hidden_states, pooler_output=self.audio_projector(hidden_states)
         )
 
-    def _encode(self, pixel_values: Tensor | None, input_features: Tensor | None) -> dict[str, Tensor]:
-        """Projected features of the modalities that were given."""
-        given = {"image": ("pixel_values", pixel_values), "audio": ("input_features", input_features)}
+    def _encode(
+        self, given: dict[str, Tensor | None], masks: dict[str, Tensor | None]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Projected features of the modalities that were given, and which are there; see `encode_items`."""
+        projectors = {"image": "multi_modal_projector", "audio": "audio_projector"}
+        towers = {"image": "vision_tower", "audio": "audio_tower"}
         features = {}
-        for modality, (name, values) in given.items():
+        for modality, values in given.items():
             if values is None:
                 continue
-            if modality not in self._modalities:
-                raise ValueError(f"{name} given, but this model has no {modality} tower")
-            encode = self.get_image_features if modality == "image" else self.get_audio_features
-            features[modality] = encode(values, return_dict=True).pooler_output
+            if modality not in self.modalities:
+                raise ValueError(f"{VALUES[modality]} given, but this model has no {modality} tower")
+            if self.config.fusion == "merge" and masks[modality] is not None:
+                raise ValueError(f"fusion 'merge' takes no {modality}_mask: leave missing ones out")
+            tower, projector = (getattr(self, names[modality]) for names in (towers, projectors))
+            features[modality] = encode_items(tower, projector, values, masks[modality], modality)[1:]
         return features
 
-    def _pooled_context(
-        self, features: dict[str, Tensor], masks: dict[str, Tensor | None], like: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Mean over each modality's tokens, and which sample has which modality."""
+    def _context(self, features: dict[str, tuple[Tensor, Tensor]], like: Tensor) -> tuple[Tensor, Tensor]:
+        """What the text is fused with: each modality's mean, or all tokens; and what of it is there."""
         batch_size = like.shape[0]
-        context, present = [], []
-        for modality in self._modalities:
-            values, mask = features.get(modality), masks[modality]
-            if values is None:
-                context.append(like.new_zeros(batch_size, like.shape[-1]))
-                present.append(torch.zeros(batch_size, dtype=torch.bool, device=like.device))
-                continue
+        for modality, (values, _) in features.items():
             if values.shape[0] != batch_size:
                 raise ValueError(
                     f"fusion {self.config.fusion!r} takes one {modality} a sample: got {values.shape[0]} for a batch "
                     f"of {batch_size}; mark missing ones with {modality}_mask"
                 )
-            context.append(values.mean(1).to(like.dtype))
-            present.append(_as_mask(mask, batch_size, like.device, modality))
-        return torch.stack(context, 1), torch.stack(present, 1)
+        if self.config.fusion == "gated_cross_attention":
+            nothing = like.new_zeros(batch_size, 0, like.shape[-1]), like.new_zeros(batch_size, 0, dtype=torch.bool)
+            return join_tokens([nothing, *((x.to(like.dtype), there) for x, there in features.values())])
+        zeros, absent = torch.zeros_like(like), like.new_zeros(batch_size, dtype=torch.bool)
+        pooled = {m: (masked_mean(x, there).to(like.dtype), there.any(1)) for m, (x, there) in features.items()}
+        found = [pooled.get(m, (zeros, absent)) for m in self.modalities]
+        return torch.stack([x for x, _ in found], 1), torch.stack([there for _, there in found], 1)
 
     @can_return_tuple
     def forward(
@@ -155,30 +132,34 @@ class MMLMModel(MMLMPreTrainedModel):
         """
         Args:
             input_ids: ``[B, T]``; with fusion ``merge`` it holds one placeholder per feature token.
-            pixel_values: ``[num_images, C, H, W]``, in order of appearance (``merge``) or one a sample.
-            input_features: ``[num_clips, mel, frames]``, likewise.
-            image_mask, audio_mask: Bool ``[B]``, False where a sample lacks the modality and its row of
-                `pixel_values` or `input_features` is a filler. With ``merge``, leave fillers and masks out.
+            pixel_values: ``[num_images, C, H, W]`` in order of appearance (``merge``); else ``[B, C, H, W]`` or, several
+                pictures or frames a sample, ``[B, F, C, H, W]``.
+            input_features: ``[num_clips, mel, frames]``, or ``[B, mel, frames]`` or ``[B, F, mel, frames]``, likewise.
+            image_mask, audio_mask: Bool ``[B]`` or ``[B, F]``, False where `pixel_values` or `input_features` hold a
+                filler. With ``merge``, leave fillers and masks out.
             fusion_context, fusion_present: From an earlier step, in place of the inputs they were pooled from.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        features = self._encode(pixel_values, input_features)
-        masks = {"image": image_mask, "audio": audio_mask}
+        given = {"image": pixel_values, "audio": input_features}
+        features = self._encode(given, {"image": image_mask, "audio": audio_mask})
         if self.config.fusion == "merge":
-            for modality, values in features.items():
+            for modality, (values, _) in features.items():
                 if input_ids is None:
                     raise ValueError(f"fusion 'merge' of {modality} features needs input_ids, got inputs_embeds")
-                if masks[modality] is not None:
-                    raise ValueError(f"fusion 'merge' takes no {modality}_mask: leave missing ones out")
                 token_id = getattr(self.config, f"{modality}_token_id")
                 inputs_embeds = merge_tokens(inputs_embeds, input_ids, token_id, values, modality)
-        elif self._modalities:
+        elif self.modalities:
             if fusion_context is None or fusion_present is None:
-                fusion_context, fusion_present = self._pooled_context(features, masks, inputs_embeds[:, 0])
-            inputs_embeds = self.fusion(inputs_embeds, fusion_context, fusion_present)
+                fusion_context, fusion_present = self._context(features, inputs_embeds[:, 0])
+            if self.config.fusion == "gated_cross_attention":
+                if fusion_context.shape[1]:
+                    kwargs["cross_attention_context"] = (fusion_context, fusion_present)
+            else:
+                present = torch.cat([torch.ones_like(fusion_present[:, :1]), fusion_present], 1)
+                inputs_embeds = self.fusion(inputs_embeds, fusion_context, present)
         out = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -210,14 +191,6 @@ class MMLMModel(MMLMPreTrainedModel):
         return (weights[:, None, :] @ torch.where(there[..., None], states.last_hidden_state, 0))[:, 0]
 
 
-def _as_mask(mask: Tensor | None, batch_size: int, device: torch.device, modality: str) -> Tensor:
-    if mask is None:
-        return torch.ones(batch_size, dtype=torch.bool, device=device)
-    if mask.shape != (batch_size,) or mask.dtype != torch.bool:
-        raise ValueError(f"{modality}_mask must be bool of shape ({batch_size},), got {mask.dtype} {tuple(mask.shape)}")
-    return mask
-
-
 class MMLMForConditionalGeneration(MMLMPreTrainedModel, GenerationMixin):
     """Text from text, pictures and sound: `forward` with labels, `generate`, and all of transformers' machinery."""
 
@@ -231,7 +204,7 @@ class MMLMForConditionalGeneration(MMLMPreTrainedModel, GenerationMixin):
         self.lm_head = LazyLinear(text_config.hidden_size, text_config.vocab_size, bias=False)
         if config.contrastive_weight:
             self.alignment = MMLMAlignment(
-                text_config.hidden_size, config.projection_dim, config.contrastive_loss, self.model._modalities
+                text_config.hidden_size, config.projection_dim, config.contrastive_loss, self.model.modalities
             )
         if config.reconstruction_weight:
             self.reconstruction = MMLMReconstruction(config)
@@ -322,21 +295,18 @@ class MMLMForConditionalGeneration(MMLMPreTrainedModel, GenerationMixin):
         if self.config.contrastive_weight:
             if input_ids is None:
                 raise ValueError("the contrastive loss needs input_ids, got inputs_embeds")
-            pooled, present = {}, dict(masks)
-            for modality, values in features.items():
-                pooled[modality] = values.mean(1)
+            pooled, present = {}, {}
+            for modality, (values, there) in features.items():
+                pooled[modality], present[modality] = masked_mean(values, there), there.any(1)
                 if self.config.fusion == "merge":
                     token_id = getattr(self.config, f"{modality}_token_id")
                     pooled[modality], present[modality] = pooled_by_sample(values, input_ids == token_id)
             text = model.text_features(input_ids, attention_mask)
             parts["contrastive"] = self.alignment(text, pooled, present)
         if self.config.reconstruction_weight:
-            errors = []
-            if pixel_values is not None:
-                errors.append(self.reconstruction.images(model.vision_tower, pixel_values))
-            if input_features is not None:
-                errors.append(self.reconstruction.audio(model.audio_tower, input_features))
-            parts["reconstruction"] = torch.stack(errors).mean() if errors else out.last_hidden_state.sum() * 0
+            towers = {"image": (pixel_values, "vision_tower"), "audio": (input_features, "audio_tower")}
+            given = {m: (getattr(model, name), x, masks[m]) for m, (x, name) in towers.items() if x is not None}
+            parts["reconstruction"] = self.reconstruction(given, out.last_hidden_state)
         return parts
 
     def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: dict, **kwargs: Any) -> dict:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmlm_fast.models.base import ITEM_DIMS
 from mmlm_fast.models.configuration import width_of
 from mmlm_fast.nn import ClipLoss, SiglipLoss
 
@@ -28,26 +29,41 @@ class MMLMAlignment(nn.Module):
         self.projections = nn.ModuleDict({m: nn.Linear(hidden_size, projection_dim, bias=False) for m in modalities})
         self.losses = nn.ModuleDict({m: CONTRASTIVE_LOSSES[loss]() for m in modalities})
 
+    def embed(self, modality: str, features: Tensor) -> Tensor:
+        """Pooled features ``[B, H]`` of ``text`` or another modality, projected and normalised."""
+        projection = self.text_projection if modality == "text" else self.projections[modality]
+        return F.normalize(projection(features), dim=-1)
+
     def forward(self, text: Tensor, pooled: dict[str, Tensor], present: dict[str, Tensor | None]) -> Tensor:
+        """The loss of pooled features ``[B, H]``; see `loss`."""
+        return self.loss(self.embed("text", text), {m: self.embed(m, x) for m, x in pooled.items()}, present)
+
+    def loss(
+        self,
+        text: Tensor,
+        others: dict[str, Tensor],
+        present: dict[str, Tensor | None],
+        positive_ids: Tensor | None = None,
+    ) -> Tensor:
         """
         Args:
-            text: ``[B, H]``.
-            pooled: ``[B, H]`` of each modality given.
+            text: Embeddings ``[B, projection_dim]``.
+            others: The same of each modality given.
             present: Bool ``[B]``, or None: all; samples without a modality take no part in its loss (finding their
                 number makes a GPU wait).
+            positive_ids: Integers ``[B]``; see `clip_loss`.
 
         Returns:
             Mean of the losses of the modalities given; 0 without any.
         """
-        anchors = F.normalize(self.text_projection(text), dim=-1)
         losses = []
-        for modality, features in pooled.items():
-            others, mine = F.normalize(self.projections[modality](features), dim=-1), anchors
-            mask = present[modality]
+        for modality, embeds in others.items():
+            mine, ids, mask = text, positive_ids, present[modality]
             if mask is not None:
-                others, mine = others[mask], mine[mask]
-            losses.append(self.losses[modality](others, mine))
-        return torch.stack(losses).mean() if losses else anchors.sum() * 0
+                embeds, mine = embeds[mask], mine[mask]
+                ids = None if ids is None else ids[mask]
+            losses.append(self.losses[modality](embeds, mine, ids))
+        return torch.stack(losses).mean() if losses else text.sum() * 0
 
 
 class MMLMReconstruction(nn.Module):
@@ -66,6 +82,21 @@ class MMLMReconstruction(nn.Module):
         if audio is not None:
             self.frames_per_token = config.audio_frames_per_token
             self.audio_head = nn.Linear(width_of(audio), audio.num_mel_bins * self.frames_per_token)
+
+    def forward(self, given: dict[str, tuple[nn.Module, Tensor, Tensor | None]], like: Tensor) -> Tensor:
+        """Mean error over modalities.
+
+        Args:
+            given: Of each modality the tower, its values (see `encode_items`), and which are there.
+            like: Any tensor of the graph, for the 0 of a batch without modalities.
+        """
+        errors = []
+        for modality, (tower, values, mask) in given.items():
+            dims = ITEM_DIMS[modality]
+            items = values.flatten(0, values.dim() - dims - 1)
+            items = items if mask is None else items[mask.flatten()]
+            errors.append((self.images if modality == "image" else self.audio)(tower, items))
+        return torch.stack(errors).mean() if errors else like.sum() * 0
 
     def images(self, tower: nn.Module, pixel_values: Tensor) -> Tensor:
         """Mean squared error over the hidden patches of pictures ``[N, C, height, width]``."""

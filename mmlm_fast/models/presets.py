@@ -1,39 +1,290 @@
-"""Ready-made configurations and processors, random weights, no download."""
+"""Ready-made configurations and processors, random weights, no download: the systems that multimodal articles describe.
 
+Sizes default to ones that train in seconds on a CPU; the docstrings give the published ones. Weights of published towers
+come by `from_towers`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from mmlm_fast.models.configuration import MMLMConfig
 from mmlm_fast.models.processing import MMLMProcessor
+from mmlm_fast.models.tokenization import byte_tokenizer, image_processor
 
 AUDIO_SECONDS = 10
+Built = tuple[MMLMConfig, MMLMProcessor]
 
 
-def byte_tokenizer() -> Any:
-    """A tokenizer that needs no training data and knows every language: UTF-8 bytes and a few special tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+@dataclass(frozen=True)
+class Preset:
+    """`build(**options)` gives configuration and processor of the model class named `model`; `task` is its usual one."""
 
-    special = ["<pad>", "<bos>", "<eos>", "<image>", "<audio>"]
-    vocabulary = special + sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(vocabulary)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        additional_special_tokens=["<image>", "<audio>"],
-        padding_side="left",
+    build: Callable[..., Built]
+    model: str
+    task: str
+
+
+def _vocabulary(tokenizer: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+
+
+def _sizes(hidden_size: int, num_hidden_layers: int) -> dict[str, int]:
+    if hidden_size % 32:
+        raise ValueError(f"hidden_size must be a multiple of 32, got {hidden_size}")
+    return {
+        "hidden_size": hidden_size,
+        "intermediate_size": 4 * hidden_size,
+        "num_hidden_layers": num_hidden_layers,
+        "num_attention_heads": hidden_size // 32,
+    }
+
+
+def _bert(tokenizer: Any, hidden_size: int, num_hidden_layers: int) -> dict[str, Any]:
+    return {"model_type": "bert", **_sizes(hidden_size, num_hidden_layers), **_vocabulary(tokenizer)}
+
+
+def _siglip(hidden_size: int, num_hidden_layers: int, image_size: int, patch_size: int) -> dict[str, Any]:
+    if image_size % patch_size:
+        raise ValueError(f"image_size must be a multiple of {patch_size}, got {image_size}")
+    sizes = _sizes(hidden_size, num_hidden_layers)
+    return {"model_type": "siglip_vision_model", **sizes, "image_size": image_size, "patch_size": patch_size}
+
+
+def _audio_encoder(hidden_size: int, num_hidden_layers: int, seconds: int) -> dict[str, Any]:
+    return {
+        "model_type": "qwen2_audio_encoder",
+        "d_model": hidden_size,
+        "encoder_layers": num_hidden_layers,
+        "encoder_attention_heads": hidden_size // 32,
+        "encoder_ffn_dim": 4 * hidden_size,
+        "num_mel_bins": 80,
+        "max_source_positions": seconds * 50,
+    }
+
+
+def _resnet(width: int) -> dict[str, Any]:
+    """ResNet-18 at width 64."""
+    sizes = [width * 2**i for i in range(4)]
+    return {
+        "model_type": "resnet",
+        "embedding_size": width,
+        "hidden_sizes": sizes,
+        "depths": [2, 2, 2, 2],
+        "layer_type": "basic",
+    }
+
+
+def _lstm(tokenizer: Any, hidden_size: int, **options: Any) -> dict[str, Any]:
+    return {"model_type": "mmlm_lstm", "hidden_size": hidden_size, **_vocabulary(tokenizer), **options}
+
+
+def _processor(tokenizer: Any, image_size: int, seconds: int, num_mel_bins: int = 80, **options: Any) -> MMLMProcessor:
+    from mmlm_fast.audio import WhisperFeatureExtractor
+
+    return MMLMProcessor(
+        image_processor=image_processor(image_size),
+        feature_extractor=WhisperFeatureExtractor(feature_size=num_mel_bins, chunk_length=seconds),
+        tokenizer=tokenizer,
+        **options,
     )
 
 
-def _image_processor(size: int) -> Any:
-    try:  # without torchvision
-        from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil as ImageProcessor
-    except ImportError:
-        from transformers import SiglipImageProcessor as ImageProcessor
-    return ImageProcessor(size={"height": size, "width": size})
+def multimodal_lstm(
+    *,
+    hidden_size: int = 64,
+    num_hidden_layers: int = 2,
+    lstm_size: int = 128,
+    image_size: int = 56,
+    audio_seconds: int = AUDIO_SECONDS,
+    tokenizer: Any = None,
+    **options: Any,
+) -> Built:
+    """BERT states, the picture's mean colour and the mean spectrum as further steps, an LSTM, its last state, classes.
+
+    Published: BERT-base (``hidden_size=768, num_hidden_layers=12``), pictures of 224, 128 mel bins, LSTM of 128.
+    """
+    tokenizer = tokenizer or byte_tokenizer(padding_side="right")
+    joint = {"model_type": "mmlm_lstm", "vocab_size": 0, "embedding_size": hidden_size, "hidden_size": lstm_size}
+    config = MMLMConfig(
+        **{
+            "text_config": _bert(tokenizer, hidden_size, num_hidden_layers),
+            "vision_config": {"model_type": "mmlm_mean", "hidden_size": 3},
+            "audio_config": {"model_type": "mmlm_mean", "hidden_size": 128},
+            "joint_config": joint,
+            "projector_layers": 1,
+            "fusion": "sequence",
+            "pooling": "last",
+            "classifier_hidden": False,
+        }
+        | options
+    )
+    return config, _processor(tokenizer, image_size, audio_seconds, num_mel_bins=128)
+
+
+def two_encoder_seq2seq(
+    *,
+    hidden_size: int = 64,
+    image_size: int = 32,
+    audio: bool = True,
+    audio_seconds: int = AUDIO_SECONDS,
+    tokenizer: Any = None,
+    **options: Any,
+) -> Built:
+    """CNN of the picture, word embeddings of the text, an RNN over the spectrogram if wanted, joined feature by feature;
+    an LSTM decoder.
+
+    Published: words as tokens, Adam, 10 epochs in batches of 32.
+    """
+    tokenizer = tokenizer or byte_tokenizer(padding_side="right")
+    hearing = {"model_type": "mmlm_conv_audio", "hidden_size": hidden_size, "hidden_sizes": [hidden_size], "recurrent": True}
+    config = MMLMConfig(
+        **{
+            "text_config": _lstm(tokenizer, hidden_size, num_hidden_layers=0),
+            "vision_config": {
+                "model_type": "mmlm_conv_image",
+                "image_size": image_size,
+                "hidden_sizes": [32, 64],
+                "hidden_size": hidden_size,
+            },
+            "audio_config": hearing if audio else None,
+            "decoder_config": _lstm(tokenizer, hidden_size, add_cross_attention=True),
+            "projector_layers": 0,
+            "fusion": "concat",
+        }
+        | options
+    )
+    return config, _processor(tokenizer, image_size, audio_seconds)
+
+
+def mmlm_basic(
+    *,
+    hidden_size: int = 128,
+    image_size: int = 32,
+    audio_seconds: int = AUDIO_SECONDS,
+    tokenizer: Any = None,
+    **options: Any,
+) -> Built:
+    """Embedding and LSTM for text, convolution, pooling and a linear layer for pictures, a CNN for sound; a linear layer
+    over all three; an LSTM decoder.
+
+    Published: 10,000 words, pictures of 224, LSTM of 256 where the fusion expects 128: here all are `hidden_size`.
+    """
+    tokenizer = tokenizer or byte_tokenizer(padding_side="right")
+    config = MMLMConfig(
+        **{
+            "text_config": _lstm(tokenizer, hidden_size),
+            "vision_config": {"model_type": "mmlm_conv_image", "image_size": image_size, "hidden_size": hidden_size},
+            "audio_config": {"model_type": "mmlm_conv_audio", "hidden_size": hidden_size},
+            "decoder_config": _lstm(tokenizer, hidden_size, add_cross_attention=True),
+            "projector_layers": 0,
+            "pooling": "last",
+            "fusion": "concat",
+        }
+        | options
+    )
+    return config, _processor(tokenizer, image_size, audio_seconds)
+
+
+def transformer_encoder_decoder(
+    *,
+    hidden_size: int = 64,
+    num_hidden_layers: int = 2,
+    image_size: int = 56,
+    audio_seconds: int = AUDIO_SECONDS,
+    tokenizer: Any = None,
+    **options: Any,
+) -> Built:
+    """BERT, ResNet and a CNN; fused = Σ aᵢ·featureᵢ with a = softmax(scores); a Transformer encoder over the fused
+    feature and all tokens; a Transformer decoder with cross-attention.
+
+    Published: BERT-base and ResNet; also ``fusion="mean"`` and ``"weighted"``. ``fusion="cross_attention"`` leaves the
+    fused feature out.
+    """
+    tokenizer = tokenizer or byte_tokenizer(padding_side="right")
+    decoder = {"model_type": "gpt2", **_sizes(hidden_size, num_hidden_layers), **_vocabulary(tokenizer)}
+    del decoder["intermediate_size"]
+    config = MMLMConfig(
+        **{
+            "text_config": _bert(tokenizer, hidden_size, num_hidden_layers),
+            "vision_config": _resnet(16),
+            "audio_config": {"model_type": "mmlm_conv_audio", "hidden_sizes": [64, 64, 64], "hidden_size": hidden_size},
+            "joint_config": _bert(tokenizer, hidden_size, num_hidden_layers) | {"vocab_size": 1, "pad_token_id": 0},
+            "decoder_config": decoder | {"add_cross_attention": True},
+            "fusion": "attention",
+        }
+        | options
+    )
+    return config, _processor(tokenizer, image_size, audio_seconds)
+
+
+def clip_contrastive(
+    *,
+    hidden_size: int = 64,
+    num_hidden_layers: int = 2,
+    image_size: int = 56,
+    patch_size: int = 14,
+    audio: bool = False,
+    audio_seconds: int = AUDIO_SECONDS,
+    tokenizer: Any = None,
+    **options: Any,
+) -> Built:
+    """Dual encoder of text and pictures (and sound), trained contrastively; matching probabilities, search.
+
+    Published: CLIP ViT-B/32 (``from_towers(text=…, image="openai/clip-vit-base-patch32")``), AdamW at 1e-5.
+    """
+    tokenizer = tokenizer or byte_tokenizer(padding_side="right")
+    config = MMLMConfig(
+        **{
+            "text_config": _bert(tokenizer, hidden_size, num_hidden_layers),
+            "vision_config": _siglip(hidden_size, num_hidden_layers, image_size, patch_size),
+            "audio_config": {"model_type": "mmlm_conv_audio", "hidden_sizes": [64, 64], "hidden_size": hidden_size}
+            if audio
+            else None,
+            "fusion": "mean",
+            "projection_dim": 64,
+        }
+        | options
+    )
+    return config, _processor(tokenizer, image_size, audio_seconds)
+
+
+def resnet_text_classifier(
+    *,
+    resnet_width: int = 16,
+    hidden_size: int = 64,
+    num_hidden_layers: int = 2,
+    image_size: int = 56,
+    audio: bool = False,
+    audio_seconds: int = AUDIO_SECONDS,
+    num_labels: int = 10,
+    tokenizer: Any = None,
+    **options: Any,
+) -> Built:
+    """ResNet-18 and a text encoder, joined feature by feature, dropout, classes.
+
+    Published: ``resnet_width=64``, pictures of 224, ten classes, AdamW at 2e-5, batches of 16, five epochs.
+    """
+    tokenizer = tokenizer or byte_tokenizer(padding_side="right")
+    config = MMLMConfig(
+        **{
+            "text_config": _bert(tokenizer, hidden_size, num_hidden_layers),
+            "vision_config": _resnet(resnet_width),
+            "audio_config": {"model_type": "mmlm_conv_audio", "hidden_sizes": [64, 64], "hidden_size": hidden_size}
+            if audio
+            else None,
+            "fusion": "concat",
+            "classifier_dropout": 0.5,
+            "num_labels": num_labels,
+        }
+        | options
+    )
+    return config, _processor(tokenizer, image_size, audio_seconds)
 
 
 def token_merge_vlm(
@@ -42,67 +293,112 @@ def token_merge_vlm(
     hidden_size: int = 64,
     num_hidden_layers: int = 2,
     image_size: int = 56,
+    patch_size: int = 14,
+    audio_seconds: int = AUDIO_SECONDS,
+    tokenizer: Any = None,
     **options: Any,
-) -> tuple[MMLMConfig, MMLMProcessor]:
+) -> Built:
     """LLaVA-style model with audio too: SigLIP vision tower, Whisper-style audio encoder, Qwen3 decoder, bytes.
 
     Args:
         fusion: See `MMLMConfig`.
         hidden_size: Width of all three; a multiple of 64.
         num_hidden_layers: Depth of all three.
-        image_size: Pixels; a multiple of 14.
+        image_size, patch_size: Pixels; the first a multiple of the second.
+        audio_seconds: Of a chunk; longer clips become several.
+        tokenizer: Of transformers, with ``<image>`` and ``<audio>``; bytes by default.
         options: Further ones of `MMLMConfig`, such as the weights of the loss.
-
-    Returns:
-        Configuration and processor. Clips are cut to ten seconds.
 
     Source: LLaVA 1.5 (Liu et al. 2023), Qwen2-Audio (Chu et al. 2024).
     """
-    from mmlm_fast.audio import WhisperFeatureExtractor
-
-    if hidden_size % 64 or image_size % 14:
-        raise ValueError(f"hidden_size must be a multiple of 64, image_size of 14, got {hidden_size} and {image_size}")
-    tokenizer = byte_tokenizer()
-    num_frames = AUDIO_SECONDS * 100
-    shared = {
-        "hidden_size": hidden_size,
-        "intermediate_size": 4 * hidden_size,
-        "num_hidden_layers": num_hidden_layers,
-        "num_attention_heads": hidden_size // 32,
-    }
+    if hidden_size % 64:
+        raise ValueError(f"hidden_size must be a multiple of 64, got {hidden_size}")
+    tokenizer = tokenizer or byte_tokenizer()
     config = MMLMConfig(
-        text_config={
-            "model_type": "qwen3",
-            **shared,
-            "num_key_value_heads": hidden_size // 64,
-            "head_dim": 32,
-            "vocab_size": len(tokenizer),
-            "max_position_embeddings": 4096,
-            "pad_token_id": tokenizer.pad_token_id,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-        },
-        vision_config={"model_type": "siglip_vision_model", **shared, "image_size": image_size, "patch_size": 14},
-        audio_config={
-            "model_type": "qwen2_audio_encoder",
-            "d_model": hidden_size,
-            "encoder_layers": num_hidden_layers,
-            "encoder_attention_heads": hidden_size // 32,
-            "encoder_ffn_dim": 4 * hidden_size,
-            "num_mel_bins": 80,
-            "max_source_positions": num_frames // 2,
-        },
-        fusion=fusion,
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        audio_token_id=tokenizer.convert_tokens_to_ids("<audio>"),
-        **options,
+        **{
+            "text_config": _qwen(tokenizer, hidden_size, num_hidden_layers),
+            "vision_config": _siglip(hidden_size, num_hidden_layers, image_size, patch_size),
+            "audio_config": _audio_encoder(hidden_size, num_hidden_layers, audio_seconds),
+            "fusion": fusion,
+            "image_token_id": tokenizer.convert_tokens_to_ids("<image>"),
+            "audio_token_id": tokenizer.convert_tokens_to_ids("<audio>"),
+        }
+        | options
     )
     merge = fusion == "merge"
-    processor = MMLMProcessor(
-        image_processor=_image_processor(image_size),
-        feature_extractor=WhisperFeatureExtractor(chunk_length=AUDIO_SECONDS),
-        tokenizer=tokenizer,
-        image_seq_length=(image_size // 14) ** 2 if merge else 0,
-        audio_seq_length=num_frames // 4 if merge else 0,
+    processor = _processor(
+        tokenizer,
+        image_size,
+        audio_seconds,
+        image_seq_length=(image_size // patch_size) ** 2 if merge else 0,
+        audio_seq_length=audio_seconds * 25 if merge else 0,
+        chat_template=tokenizer.chat_template,
     )
     return config, processor
+
+
+def _qwen(tokenizer: Any, hidden_size: int, num_hidden_layers: int) -> dict[str, Any]:
+    heads = {"num_key_value_heads": hidden_size // 64, "head_dim": 32, "max_position_embeddings": 4096}
+    return {"model_type": "qwen3", **_sizes(hidden_size, num_hidden_layers), **heads, **_vocabulary(tokenizer)}
+
+
+def joint_pretrain(
+    *,
+    hidden_size: int = 64,
+    num_hidden_layers: int = 2,
+    image_size: int = 56,
+    patch_size: int = 14,
+    audio_seconds: int = AUDIO_SECONDS,
+    tokenizer: Any = None,
+    **options: Any,
+) -> Built:
+    """BERT, SigLIP's vision tower and Whisper-style audio encoder, trained on masked words, hidden patches, hidden
+    stretches of sound, and alignment; then fine-tuned: ``MMLMForClassification.from_pretrained(folder, num_labels=…)``.
+    """
+    tokenizer = tokenizer or byte_tokenizer(padding_side="right")
+    config = MMLMConfig(
+        **{
+            "text_config": _bert(tokenizer, hidden_size, num_hidden_layers),
+            "vision_config": _siglip(hidden_size, num_hidden_layers, image_size, patch_size),
+            "audio_config": _audio_encoder(hidden_size, num_hidden_layers, audio_seconds),
+            "fusion": "concat",
+            "mask_token_id": tokenizer.mask_token_id,
+            "contrastive_weight": 1.0,
+            "reconstruction_weight": 1.0,
+            "projection_dim": 64,
+        }
+        | options
+    )
+    return config, _processor(tokenizer, image_size, audio_seconds)
+
+
+def image_tokens(
+    *,
+    hidden_size: int = 64,
+    num_hidden_layers: int = 2,
+    codebook_size: int = 64,
+    image_size: int = 16,
+    tokenizer: Any = None,
+    **options: Any,
+) -> Built:
+    """Text to a picture's tokens, which `MMLMImageTokenizer` makes and paints: a decoder over bytes and a codebook.
+
+    Published: DALL-E, a discrete VAE of 8,192 codes and a Transformer of 12 billion parameters.
+    """
+    tokenizer = tokenizer or byte_tokenizer(codebook_size=codebook_size)
+    text = _qwen(tokenizer, hidden_size, num_hidden_layers)
+    config = MMLMConfig(**{"text_config": text, "fusion": "merge"} | options)
+    return config, _processor(tokenizer, image_size, AUDIO_SECONDS)
+
+
+PRESETS = {
+    "multimodal_lstm": Preset(multimodal_lstm, "MMLMForClassification", "classification"),
+    "two_encoder_seq2seq": Preset(two_encoder_seq2seq, "MMLMForSeq2SeqLM", "captioning"),
+    "mmlm_basic": Preset(mmlm_basic, "MMLMForSeq2SeqLM", "captioning"),
+    "transformer_encoder_decoder": Preset(transformer_encoder_decoder, "MMLMForSeq2SeqLM", "translation"),
+    "clip_contrastive": Preset(clip_contrastive, "MMLMForContrastive", "retrieval"),
+    "resnet_text_classifier": Preset(resnet_text_classifier, "MMLMForClassification", "classification"),
+    "token_merge_vlm": Preset(token_merge_vlm, "MMLMForConditionalGeneration", "captioning"),
+    "joint_pretrain": Preset(joint_pretrain, "MMLMForPreTraining", "pretraining"),
+    "image_tokens": Preset(image_tokens, "MMLMForConditionalGeneration", "image_generation"),
+}

@@ -1,10 +1,11 @@
 """Text, pictures and sound to model inputs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
 
@@ -14,10 +15,12 @@ class MMLMProcessor(ProcessorMixin):
     Args:
         image_processor, feature_extractor, tokenizer: Of transformers, or drop-ins. The tokenizer must know the two
             placeholder tokens.
-        image_seq_length, audio_seq_length: Tokens a picture or a clip becomes, the length of its tower's output; the
-            placeholder is repeated that often. 0 for every fusion but ``merge``: placeholders are then left out, and a
-            sample has at most one picture and one clip.
+        image_seq_length, audio_seq_length: Tokens a picture or a chunk of sound becomes, the length of its tower's
+            output; the placeholder is repeated that often. 0 for every fusion but ``merge``: placeholders are then
+            left out.
         image_token, audio_token: The placeholders.
+        chunk_seconds: A longer clip becomes several chunks of that length, the last filled with silence; None: the
+            feature extractor's ``chunk_length`` where it has one, else no chunks.
     """
 
     def __init__(
@@ -29,12 +32,14 @@ class MMLMProcessor(ProcessorMixin):
         audio_seq_length: int = 0,
         image_token: str = "<image>",
         audio_token: str = "<audio>",
+        chunk_seconds: float | None = None,
         chat_template: str | None = None,
     ) -> None:
         self.image_seq_length, self.audio_seq_length = image_seq_length, audio_seq_length
         self.image_token, self.audio_token = image_token, audio_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         self.audio_token_id = tokenizer.convert_tokens_to_ids(audio_token)
+        self.chunk_seconds = chunk_seconds
         super().__init__(image_processor, feature_extractor, tokenizer, chat_template=chat_template)
 
     def __call__(  # type: ignore[override]
@@ -51,17 +56,18 @@ class MMLMProcessor(ProcessorMixin):
         """Prepare a batch.
 
         Args:
-            images: Picture or list of pictures, in the order of their placeholders; or one entry a text, None where
-                a text has none.
+            images: Picture or list of pictures, in the order of their placeholders; or one entry a text: a picture, a
+                list of pictures or frames of a video, or None. For a list a text has one placeholder, which stands for
+                all of them, or one each.
             text: One text or a list, with ``<image>`` and ``<audio>`` where features go (``merge``).
-            audio: Clip or list of clips (1-D float arrays), likewise.
+            audio: Clip or list of clips (1-D float arrays), likewise; a list is of several clips.
             sampling_rate: Of the clips, in hertz. Required with audio.
             padding, tokenizer_kwargs: For the tokenizer.
             return_tensors: Only ``"pt"``.
 
         Returns:
-            ``input_ids``, ``attention_mask``, and as given ``pixel_values``, ``input_features``; where entries are
-            None and the fusion is not ``merge``, also ``image_mask`` or ``audio_mask``.
+            ``input_ids``, ``attention_mask``, and as given ``pixel_values``, ``input_features``; for every fusion but
+            ``merge``, also ``image_mask`` or ``audio_mask`` where entries are None or differ in number.
 
         Raises:
             ValueError: for placeholders that do not match what is given, or a missing or wrong sampling rate.
@@ -74,59 +80,104 @@ class MMLMProcessor(ProcessorMixin):
         data: dict[str, Any] = {}
         if images is not None:
             items = list(images) if isinstance(images, (list, tuple)) else [images]
-            kept = self._keep(items, texts, "image", self.image_token, self.image_seq_length)
             encode = lambda batch: self.image_processor(batch, return_tensors="pt")["pixel_values"]
-            data |= _encode(kept, encode, "pixel_values", "image_mask", bool(self.image_seq_length))
+            groups, texts = self._groups([_listed(x) for x in items], texts, "image")
+            data |= _encode(groups, encode, "pixel_values", "image_mask", bool(self.image_seq_length))
         if audio is not None:
             if sampling_rate is None:
                 raise ValueError("audio needs its sampling_rate in hertz, got None")
-            one = isinstance(audio, (np.ndarray, torch.Tensor)) and audio.ndim == 1
-            items = [audio] if one else list(audio)
-            kept = self._keep(items, texts, "audio", self.audio_token, self.audio_seq_length)
+            items = [audio] if isinstance(audio, (np.ndarray, torch.Tensor)) and audio.ndim == 1 else list(audio)
+            chunked = [self._chunks(x, sampling_rate) for x in items]
             encode = lambda batch: self.feature_extractor(batch, sampling_rate=sampling_rate, return_tensors="pt")[
                 "input_features"
             ]
-            data |= _encode(kept, encode, "input_features", "audio_mask", bool(self.audio_seq_length))
+            groups, texts = self._groups(chunked, texts, "audio")
+            data |= _encode(groups, encode, "input_features", "audio_mask", bool(self.audio_seq_length))
         for modality, given in (("image", images), ("audio", audio)):
             token = getattr(self, f"{modality}_token")
-            length = getattr(self, f"{modality}_seq_length")
-            if given is None and length and any(token in t for t in texts):
+            if given is None and getattr(self, f"{modality}_seq_length") and any(token in t for t in texts):
                 raise ValueError(f"text has {token} but no {modality} was given")
-            texts = [t.replace(token, token * length) for t in texts]
+            texts = [t.replace(token, token * getattr(self, f"{modality}_seq_length")) for t in texts]
         data |= self.tokenizer(texts, padding=padding, return_tensors="pt", **tokenizer_kwargs)
         return BatchFeature(data)
 
-    def _keep(self, items: list, texts: list[str], modality: str, token: str, seq_length: int) -> list:
-        """Check items against the texts; for `merge` drop what is None."""
+    def _chunks(self, entry: Any, sampling_rate: int) -> list | None:
+        """Of a clip, or of each of a list of clips; None for none."""
+        if entry is None:
+            return None
+        seconds = self.chunk_seconds or getattr(self.feature_extractor, "chunk_length", None)
+        chunks = []
+        for clip in entry if isinstance(entry, (list, tuple)) and np.ndim(entry[0]) else [entry]:
+            clip = np.asarray(clip)
+            if clip.ndim != 1:
+                raise ValueError(f"audio must be mono, [samples], got shape {clip.shape}")
+            length = len(clip) if seconds is None else max(1, round(seconds * sampling_rate))
+            chunks += [clip[at : at + length] for at in range(0, max(1, len(clip)), max(1, length))]
+        return chunks
+
+    def _groups(
+        self, groups: list[list | None], texts: list[str], modality: str
+    ) -> tuple[list[list | None], list[str]]:
+        """Entries checked against the texts, and texts in which every item has its placeholder (`merge`)."""
+        token, seq_length = getattr(self, f"{modality}_token"), getattr(self, f"{modality}_seq_length")
         if seq_length == 0:
-            if len(items) != len(texts):
+            if len(groups) != len(texts):
                 raise ValueError(
-                    f"one {modality} entry a text (None for none): got {len(items)} for {len(texts)} texts"
+                    f"one {modality} entry a text (None for none): got {len(groups)} for {len(texts)} texts"
                 )
-            return items
+            return groups, texts
         counts = [t.count(token) for t in texts]
-        if any(item is None for item in items):
-            if len(items) != len(texts):
-                raise ValueError(f"with None among the {modality} entries, give one a text: got {len(items)}")
-            wrong = [i for i, item in enumerate(items) if counts[i] != (item is not None)]
-            if wrong:
-                raise ValueError(
-                    f"text {wrong[0]} has {counts[wrong[0]]} {token} for {modality} entry {items[wrong[0]]!r}"
-                )
-            items = [item for item in items if item is not None]
-        if sum(counts) != len(items):
-            raise ValueError(f"texts have {sum(counts)} {token} in all, but {len(items)} {modality} entries were given")
-        return items
+        by_text = len(groups) == len(texts) and all(
+            n == (0 if g is None else len(g)) or (g is not None and n == 1) for n, g in zip(counts, groups, strict=True)
+        )
+        if by_text:
+            spread = []
+            for text, count, group in zip(texts, counts, groups, strict=True):
+                one_for_all = group is not None and count == 1
+                spread.append(text.replace(token, token * len(group)) if one_for_all else text)  # type: ignore[arg-type]
+            return groups, spread
+        if any(group is None for group in groups):
+            if len(groups) != len(texts):
+                raise ValueError(f"with None among the {modality} entries, give one a text: got {len(groups)}")
+            wrong = next(i for i, g in enumerate(groups) if counts[i] != (0 if g is None else len(g)))
+            got = None if groups[wrong] is None else f"with {len(groups[wrong] or ())} items"
+            raise ValueError(f"text {wrong} has {counts[wrong]} {token} for {modality} entry {got}")
+        if sum(counts) != len(groups):
+            raise ValueError(
+                f"texts have {sum(counts)} {token} in all, but {len(groups)} {modality} entries were given"
+            )
+        # In the order of the placeholders, each of which stands for all items of its entry.
+        left = iter(groups)
+        spread = []
+        for text in texts:
+            first, *rest = text.split(token)
+            spread.append(first + "".join(token * len(next(left) or ()) + part for part in rest))
+        return groups, spread
 
 
-def _encode(items: list, encode: Any, name: str, mask_name: str, merge: bool) -> dict[str, Any]:
-    there = [item for item in items if item is not None]
-    if not there:
+def _listed(entry: Any) -> list | None:
+    if entry is None:
+        return None
+    if isinstance(entry, (list, tuple)):
+        if not entry:
+            raise ValueError("a list of pictures is empty: say None for none")
+        return list(entry)
+    return [entry]
+
+
+def _encode(
+    groups: list[list | None], encode: Callable[[list], Tensor], name: str, mask_name: str, merge: bool
+) -> dict[str, Any]:
+    """Values of all items; for `merge` in one row after the other, else a row a text, filled up with zeros."""
+    items = [item for group in groups for item in group or ()]
+    if not items:
         return {}
-    values = encode(there)
-    if merge or len(there) == len(items):
+    values = encode(items)
+    counts = [len(group or ()) for group in groups]
+    longest = max(counts)
+    if merge or counts == [1] * len(counts):
         return {name: values}
-    mask = torch.tensor([item is not None for item in items])
-    filled = values.new_zeros(len(items), *values.shape[1:])
+    mask = torch.arange(longest)[None] < torch.tensor(counts)[:, None]
+    filled = values.new_zeros(len(counts), longest, *values.shape[1:])
     filled[mask] = values
-    return {name: filled, mask_name: mask}
+    return {name: filled, mask_name: mask} if longest > 1 else {name: filled[:, 0], mask_name: mask[:, 0]}

@@ -206,6 +206,10 @@ class GatedCrossAttentionLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(embed_dim, eps)
         self.cross_attn_mlp_gate = nn.Parameter(torch.zeros(1))
 
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.cross_attn_attn_gate)
+        nn.init.zeros_(self.cross_attn_mlp_gate)
+
     def forward(self, hidden_states: Tensor, context: Tensor, mask: IntervalMask | None = None) -> Tensor:
         """Shapes and `mask` as in `CrossAttention.forward`."""
         keep = None

@@ -49,10 +49,11 @@ class FuseModalities(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, features: Sequence[Tensor], present: Tensor | None = None) -> Tensor:
-        out = fuse_modalities(features, self.mode, weight=self.weight, bias=self.bias, present=present)
-        assert isinstance(out, Tensor)
-        return out
+    def forward(
+        self, features: Sequence[Tensor], present: Tensor | None = None, *, return_weights: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        parameters = {"weight": self.weight, "bias": self.bias}
+        return fuse_modalities(features, self.mode, **parameters, present=present, return_weights=return_weights)
 
     def extra_repr(self) -> str:
         return f"mode={self.mode}"
@@ -80,6 +81,10 @@ class DecisionFusion(nn.Module):
             raise ValueError(f"mode must be one of {', '.join(DECISIONS)}, got {mode!r}")
         self.mode, self.num_modalities = mode, num_modalities
         self.weight = nn.Parameter(torch.zeros(num_modalities)) if mode == "weighted" else None
+
+    def reset_parameters(self) -> None:
+        if self.weight is not None:
+            nn.init.zeros_(self.weight)
 
     def forward(self, logits: Sequence[Tensor], present: Tensor | None = None) -> Tensor:
         """

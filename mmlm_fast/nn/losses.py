@@ -67,9 +67,14 @@ class _Contrastive(nn.Module):
             raise ValueError(f"init_scale must be positive and at most max_scale, got {init_scale} and {max_scale}")
         if exchange not in together.EXCHANGES:
             raise ValueError(f"exchange must be one of {', '.join(together.EXCHANGES)}, got {exchange!r}")
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(init_scale)))
+        self.logit_scale = nn.Parameter(torch.empty(()))
+        self.init_scale = init_scale
         self.max_scale, self.distributed = max_scale, distributed
         self.exchange, self.group, self.options = exchange, group, options
+        _Contrastive.reset_parameters(self)
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.logit_scale, math.log(self.init_scale))
 
     def scale(self) -> Tensor:
         """exp of `logit_scale`, which is clipped in place while training, as CLIP does."""
@@ -136,7 +141,13 @@ class SiglipLoss(_Contrastive):
         **options: Any,
     ) -> None:
         super().__init__(init_scale, max_scale, distributed, exchange, group, options)
-        self.logit_bias = nn.Parameter(torch.tensor(init_bias))
+        self.init_bias = init_bias
+        self.logit_bias = nn.Parameter(torch.empty(()))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.constant_(self.logit_bias, self.init_bias)
 
     def forward(self, image_features: Tensor, text_features: Tensor, positive_ids: Any = None) -> Tensor:
         """Features ``[N, D]``, normalised; see `mmlm_fast.ops.siglip_loss`."""

@@ -1,0 +1,166 @@
+"""Classes (or numbers) from any set of modalities, fused early, in the middle or late."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_outputs import ModelOutput
+from transformers.utils import can_return_tuple
+
+from mmlm_fast.models.base import MMLMPreTrainedModel, last_token, masked_mean
+from mmlm_fast.models.configuration import CLASSIFICATION_FUSIONS, POOLED_FUSIONS, MMLMConfig, check_fusion, width_of
+from mmlm_fast.models.encoders import MMLMEncoderModel, MMLMJoin, pool
+from mmlm_fast.models.modeling import MMLMModel
+from mmlm_fast.nn import DecisionFusion
+
+
+@dataclass
+class MMLMClassifierOutput(ModelOutput):
+    """Of a classifier.
+
+    Attributes:
+        loss: Where labels were given.
+        logits: ``[B, num_labels]``; of late fusion, the logarithm of the fused probabilities.
+        fusion_weights: How much each modality counts, in the order of `config.modalities`: ``[B, k]``, or the gate
+            ``[B, hidden_size]``; None where the fusion has none.
+        modality_logits: ``[B, k, num_labels]``, of late fusion.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    fusion_weights: Tensor | None = None
+    modality_logits: Tensor | None = None
+
+
+class MMLMClassificationHead(nn.Module):
+    """Dropout, where asked for a hidden layer with tanh, and a linear layer."""
+
+    def __init__(self, config: MMLMConfig, width: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, width) if config.classifier_hidden else None
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.out_proj = nn.Linear(width, config.num_labels)
+
+    def forward(self, features: Tensor) -> Tensor:
+        features = self.dropout(features)
+        if self.dense is not None:
+            features = self.dropout(torch.tanh(self.dense(features)))
+        return self.out_proj(features)
+
+
+class MMLMForClassification(MMLMPreTrainedModel):
+    """Classification, sentiment, emotion, regression: see `MMLMConfig` for the fusions.
+
+    `config.problem_type` is transformers': ``single_label_classification`` (default), ``multi_label_classification``
+    or ``regression``; late fusion is for the first. Late fusion trains each modality's classifier on its own, and
+    ``late_weighted`` the weights on the fused decision beside it.
+    """
+
+    def __init__(self, config: MMLMConfig) -> None:
+        super().__init__(config)
+        check_fusion(config, CLASSIFICATION_FUSIONS, "a classifier")
+        self.model: Any
+        self.decoder_based = config.fusion in ("merge", "gated_cross_attention")
+        self.late = config.fusion.startswith("late_")
+        if self.late and config.problem_type not in (None, "single_label_classification"):
+            raise ValueError(f"late fusion is for single_label_classification, got problem_type {config.problem_type!r}")
+        modalities: list[str] = config.modalities  # type: ignore[assignment]
+        assert config.hidden_size is not None
+        width = config.hidden_size
+        if self.decoder_based:
+            self.model = MMLMModel(config)
+        else:
+            self.model = MMLMEncoderModel(config)
+        if self.late:
+            self.heads = nn.ModuleDict({m: MMLMClassificationHead(config, width) for m in modalities})
+            self.decide = DecisionFusion(config.fusion.removeprefix("late_"), len(modalities))
+        else:
+            if not self.decoder_based:
+                self.join = MMLMJoin(config)
+                if config.joint_config is not None:
+                    width = width_of(config.joint_config)
+            self.classifier = MMLMClassificationHead(config, width)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        input_features: Tensor | None = None,
+        image_mask: Tensor | None = None,
+        audio_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> MMLMClassifierOutput:
+        """Inputs as of `MMLMModel` (``merge``, ``gated_cross_attention``) or `MMLMEncoderModel`; labels ``[B]``, or
+        ``[B, num_labels]`` of 0 and 1 for several at once.
+
+        Raises:
+            ValueError: for labels out of range, on a CPU; on CUDA a device-side assertion fails.
+        """
+        inputs: dict[str, Any] = dict(input_ids=input_ids, pixel_values=pixel_values, input_features=input_features)
+        inputs |= dict(image_mask=image_mask, audio_mask=audio_mask, attention_mask=attention_mask)
+        if self.decoder_based:
+            states = self.model(**inputs, use_cache=False).last_hidden_state
+            if self.config.pooling == "last":
+                features = last_token(states, attention_mask)
+            else:
+                there = torch.ones(states.shape[:2], device=states.device) if attention_mask is None else attention_mask
+                features = masked_mean(states, there.bool())
+            return self._output(self.classifier(features), labels)
+        encoded = self.model(**inputs)
+        if self.late:
+            return self._decide(encoded, labels)
+        tokens, mask, weights = self.join(encoded)
+        if self.config.fusion in POOLED_FUSIONS:
+            features = tokens[:, 0]
+        else:
+            features = masked_mean(tokens, mask) if self.config.pooling == "mean" else last_token(tokens, mask)
+        return self._output(self.classifier(features), labels, fusion_weights=weights)
+
+    def _output(self, logits: Tensor, labels: Tensor | None, **more: Any) -> MMLMClassifierOutput:
+        loss = None
+        if labels is not None:
+            problem = self.config.problem_type
+            if problem == "regression":
+                loss = F.mse_loss(logits.float().squeeze(-1), labels.float().reshape(logits.squeeze(-1).shape))
+            elif problem == "multi_label_classification":
+                loss = F.binary_cross_entropy_with_logits(logits.float(), labels.float())
+            else:
+                loss = F.cross_entropy(logits.float(), self._checked(labels))
+        return MMLMClassifierOutput(loss=loss, logits=logits, **more)
+
+    def _checked(self, labels: Tensor) -> Tensor:
+        count = self.config.num_labels
+        if labels.device.type == "cpu" and labels.numel() and not torch.compiler.is_compiling():
+            wrong = (labels != -100) & ((labels < 0) | (labels >= count))
+            if wrong.any():
+                row = int(wrong.nonzero()[0, 0])
+                raise ValueError(f"labels must be from 0 to {count - 1}, got {int(labels[row])} in row {row}")
+        return labels
+
+    def _decide(self, encoded: dict[str, Any], labels: Tensor | None) -> MMLMClassifierOutput:
+        present = torch.stack([e.present for e in encoded.values()], 1)
+        each = [self.heads[m](pool(m, e, self.config.pooling)) for m, e in encoded.items()]
+        decided = self.decide(each, present)
+        logits = decided.clamp(min=torch.finfo(decided.dtype).tiny).log()
+        loss = None
+        if labels is not None:
+            target = self._checked(labels)
+            errors = torch.stack([F.cross_entropy(x.float(), target, reduction="none") for x in each], 1)
+            there = present & (target != -100)[:, None]
+            loss = torch.where(there, errors, 0).sum() / there.sum().clamp(min=1)
+            if self.decide.mode == "weighted":
+                loss = loss + F.nll_loss(logits, target)
+        weights = None
+        if self.decide.weight is not None:
+            weights = self.decide.weight.detach().masked_fill(~present, -torch.inf).softmax(-1).nan_to_num()
+        return MMLMClassifierOutput(
+            loss=loss, logits=logits, fusion_weights=weights, modality_logits=torch.stack(each, 1)
+        )
+
+

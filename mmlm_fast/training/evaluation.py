@@ -1,0 +1,171 @@
+"""Evaluation of a model on samples: metrics, confidence intervals, and controls in which a modality is shuffled."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from mmlm_fast.training import metrics
+from mmlm_fast.training.samples import Sample
+from mmlm_fast.training.search import embed
+from mmlm_fast.training.tasks import Collator, shuffled
+
+
+@dataclass
+class Evaluation:
+    """What came out.
+
+    Attributes:
+        metrics: By name; with the interval of the first in ``<name>_interval``.
+        scores: One number a sample (retrieval: a query), of the first metric.
+        predictions: What the model said of each sample; empty for retrieval and pre-training.
+    """
+
+    metrics: dict[str, Any]
+    scores: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    predictions: list[Any] = field(default_factory=list)
+
+
+def evaluate(
+    model: Any,
+    collator: Collator,
+    samples: Sequence[Sample],
+    *,
+    batch_size: int = 16,
+    seed: int = 0,
+    generation: dict[str, Any] | None = None,
+    progress: bool = True,
+) -> Evaluation:
+    """Evaluate `model` on `samples`, in eval mode, without gradients.
+
+    Args:
+        collator: As in training, with ``with_targets=False`` for generation. Its draws start from `seed`, so that the
+            same call gives the same numbers.
+        generation: Options of ``generate``; by default greedy, up to 64 tokens.
+    """
+    if not samples:
+        raise ValueError("evaluation needs samples, got none")
+    was_training = model.training
+    model.eval()
+    collator.rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    batches = _batches(model, collator, samples, batch_size, progress)
+    kind = collator.task.kind
+    try:
+        with torch.no_grad():
+            if kind == "classification":
+                return _classification(model, collator, samples, batches)
+            if kind == "generation":
+                return _generation(model, collator, samples, batches, generation or {})
+            if kind == "retrieval":
+                return _retrieval(model, collator, samples, list(batches))
+            return _losses(model, batches)
+    finally:
+        model.train(was_training)
+
+
+def controls(
+    model: Any, collator: Collator, samples: Sequence[Sample], intact: Evaluation, modalities: Sequence[str], **options: Any
+) -> dict[str, dict[str, Any]]:
+    """For each modality the metrics with that modality shuffled among the samples, and the interval of what is lost.
+
+    ``used`` says whether the interval of the mean loss of score lies above 0: the model uses the modality.
+    """
+    name = collator.task.metrics[0]
+    found = {}
+    for modality in modalities:
+        control = evaluate(model, collator, shuffled(samples, modality), **options)
+        lost = intact.scores - control.scores
+        low, high = metrics.interval(-lost if name in ("wer", "cer") else lost)
+        found[modality] = {"metrics": control.metrics, "loss_interval": [low, high], "used": bool(low > 0)}
+    return found
+
+
+def _batches(
+    model: Any, collator: Collator, samples: Sequence[Sample], batch_size: int, progress: bool
+) -> Iterator[dict[str, Any]]:
+    starts = range(0, len(samples), batch_size)
+    for start in tqdm(starts, desc="evaluating", disable=not progress, leave=False, unit="batch"):
+        batch = collator(samples[start : start + batch_size])
+        yield {name: value.to(model.device) for name, value in batch.items()}
+
+
+def _classification(model: Any, collator: Collator, samples: Sequence[Sample], batches: Any) -> Evaluation:
+    logits = torch.cat([model(**batch).logits.float().cpu() for batch in batches])
+    truth = [collator.label_of(sample) for sample in samples]
+    if collator.regression:
+        predicted = logits[:, 0].numpy()
+        errors = np.abs(predicted - np.array(truth))
+        return Evaluation({"mean_absolute_error": float(errors.mean())}, -errors, predicted.tolist())
+    if collator.several:
+        chosen = (logits > 0).int().numpy()
+        found = metrics.multi_label(np.array(truth, int), chosen, collator.labels)
+        scores = (chosen == np.array(truth, int)).all(1).astype(float)
+        said: list[Any] = [[collator.labels[i] for i in np.flatnonzero(row)] for row in chosen]
+    else:
+        guess = logits.argmax(-1).tolist()
+        found = metrics.classification(truth, guess, collator.labels)
+        scores = np.array([t == g for t, g in zip(truth, guess, strict=True)], float)
+        said = [collator.labels[i] for i in guess]
+    return Evaluation(found | {"accuracy_interval": list(metrics.interval(scores))}, scores, said)
+
+
+def _generation(
+    model: Any, collator: Collator, samples: Sequence[Sample], batches: Any, options: dict[str, Any]
+) -> Evaluation:
+    tokenizer = collator.processor.tokenizer
+    options = {"do_sample": False, "max_new_tokens": 64, "pad_token_id": tokenizer.pad_token_id} | options
+    said: list[str] = []
+    for batch in batches:
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        made = model.generate(**inputs, **options)
+        if collator.model_kind == "decoder":
+            made = made[:, batch["input_ids"].shape[1] :]
+        said += tokenizer.batch_decode(made, skip_special_tokens=True)
+    references = [collator.target(sample) for sample in samples]
+    found: dict[str, Any] = {name: metrics.text(name, references, said) for name in collator.task.metrics}
+    first = collator.task.metrics[0]
+    scores = metrics.text_scores(first, references, said)
+    return Evaluation(found | {f"{first}_interval": list(metrics.interval(scores))}, scores, said)
+
+
+def _retrieval(model: Any, collator: Collator, samples: Sequence[Sample], batches: list[dict[str, Any]]) -> Evaluation:
+    """Each modality against all different texts, both ways; the first direction, of pictures where there are some, gives
+    the scores."""
+    texts = [sample.text for sample in samples]
+    different = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    columns = np.array([different[text] for text in texts])
+    first_row = np.array([texts.index(text) for text in different])
+    text_embeds = embed(model, batches, "text").numpy()[first_row]
+    found: dict[str, Any] = {}
+    scores = np.zeros(0)
+    for modality, name in (("image", "pixel_values"), ("audio", "input_features")):
+        if modality not in collator.modalities or not all(name in batch for batch in batches):
+            continue
+        embeds = embed(model, batches, modality).numpy()
+        there = np.abs(embeds).sum(1) > 0
+        similarity = embeds[there] @ text_embeds.T
+        positive = columns[there][:, None] == np.arange(len(different))[None]
+        forward, hits = metrics.retrieval(similarity, positive)
+        asked = positive.any(0)
+        backward, _ = metrics.retrieval(similarity.T[asked], positive.T[asked])
+        if not scores.size:
+            scores = hits
+            found |= forward | {"recall_at_1_interval": list(metrics.interval(hits))}
+        found[f"{modality}_to_text"], found[f"text_to_{modality}"] = forward, backward
+    if not scores.size:
+        raise ValueError("retrieval needs pictures or clips in every batch, got none")
+    return Evaluation(found, scores)
+
+
+def _losses(model: Any, batches: Any) -> Evaluation:
+    sums: dict[str, list[float]] = {}
+    for batch in batches:
+        out = model(**batch)
+        for name in out:
+            if name.endswith("loss") and out[name] is not None:
+                sums.setdefault(name, []).append(float(out[name]))
+    return Evaluation({name: float(np.mean(values)) for name, values in sums.items()})

@@ -1,0 +1,207 @@
+"""The configuration file of `mmlm-fast train`."""
+
+import dataclasses
+import json
+import tomllib
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from mmlm_fast.models.presets import PRESETS
+from mmlm_fast.training.builtin import BUILTIN
+from mmlm_fast.training.samples import AUGMENTATIONS
+from mmlm_fast.training.tasks import MODALITIES, TASKS
+
+
+@dataclass
+class DataSettings:
+    """``[data]``.
+
+    Attributes:
+        name, kind: A built-in set (``digits``, ``stamps``) and its kind, see `mmlm_fast.training.builtin`.
+        train, eval: JSON-lines files instead; without ``eval`` the last tenth of ``train`` is held out.
+        train_count, eval_count: At most so many samples.
+        labels: Names of the classes; by default those of the training samples, sorted.
+        modalities: What of a sample is used.
+        augment: Changes of training samples, see `mmlm_fast.training.samples.augmented`.
+        bad_samples: ``raise`` at the first bad sample, or ``skip``: leave them out, count and list them.
+        num_frames: Of a film.
+    """
+
+    name: str | None = None
+    kind: str | None = None
+    train: str | None = None
+    eval: str | None = None
+    train_count: int | None = None
+    eval_count: int | None = None
+    labels: list[str] | None = None
+    modalities: list[str] = field(default_factory=lambda: list(MODALITIES))
+    augment: list[str] = field(default_factory=list)
+    bad_samples: str = "raise"
+    num_frames: int = 8
+
+
+@dataclass
+class EvaluationSettings:
+    """``[evaluation]``.
+
+    Attributes:
+        controls: Modalities to shuffle.
+        augment: Changes of evaluated samples: for data whose clips are the same in training.
+        batch_size: Of evaluation.
+        generation: Options of ``generate``.
+        examples: How many predictions the model card shows.
+    """
+
+    controls: list[str] = field(default_factory=list)
+    augment: list[str] = field(default_factory=list)
+    batch_size: int = 32
+    generation: dict[str, Any] = field(default_factory=dict)
+    examples: int = 8
+
+
+@dataclass
+class TrainSettings:
+    """A whole file.
+
+    Attributes:
+        task: Of `mmlm_fast.training.tasks.TASKS`.
+        preset: Of `mmlm_fast.models.presets.PRESETS`.
+        output: Folder of the results.
+        seed: Of everything drawn.
+        model: Options of the preset; ``tokenizer`` may be ``bytes`` (default), ``bpe:<tokens>``, trained on the training
+            texts, or a name or folder that AutoTokenizer loads.
+        towers: Checkpoints by modality (``text``, ``image``, ``audio``, ``decoder``) whose towers take the preset's
+            place, with their tokenizer, image processor and feature extractor.
+        start_from: Folder of a trained model to go on from, of the same class or, from pre-training, another.
+        image_tokenizer: Folder of an `MMLMImageTokenizer`, for ``image_generation``.
+        training: Options of transformers' TrainingArguments.
+    """
+
+    task: str
+    preset: str
+    output: str
+    seed: int = 0
+    start_from: str | None = None
+    image_tokenizer: str | None = None
+    data: DataSettings = field(default_factory=DataSettings)
+    model: dict[str, Any] = field(default_factory=dict)
+    towers: dict[str, str] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    folder: Path = field(default_factory=Path)  # what paths are relative to
+
+    def __post_init__(self) -> None:
+        _choice("task", self.task, TASKS)
+        _choice("preset", self.preset, PRESETS)
+        _choice("data.bad_samples", self.data.bad_samples, ("raise", "skip"))
+        for name, values, known in (
+            ("data.modalities", self.data.modalities, MODALITIES),
+            ("data.augment", self.data.augment, AUGMENTATIONS),
+            ("evaluation.augment", self.evaluation.augment, AUGMENTATIONS),
+            ("evaluation.controls", self.evaluation.controls, MODALITIES),
+            ("towers", self.towers, (*MODALITIES, "decoder")),
+        ):
+            for value in values:
+                _choice(name, value, known)
+        if (self.data.name is None) == (self.data.train is None):
+            raise ValueError("data needs either name (a built-in set) or train (a file), got both or neither")
+        if self.data.name is not None:
+            _choice("data.name", self.data.name, BUILTIN)
+
+    def path(self, name: str) -> Path:
+        """A path of the file, relative to it."""
+        return self.folder / name
+
+
+def _choice(name: str, value: Any, known: Any) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be among {', '.join(known)}, got {value!r}")
+
+
+def shipped() -> list[str]:
+    """Names of the configurations that come with the package."""
+    return sorted(p.name.removesuffix(".toml") for p in _configs().iterdir() if p.name.endswith(".toml"))
+
+
+def _configs() -> Any:
+    return files("mmlm_fast.training") / "configs"
+
+
+def read_settings(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> TrainSettings:
+    """Settings of a TOML, YAML or JSON file, or of a shipped configuration by name.
+
+    Args:
+        source: A path, or one of `shipped`.
+        overrides: ``key=value`` with dots for sections and a TOML value: ``training.max_steps=10``.
+
+    Raises:
+        ValueError: for a file that is not there or not readable, and unknown or wrong settings, naming them.
+    """
+    path = Path(source)
+    folder = path.parent
+    if path.suffix and not path.is_file():
+        raise ValueError(f"no configuration {path}")
+    if not path.suffix:
+        if str(source) not in shipped():
+            raise ValueError(f"no configuration {source}: a .toml, .yaml or .json file, or one of {', '.join(shipped())}")
+        content, suffix, folder = (_configs() / f"{source}.toml").read_text(encoding="utf-8"), ".toml", Path()
+    else:
+        content, suffix = path.read_text(encoding="utf-8"), path.suffix
+    try:
+        values = _parse(content, suffix)
+    except (ValueError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"{source} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{source} must hold sections, got {type(values).__name__}")
+    for override in overrides:
+        _override(values, override)
+    return _filled(TrainSettings, {**values, "folder": folder}, "")
+
+
+def _parse(content: str, suffix: str) -> dict[str, Any]:
+    if suffix == ".toml":
+        return tomllib.loads(content)
+    if suffix == ".json":
+        return json.loads(content)
+    if suffix in (".yaml", ".yml"):
+        import yaml
+
+        return yaml.safe_load(content)
+    raise ValueError(f"must end in .toml, .yaml or .json, got {suffix}")
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"must be key=value, got {override!r}")
+    try:
+        parsed = tomllib.loads(f"x = {value}")["x"]
+    except tomllib.TOMLDecodeError:
+        parsed = value
+    *sections, last = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ValueError(f"{key}: {section} is no section")
+    values[last] = parsed
+
+
+def _filled(cls: Any, values: Any, prefix: str) -> Any:
+    if not isinstance(values, dict):
+        raise ValueError(f"{prefix or 'the file'} must be a section, got {values!r}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        known = ", ".join(name for name in fields if name != "folder")
+        raise ValueError(f"unknown setting {prefix}{unknown[0]}; known are {known}")
+    missing = [
+        name
+        for name, f in fields.items()
+        if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ValueError(f"missing setting {prefix}{missing[0]}")
+    nested = {"data": DataSettings, "evaluation": EvaluationSettings}
+    return cls(**{k: _filled(nested[k], v, f"{k}.") if not prefix and k in nested else v for k, v in values.items()})
