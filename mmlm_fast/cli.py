@@ -1,4 +1,4 @@
-"""Command line: `mmlm-fast report | doctor`."""
+"""Command line: `mmlm-fast report | train | doctor`."""
 
 import argparse
 import sys
@@ -10,6 +10,14 @@ from pathlib import Path
 from mmlm_fast import __version__
 from mmlm_fast.doctor import doctor
 
+TRAIN_NEEDS = {
+    "accelerate": "accelerate",
+    "sklearn": "scikit-learn",
+    "jiwer": "jiwer",
+    "sacrebleu": "sacrebleu",
+    "PIL": "pillow",
+    "soundfile": "soundfile",
+}
 REPORT_NEEDS = {"matplotlib": "matplotlib", "soundfile": "soundfile", "PIL": "pillow"}
 
 
@@ -45,6 +53,31 @@ def main(argv: list[str] | None = None) -> int:
     report.add_argument("--threads", type=int, help="threads of torch and of the native core (default: torch's)")
     report.add_argument("--quiet", action="store_true", help="no progress bar")
     report.set_defaults(run=_report, parser=report)
+
+    train = commands.add_parser(
+        "train",
+        help="train, evaluate and describe a model as a configuration file says",
+        description="Train the thin model with transformers' Trainer as CONFIG says; evaluate it, also with each "
+        "modality shuffled; write model, processor, metrics.json, predictions.jsonl, a model card and TensorBoard logs "
+        "into its output folder. CONFIG is a .toml, .yaml or .json file, or the name of one that comes with the "
+        "package (--list). Its sections and keys are those of mmlm_fast.training.settings.",
+        epilog="exit codes: 0 done, 1 a bad sample or failed training, 2 wrong usage or settings",
+    )
+    train.add_argument("config", nargs="?", metavar="CONFIG", help="file, or name of a shipped configuration")
+    train.add_argument("--list", action="store_true", help="name the shipped configurations and presets")
+    train.add_argument("--output", help="folder of the results (default: the configuration's)")
+    train.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change settings, such as training.max_steps=10 or model.fusion=mean",
+    )
+    train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    train.add_argument("--overwrite", action="store_true", help="start anew although the output folder holds results")
+    train.add_argument("--quiet", action="store_true", help="no progress bars, no log of losses")
+    train.set_defaults(run=_train, parser=train)
 
     told = commands.add_parser(
         "doctor",
@@ -83,6 +116,45 @@ def _report(args: argparse.Namespace) -> int:
     for failure in results["failures"]:
         print(f"FAILED {failure['case']}: {failure['error']}", file=sys.stderr)
     return 1 if results["failures"] else 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    missing = [package for module, package in TRAIN_NEEDS.items() if find_spec(module) is None]
+    if missing:
+        print(f"mmlm-fast train needs {', '.join(missing)}: pip install 'mmlm-fast[train]'", file=sys.stderr)
+        return 2
+    import transformers
+
+    from mmlm_fast.models.presets import PRESETS
+    from mmlm_fast.training import BadSampleError, read_settings, shipped, train
+    from mmlm_fast.training.card import summary_lines
+
+    if args.list:
+        print("configurations: " + ", ".join(shipped()))
+        print("presets: " + ", ".join(PRESETS))
+        return 0
+    if args.config is None:
+        args.parser.error("CONFIG is required: a file, or one of " + ", ".join(shipped()))
+    try:
+        settings = read_settings(args.config, args.set)
+    except ValueError as error:
+        args.parser.error(str(error))
+    if args.output is not None:
+        settings.output = args.output
+    if args.quiet:
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+    try:
+        result = train(settings, resume=args.resume, overwrite=args.overwrite, progress=not args.quiet)
+    except BadSampleError as error:
+        print(f'bad sample: {error} (data.bad_samples = "skip" leaves such out)', file=sys.stderr)
+        return 1
+    except ValueError as error:
+        print(f"mmlm-fast train: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(summary_lines(result)))
+    print(f"{settings.output}: model, README.md, metrics.json, predictions.jsonl")
+    return 0
 
 
 if __name__ == "__main__":

@@ -60,6 +60,25 @@ MAY_IMPORT = {
         "mmlm_fast.audio",
         "mmlm_fast.models",
     },
+    "mmlm_fast/training": {
+        "torch",
+        "numpy",
+        "transformers",
+        "huggingface_hub",
+        "tqdm",
+        "PIL",
+        "av",
+        "yaml",
+        "sklearn",
+        "scipy",
+        "jiwer",
+        "sacrebleu",
+        "faiss",
+        "mmlm_fast.audio",
+        "mmlm_fast.data",
+        "mmlm_fast.models",
+        "mmlm_fast.training",
+    },
 }
 
 

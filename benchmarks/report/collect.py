@@ -1,6 +1,7 @@
 """Run the cases and gather what the report shows."""
 
 import json
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
@@ -13,14 +14,14 @@ import transformers
 from tqdm import tqdm
 
 import mmlm_fast.ops
-from mmlm_benchmarks import harness
+from mmlm_benchmarks import harness, learning
 from mmlm_benchmarks.audio import AUDIO, log_mel
 from mmlm_benchmarks.audio.speech import RATE, speech
 from mmlm_benchmarks.models import thin
 from mmlm_benchmarks.ops import OPS, contrastive
 from mmlm_fast.audio import WhisperFeatureExtractor
 
-JOBS = (*OPS, *AUDIO, "model")
+JOBS = (*OPS, *AUDIO, "model", "learning")
 RESULTS = Path(__file__).parents[1] / "results"
 SCALING_SECONDS = (1, 3, 10, 30, 120, 600)
 
@@ -47,13 +48,25 @@ def collect(
         progress: Show a progress bar on stderr.
 
     Returns:
-        A JSON-serialisable dict: environment, machine, rows, generation, scaling, memory, not_measured, failures.
+        A JSON-serialisable dict: environment, machine, rows, generation, learning, scaling, memory, not_measured,
+        failures.
     """
     jobs = tuple(jobs) if jobs else JOBS
     transformers.logging.set_verbosity_error()
     results: dict[str, Any] = {"environment": harness.environment(device), "rows": [], "generation": []}
-    results |= {"scaling": [], "memory": [], "not_measured": [], "failures": [], "seconds_by_case": {}}
-    steps = list(_steps(device, jobs, full, seconds, results))
+    results |= {"learning": [], "scaling": [], "memory": [], "not_measured": [], "failures": [], "seconds_by_case": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        steps = list(_steps(device, jobs, full, seconds, results))
+        if "learning" in jobs:
+            steps += list(_learning(Path(folder), full, results))
+        _run_steps(steps, results, progress)
+    if device == "cpu":
+        results["not_measured"] = _gpu_rows(jobs)
+        results["last_gpu_result"] = last_gpu_result()
+    return results
+
+
+def _run_steps(steps: list[tuple[str, Callable[[], None]]], results: dict[str, Any], progress: bool) -> None:
     with tqdm(total=len(steps), disable=not progress, unit="case", dynamic_ncols=True) as bar:
         for name, step in steps:
             bar.set_description(name[:48])
@@ -64,10 +77,15 @@ def collect(
                 results["failures"].append({"case": name, "error": f"{type(exception).__name__}: {exception}"})
             results["seconds_by_case"][name] = round(time.perf_counter() - start, 1)
             bar.update()
-    if device == "cpu":
-        results["not_measured"] = _gpu_rows(jobs)
-        results["last_gpu_result"] = last_gpu_result()
-    return results
+
+
+def _learning(folder: Path, full: bool, results: dict[str, Any]) -> Iterable[tuple[str, Callable[[], None]]]:
+    """The trainings; after what is timed, which they would heat the machine for."""
+    for experiment in learning.experiments(full):
+        yield (
+            f"training: {experiment.name}",
+            lambda e=experiment: results["learning"].append(learning.run(e, folder)),
+        )
 
 
 def _steps(

@@ -78,6 +78,27 @@ def peers(rows: Rows) -> bytes:
     return _png(figure)
 
 
+def learning_curves(trainings: Rows) -> bytes:
+    """Loss over epochs, of training and on held-out samples, one panel a training."""
+    columns = 3
+    count = -(-len(trainings) // columns)
+    figure, panels = plt.subplots(count, columns, figsize=(10, 2.3 * count), squeeze=False)
+    for axes in panels.flat[len(trainings) :]:
+        axes.set_visible(False)
+    for axes, training in zip(panels.flat, trainings, strict=False):
+        for key, colour, label in (("loss", "#777777", "training"), ("eval_loss", "#0b6e4f", "held out")):
+            points = [(h["epoch"], h[key]) for h in training["history"] if key in h]
+            axes.plot(*zip(*points, strict=True), color=colour, label=label, marker="." if key == "eval_loss" else "")
+        axes.set_title(training["name"], fontsize=9)
+        axes.tick_params(labelsize=7)
+        axes.set_ylim(bottom=0)
+    panels[0, 0].legend(fontsize=7)
+    figure.supxlabel("epochs", fontsize=9)
+    figure.supylabel("loss", fontsize=9)
+    figure.tight_layout()
+    return _png(figure)
+
+
 def roofline(rows: Rows, machine: dict[str, float]) -> bytes:
     """Achieved rate over arithmetic intensity, under the rates measured on this machine."""
     figure, axes = plt.subplots(figsize=(8, 4.5))

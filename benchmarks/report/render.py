@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mmlm_benchmarks.learning import section
 from mmlm_benchmarks.ops import OPS
 from mmlm_benchmarks.report.collect import sample_features
 from mmlm_fast.data import load_image, load_prompts, load_speech
@@ -24,6 +25,8 @@ td,th{padding:.25rem .6rem;border-bottom:1px solid #e3e3e3;text-align:left;verti
 td.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}tr.ours{background:#e8f3ee;font-weight:600}
 .wide{overflow-x:auto}img{max-width:100%;height:auto}figure{margin:1rem 0}figcaption{color:#555;font-size:14px}
 .bad{color:#a40000;font-weight:600}.tiles{display:flex;flex-wrap:wrap;gap:1rem;margin:1rem 0}
+.gallery{display:flex;flex-wrap:wrap;gap:1rem}.gallery figure{width:9rem;margin:0}
+.gallery img{width:64px;image-rendering:pixelated}
 .tile{border:1px solid #ccc;border-radius:8px;padding:.6rem 1rem;min-width:9rem}.tile b{display:block;font-size:1.6rem}
 """
 Rows = list[dict[str, Any]]
@@ -122,6 +125,8 @@ def markdown(results: dict[str, Any]) -> str:
         if rows:
             parts += [f"## {title}", "", f"Sizes: {'; '.join(dict.fromkeys(r['shape_from'] for r in rows))}.", ""]
             parts += [markdown_table(COLUMNS, [_cells(r) for r in rows]), ""]
+    if results.get("learning"):
+        parts += section.markdown_parts(results["learning"])
     if results["failures"]:
         parts += ["## Failures", "", *(f"- {f['case']}: {f['error']}" for f in results["failures"]), ""]
     if results["not_measured"]:
@@ -225,6 +230,8 @@ def page(results: dict[str, Any]) -> str:
     if results["generation"]:
         lines = [f"fusion {g['fusion']}: {'identical' if g['equal'] else 'DIFFERENT'}" for g in results["generation"]]
         parts.append(f"<h3>Greedy generation, fast against reference</h3>{_list(lines)}")
+    if results.get("learning"):
+        parts += section.html_parts(results["learning"], _figure)
     if rows and results.get("machine"):
         parts.append("<h2>Limits and memory</h2>")
         if any(r["flops"] and r["bytes_moved"] for r in rows):

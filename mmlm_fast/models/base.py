@@ -9,8 +9,8 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from mmlm_fast.models.configuration import MMLMConfig, width_of
 from mmlm_fast.models.fusion import MMLMProjector
-from mmlm_fast.models.towers import make_tower, tokens_of
-from mmlm_fast.nn import ClipLoss, DecisionFusion, FuseModalities, GatedCrossAttentionLayer, SiglipLoss
+from mmlm_fast.models.towers import freeze_poolers, make_tower, tokens_of
+from mmlm_fast.nn import ClipLoss, DecisionFusion, FuseModalities, GatedCrossAttentionLayer, LazyLinear, SiglipLoss
 
 TOWERS = {
     "text": ("text_tower", "language_model"),
@@ -38,6 +38,9 @@ class MMLMPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear) and not isinstance(module, LazyLinear):
+            module.reset_parameters()  # torch's own: a normal of 0.02 makes narrow projectors and heads silent
+            return
         super()._init_weights(module)
         if isinstance(module, (FuseModalities, DecisionFusion, GatedCrossAttentionLayer, ClipLoss, SiglipLoss)):
             module.reset_parameters()
@@ -49,14 +52,21 @@ class MMLMPreTrainedModel(PreTrainedModel):
 
     def post_init(self) -> None:
         super().post_init()
-        for tower in self.frozen_towers():
-            tower.requires_grad_(False)
+        self._freeze()
 
     def train(self, mode: bool = True) -> "MMLMPreTrainedModel":
         super().train(mode)
-        for tower in self.frozen_towers():
-            tower.eval()
+        self._freeze()  # from_pretrained, which ends with eval(), makes new parameters
         return self
+
+    def _freeze(self) -> None:
+        for tower in self.frozen_towers():
+            tower.requires_grad_(False)
+            for module in tower.modules():  # not eval(): a tower of ours would come back here
+                module.training = False
+        for module in self.modules():
+            if isinstance(module, PreTrainedModel) and not isinstance(module, MMLMPreTrainedModel):
+                freeze_poolers(module)
 
     @classmethod
     def from_towers(
@@ -189,5 +199,3 @@ def join_tokens(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]
     mask = torch.cat([mask for _, mask in parts], 1)
     order = mask.int().argsort(dim=1, descending=True, stable=True)
     return tokens.gather(1, order[..., None].expand_as(tokens)), mask.gather(1, order)
-
-

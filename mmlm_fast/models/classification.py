@@ -65,7 +65,9 @@ class MMLMForClassification(MMLMPreTrainedModel):
         self.decoder_based = config.fusion in ("merge", "gated_cross_attention")
         self.late = config.fusion.startswith("late_")
         if self.late and config.problem_type not in (None, "single_label_classification"):
-            raise ValueError(f"late fusion is for single_label_classification, got problem_type {config.problem_type!r}")
+            raise ValueError(
+                f"late fusion is for single_label_classification, got problem_type {config.problem_type!r}"
+            )
         modalities: list[str] = config.modalities  # type: ignore[assignment]
         assert config.hidden_size is not None
         width = config.hidden_size
@@ -162,5 +164,3 @@ class MMLMForClassification(MMLMPreTrainedModel):
         return MMLMClassifierOutput(
             loss=loss, logits=logits, fusion_weights=weights, modality_logits=torch.stack(each, 1)
         )
-
-

@@ -64,8 +64,9 @@ class MMLMConfig(PretrainedConfig):
         projector_layers: 2, 1, or 0: none, where a tower has the width already.
         cross_attention_interval: Of ``gated_cross_attention``: before every n-th layer of the decoder.
         frozen: Towers without gradients, always in eval mode: of ``text``, ``image``, ``audio``, ``decoder``.
-        pooling: ``mean`` over the tokens of a text (or of what is joined) or its ``last``; by default mean, or last where
-            the text model is a causal decoder (``merge``, ``gated_cross_attention``). Pictures and sound are averaged.
+        pooling: ``mean`` over the tokens of a text (or of what is joined) or its ``last``; by default mean, or last
+            where the text model is a causal decoder (``merge``, ``gated_cross_attention``). Pictures and sound are
+            averaged.
         classifier_dropout: Of the classification head.
         classifier_hidden: Whether that head has a hidden layer.
         language_modeling_weight, contrastive_weight, reconstruction_weight: Of the parts of the loss. The second aligns

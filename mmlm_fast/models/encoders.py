@@ -55,15 +55,18 @@ class MMLMEncoderModel(MMLMPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.text_tower.get_input_embeddings()
+        return self.text_tower.get_input_embeddings()  # type: ignore[operator]
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.text_tower.set_input_embeddings(value)
+        self.text_tower.set_input_embeddings(value)  # type: ignore[operator]
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Encoded:
         """Text ``[B, T]``; a row whose mask is all zeros has none."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         mask = mask.bool()
+        if input_ids.shape[1] == 0:
+            nothing = torch.zeros(*input_ids.shape, width_of(self.config), device=input_ids.device, dtype=self.dtype)
+            return Encoded(nothing, mask)
         seen = mask.clone()
         seen[:, 0] |= ~mask.any(1)  # a row that sees nothing is NaN in some attention kernels
         states = tokens_of(self.text_tower, input_ids=input_ids, attention_mask=seen.to(torch.int64))

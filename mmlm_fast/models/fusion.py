@@ -36,9 +36,7 @@ class MMLMFusion(nn.Module):
         else:  # a single modality has nothing to be gated with
             self.fuse = FuseModalities("mean" if fusion == "gated" else fusion, hidden_size, 1 + num_others)
 
-    def forward(
-        self, first: Tensor, others: Tensor, present: Tensor, *, return_weights: bool = False
-    ) -> Any:
+    def forward(self, first: Tensor, others: Tensor, present: Tensor, *, return_weights: bool = False) -> Any:
         """
         Args:
             first: ``[B, T, H]``.
@@ -49,7 +47,7 @@ class MMLMFusion(nn.Module):
         Returns:
             ``[B, T, H]``.
         """
-        modalities = list(others.split(1, dim=1))  # [B, 1, H] each: broadcast over the tokens
+        modalities = [x[:, None] for x in others.unbind(1)]  # [B, 1, H] each: broadcast over the tokens
         if self.fusion == "concat":
             every = [torch.where(present[:, i, None, None], x, 0) for i, x in enumerate([first, *modalities])]
             fused = self.linear(*every)
@@ -90,7 +88,8 @@ def add_cross_attention(language_model: nn.Module, interval: int) -> nn.ModuleLi
     Raises:
         ValueError: for a decoder that has no list of layers, or does not hand keyword arguments to them.
     """
-    layers, config = getattr(language_model, "layers", None), language_model.config
+    layers: Any = getattr(language_model, "layers", None)
+    config: Any = language_model.config
     if not isinstance(layers, nn.ModuleList) or not hasattr(config, "num_key_value_heads"):
         raise ValueError(
             f"gated_cross_attention needs a decoder with `layers` and grouped heads, such as Llama or Qwen, got "

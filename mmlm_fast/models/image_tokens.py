@@ -40,7 +40,7 @@ class MMLMImageTokenizerConfig(PretrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_stages < 1 or self.image_size % 2**self.num_stages or self.codebook_size < 2:
             raise ValueError(
-                f"image_size must be a multiple of 2 ** num_stages, num_stages at least 1 and codebook_size at least 2, "
+                f"image_size must be a multiple of 2 ** num_stages, num_stages at least 1 and codebook_size 2, "
                 f"got {self.image_size}, {self.num_stages} and {self.codebook_size}"
             )
         super().__post_init__(**kwargs)
@@ -62,8 +62,8 @@ class MMLMImageTokenizerOutput(ModelOutput):
 
 
 class MMLMImageTokenizer(PreTrainedModel):
-    """VQ-VAE (van den Oord et al. 2017) whose codebook follows moving averages; codes out of use start anew from what is
-    encoded (Razavi et al. 2019, appendix; Dhariwal et al. 2020).
+    """VQ-VAE (van den Oord et al. 2017) whose codebook follows moving averages; codes out of use start anew from what
+    is encoded (Razavi et al. 2019, appendix; Dhariwal et al. 2020).
 
     transformers' own (Janus, Chameleon, Emu3) are frozen parts of larger models and pass no gradient to their encoders.
     """
@@ -112,7 +112,7 @@ class MMLMImageTokenizer(PreTrainedModel):
 
     @can_return_tuple
     def forward(self, pixel_values: Tensor, return_loss: bool = True, **kwargs: Any) -> MMLMImageTokenizerOutput:
-        """Reconstruction and loss; in training mode the codebook moves. `return_loss` only tells Trainer of the loss."""
+        """Reconstruction and loss; in training mode the codebook moves. `return_loss` tells Trainer of the loss."""
         features = self._features(pixel_values)
         if self.training:
             self._learn(features.detach().flatten(0, 1).float())

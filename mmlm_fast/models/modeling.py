@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModel, GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
@@ -20,12 +20,14 @@ from mmlm_fast.nn import LazyLinear
 
 @dataclass
 class MMLMModelOutput(BaseModelOutputWithPast):
-    """`fusion_context` [B, k, H] and `fusion_present` [B, k]: what later decoding steps fuse with: the pooled features of
-    the modalities, or all their tokens (`gated_cross_attention`)."""
+    """`fusion_context` [B, k, H] and `fusion_present` [B, k]: what later decoding steps fuse with: the pooled features
+    of the modalities, or all their tokens (`gated_cross_attention`)."""
 
     fusion_context: Tensor | None = None
     fusion_present: Tensor | None = None
-    modality_features: dict[str, tuple[Tensor, Tensor]] | None = None  # projected tokens of what was given; which are there
+    modality_features: dict[str, tuple[Tensor, Tensor]] | None = (
+        None  # projected tokens of what was given; which are there
+    )
 
 
 @dataclass
@@ -132,8 +134,8 @@ class MMLMModel(MMLMPreTrainedModel):
         """
         Args:
             input_ids: ``[B, T]``; with fusion ``merge`` it holds one placeholder per feature token.
-            pixel_values: ``[num_images, C, H, W]`` in order of appearance (``merge``); else ``[B, C, H, W]`` or, several
-                pictures or frames a sample, ``[B, F, C, H, W]``.
+            pixel_values: ``[num_images, C, H, W]`` in order of appearance (``merge``); else ``[B, C, H, W]`` or,
+                several pictures or frames a sample, ``[B, F, C, H, W]``.
             input_features: ``[num_clips, mel, frames]``, or ``[B, mel, frames]`` or ``[B, F, mel, frames]``, likewise.
             image_mask, audio_mask: Bool ``[B]`` or ``[B, F]``, False where `pixel_values` or `input_features` hold a
                 filler. With ``merge``, leave fillers and masks out.
@@ -202,6 +204,9 @@ class MMLMForConditionalGeneration(MMLMPreTrainedModel, GenerationMixin):
         self.model = MMLMModel(config)
         # In training the loss takes no logits; asked for, they are there.
         self.lm_head = LazyLinear(text_config.hidden_size, text_config.vocab_size, bias=False)
+        placeholders = [t for t in (config.image_token_id, config.audio_token_id) if t is not None]
+        if config.fusion == "merge" and placeholders:
+            self.generation_config.suppress_tokens = placeholders  # the model writes none: no feature would go there
         if config.contrastive_weight:
             self.alignment = MMLMAlignment(
                 text_config.hidden_size, config.projection_dim, config.contrastive_loss, self.model.modalities

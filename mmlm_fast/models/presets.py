@@ -1,7 +1,7 @@
 """Ready-made configurations and processors, random weights, no download: the systems that multimodal articles describe.
 
-Sizes default to ones that train in seconds on a CPU; the docstrings give the published ones. Weights of published towers
-come by `from_towers`.
+Sizes default to ones that train in seconds on a CPU; the docstrings give the published ones. Weights of published
+towers come by `from_towers`.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ Built = tuple[MMLMConfig, MMLMProcessor]
 
 @dataclass(frozen=True)
 class Preset:
-    """`build(**options)` gives configuration and processor of the model class named `model`; `task` is its usual one."""
+    """`build(**options)` gives configuration and processor of the class named `model`; `task` is its usual one."""
 
     build: Callable[..., Built]
     model: str
@@ -136,13 +136,18 @@ def two_encoder_seq2seq(
     tokenizer: Any = None,
     **options: Any,
 ) -> Built:
-    """CNN of the picture, word embeddings of the text, an RNN over the spectrogram if wanted, joined feature by feature;
-    an LSTM decoder.
+    """CNN of the picture, word embeddings of the text, an RNN over the spectrogram if wanted, joined feature by
+    feature; an LSTM decoder.
 
     Published: words as tokens, Adam, 10 epochs in batches of 32.
     """
     tokenizer = tokenizer or byte_tokenizer(padding_side="right")
-    hearing = {"model_type": "mmlm_conv_audio", "hidden_size": hidden_size, "hidden_sizes": [hidden_size], "recurrent": True}
+    hearing = {
+        "model_type": "mmlm_conv_audio",
+        "hidden_size": hidden_size,
+        "hidden_sizes": [hidden_size],
+        "recurrent": True,
+    }
     config = MMLMConfig(
         **{
             "text_config": _lstm(tokenizer, hidden_size, num_hidden_layers=0),
@@ -170,8 +175,8 @@ def mmlm_basic(
     tokenizer: Any = None,
     **options: Any,
 ) -> Built:
-    """Embedding and LSTM for text, convolution, pooling and a linear layer for pictures, a CNN for sound; a linear layer
-    over all three; an LSTM decoder.
+    """Embedding and LSTM for text, convolution, pooling and a linear layer for pictures, a CNN for sound; a linear
+    layer over all three; an LSTM decoder.
 
     Published: 10,000 words, pictures of 224, LSTM of 256 where the fusion expects 128: here all are `hidden_size`.
     """
@@ -213,7 +218,11 @@ def transformer_encoder_decoder(
         **{
             "text_config": _bert(tokenizer, hidden_size, num_hidden_layers),
             "vision_config": _resnet(16),
-            "audio_config": {"model_type": "mmlm_conv_audio", "hidden_sizes": [64, 64, 64], "hidden_size": hidden_size},
+            "audio_config": {
+                "model_type": "mmlm_conv_audio",
+                "hidden_sizes": [64, 64, 64, 64],
+                "hidden_size": hidden_size,
+            },
             "joint_config": _bert(tokenizer, hidden_size, num_hidden_layers) | {"vocab_size": 1, "pad_token_id": 0},
             "decoder_config": decoder | {"add_cross_attention": True},
             "fusion": "attention",
@@ -243,7 +252,11 @@ def clip_contrastive(
         **{
             "text_config": _bert(tokenizer, hidden_size, num_hidden_layers),
             "vision_config": _siglip(hidden_size, num_hidden_layers, image_size, patch_size),
-            "audio_config": {"model_type": "mmlm_conv_audio", "hidden_sizes": [64, 64], "hidden_size": hidden_size}
+            "audio_config": {
+                "model_type": "mmlm_conv_audio",
+                "hidden_sizes": [64, 64, 64, 64],
+                "hidden_size": hidden_size,
+            }
             if audio
             else None,
             "fusion": "mean",
@@ -275,7 +288,11 @@ def resnet_text_classifier(
         **{
             "text_config": _bert(tokenizer, hidden_size, num_hidden_layers),
             "vision_config": _resnet(resnet_width),
-            "audio_config": {"model_type": "mmlm_conv_audio", "hidden_sizes": [64, 64], "hidden_size": hidden_size}
+            "audio_config": {
+                "model_type": "mmlm_conv_audio",
+                "hidden_sizes": [64, 64, 64, 64],
+                "hidden_size": hidden_size,
+            }
             if audio
             else None,
             "fusion": "concat",

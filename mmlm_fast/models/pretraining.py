@@ -71,7 +71,10 @@ class MMLMForPreTraining(MMLMPreTrainedModel):
         `return_loss` only tells Trainer that there is one without labels.
         """
         config, parts = self.config, {}
-        towers = {"image": (pixel_values, "vision_tower", image_mask), "audio": (input_features, "audio_tower", audio_mask)}
+        towers = {
+            "image": (pixel_values, "vision_tower", image_mask),
+            "audio": (input_features, "audio_tower", audio_mask),
+        }
         if config.language_modeling_weight and input_ids is not None:
             parts["language_modeling"] = self._masked_language_modeling(input_ids, attention_mask)
         if config.contrastive_weight and input_ids is not None:
@@ -100,7 +103,7 @@ class MMLMForPreTraining(MMLMPreTrainedModel):
                 hidden &= input_ids != token
         if attention_mask is not None:
             hidden &= attention_mask.bool()
-        shown = input_ids.masked_fill(hidden, self.config.mask_token_id)
+        shown = torch.where(hidden, self.config.mask_token_id, input_ids)  # type: ignore[arg-type]
         states = self.model.encode_text(shown, attention_mask).states
         labels = input_ids.masked_fill(~hidden, -100)
         head = self.lm_head

@@ -85,7 +85,7 @@ class _Tower(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, (nn.LSTM, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)):
+        if isinstance(module, (nn.LSTM, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding, nn.GroupNorm, nn.LayerNorm)):
             module.reset_parameters()  # torch's own start, which small networks learn from
         else:
             super()._init_weights(module)
@@ -139,7 +139,11 @@ class MMLMLSTMModel(_Tower):
         """
         if inputs_embeds is None:
             if self.embed_tokens is None or input_ids is None:
-                raise ValueError("pass inputs_embeds: this LSTM has no vocabulary" if self.embed_tokens is None else "pass input_ids or inputs_embeds, got neither")
+                raise ValueError(
+                    "pass inputs_embeds: this LSTM has no vocabulary"
+                    if self.embed_tokens is None
+                    else "pass input_ids or inputs_embeds, got neither"
+                )
             inputs_embeds = self.embed_tokens(input_ids)
         states, length = self.dropout(inputs_embeds), inputs_embeds.shape[1]
         mask = None if attention_mask is None or attention_mask.dim() != 2 else attention_mask[:, -length:].bool()
@@ -149,16 +153,20 @@ class MMLMLSTMModel(_Tower):
             order = mask.int().argsort(dim=1, descending=True, stable=True)
             states = _rows(states, order)
         for i, layer in enumerate(self.layers):
-            states = self._run(layer, states, mask if length > 1 else None, cache, i)
+            states = self._run(
+                layer,
+                states,
+                mask if length > 1 else None,
+                cache,
+                i,
+            )
         if order is not None:
             states = torch.where(mask[..., None], _rows(states, order.argsort(1)), 0)  # type: ignore[index]
         if encoder_hidden_states is not None:
-            states = torch.tanh(
-                self.attention(states, _attend(states, encoder_hidden_states, encoder_attention_mask))
-            )
+            states = torch.tanh(self.attention(states, _attend(states, encoder_hidden_states, encoder_attention_mask)))
         return BaseModelOutputWithPast(last_hidden_state=self.dropout(states), past_key_values=past_key_values)
 
-    def _run(self, layer: nn.LSTM, x: Tensor, mask: Tensor | None, cache: Any, index: int) -> Tensor:
+    def _run(self, layer: Any, x: Tensor, mask: Tensor | None, cache: Any, index: int) -> Tensor:
         if cache is None:
             return layer(x)[0]
         state = _last_state(cache, index)
@@ -197,7 +205,9 @@ def _last_state(cache: Any, index: int) -> tuple[Tensor, Tensor] | None:
     if not layer.is_initialized:
         return None
     last = torch.as_tensor(length, device=layer.keys.device).reshape(1) - 1
-    states = tuple(x.index_select(2, last.clamp(min=0))[:, 0].transpose(0, 1).contiguous() for x in (layer.keys, layer.values))
+    states = tuple(
+        x.index_select(2, last.clamp(min=0))[:, 0].transpose(0, 1).contiguous() for x in (layer.keys, layer.values)
+    )
     return states  # type: ignore[return-value]
 
 
@@ -231,21 +241,21 @@ class MMLMConvImageModel(_Tower):
         self.stages = nn.Sequential(*stages)
         side = config.image_size // 2 ** len(config.hidden_sizes or ())
         self.linear = nn.Linear(width * side**2, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size)
         self.post_init()
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutput:
         """``[N, C, height, width]`` to ``[N, 1, H]``."""
         size, channels = self.config.image_size, self.config.num_channels
         if pixel_values.shape[1:] != (channels, size, size):
-            raise ValueError(
-                f"pixel_values must be [N, {channels}, {size}, {size}], got {tuple(pixel_values.shape)}"
-            )
-        return BaseModelOutput(last_hidden_state=self.linear(self.stages(pixel_values).flatten(1))[:, None])
+            raise ValueError(f"pixel_values must be [N, {channels}, {size}, {size}], got {tuple(pixel_values.shape)}")
+        states = self.linear(self.stages(pixel_values).flatten(1))
+        return BaseModelOutput(last_hidden_state=self.norm(states)[:, None])
 
 
 class MMLMConvAudioModel(_Tower):
-    """Stages of convolution along time, ReLU and max-pooling by 2, then a linear layer or an LSTM: a state every few
-    frames."""
+    """Stages of convolution along time, normalisation, ReLU and max-pooling by 2, then a linear layer or an LSTM: a
+    state every few frames."""
 
     config_class = MMLMConvAudioConfig
     main_input_name = "input_features"
@@ -255,13 +265,14 @@ class MMLMConvAudioModel(_Tower):
         stages: list[nn.Module] = []
         width = config.num_mel_bins
         for out in config.hidden_sizes or ():
-            stages += [nn.Conv1d(width, out, 3, padding=1), nn.ReLU(), nn.MaxPool1d(2)]
+            stages += [nn.Conv1d(width, out, 3, padding=1), nn.GroupNorm(1, out), nn.ReLU(), nn.MaxPool1d(2)]
             width = out
         self.stages = nn.Sequential(*stages)
         if config.recurrent:
             self.lstm = nn.LSTM(width, config.hidden_size, batch_first=True)
         else:
             self.linear = nn.Linear(width, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size)
         self.post_init()
 
     def forward(self, input_features: Tensor, **kwargs: Any) -> BaseModelOutput:
@@ -271,7 +282,8 @@ class MMLMConvAudioModel(_Tower):
                 f"input_features must be [N, {self.config.num_mel_bins}, frames], got {tuple(input_features.shape)}"
             )
         states = self.stages(input_features).mT
-        return BaseModelOutput(last_hidden_state=self.lstm(states)[0] if self.config.recurrent else self.linear(states))
+        states = self.lstm(states)[0] if self.config.recurrent else self.linear(states)
+        return BaseModelOutput(last_hidden_state=self.norm(states))
 
 
 class MMLMMeanModel(_Tower):
@@ -304,11 +316,15 @@ for _config, _model in (
 def make_tower(config: PretrainedConfig) -> nn.Module:
     """The model of a configuration; of an encoder–decoder (Whisper, T5, BART), its encoder."""
     tower = AutoModel.from_config(config)
-    tower = tower.get_encoder() if getattr(config, "is_encoder_decoder", False) else tower
-    for name in ("pooler", "head"):  # what makes one vector of the states, which nothing here reads
+    return tower.get_encoder() if getattr(config, "is_encoder_decoder", False) else tower
+
+
+def freeze_poolers(tower: nn.Module) -> None:
+    """Keep what makes one vector of a tower's states, which nothing here reads, out of training: DDP refuses parameters
+    without gradients."""
+    for name in ("pooler", "head"):
         if isinstance(getattr(tower, name, None), nn.Module):
             getattr(tower, name).requires_grad_(False)
-    return tower
 
 
 def tokens_of(tower: nn.Module, *args: Tensor, **kwargs: Any) -> Tensor:

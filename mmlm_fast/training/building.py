@@ -19,7 +19,7 @@ PADS_LEFT = ("MMLMForConditionalGeneration",)
 def class_of(settings: TrainSettings) -> Any:
     """The class of the model: the preset's, or where the task is of another kind (fine-tuning after pre-training), the
     task's."""
-    kinds = {
+    kinds: dict[str, Any] = {
         "classification": models.MMLMForClassification,
         "retrieval": models.MMLMForContrastive,
         "pretraining": models.MMLMForPreTraining,
@@ -45,7 +45,7 @@ def build(settings: TrainSettings, labels: Sequence[str], texts: Sequence[str]) 
     if labels:
         options |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
         options.pop("num_labels", None)
-    if settings.start_from is not None:
+    if settings.start_from:
         folder = settings.path(settings.start_from)
         if not (folder / "config.json").is_file():
             raise ValueError(f"start_from: no model in {folder}")
@@ -57,7 +57,9 @@ def build(settings: TrainSettings, labels: Sequence[str], texts: Sequence[str]) 
         config, processor = PRESETS[settings.preset].build(options.pop("fusion"), tokenizer=tokenizer, **options)
     else:
         config, processor = PRESETS[settings.preset].build(tokenizer=tokenizer, **options)
-    return (from_checkpoints(cls, settings.towers, config, processor) if settings.towers else (cls(config), processor))
+    if TASKS[settings.task].kind in ("classification", "retrieval"):  # towers of what is not used are not built
+        config.modalities = [m for m in config.modalities or () if m in settings.data.modalities]
+    return from_checkpoints(cls, settings.towers, config, processor) if settings.towers else (cls(config), processor)
 
 
 def _tokenizer(name: str, side: str, texts: Sequence[str], options: dict[str, Any]) -> Any:

@@ -127,13 +127,15 @@ def stamps_folder() -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def stamps(kind: str, split: str, *, count: int | None = None, seed: int = 0, languages: Any = LANGUAGES) -> list[Sample]:
+def stamps(
+    kind: str, split: str, *, count: int | None = None, seed: int = 0, languages: Any = LANGUAGES
+) -> list[Sample]:
     """Stamps of Tux Paint (GPL-2, Debian's ``tuxpaint-stamps-default``): pictures with captions and spoken captions.
 
     Args:
         kind: ``topic``: picture, caption in one of the languages and its reading where there is one; the label is the
-            topic, of the ten with the most stamps. ``caption``: a picture and an instruction in a language; the target is
-            the caption in it. ``pair``: picture, caption and reading in the same language, for retrieval.
+            topic, of the ten with the most stamps. ``caption``: a picture and an instruction in a language; the target
+            is the caption in it. ``pair``: picture, caption and reading in the same language, for retrieval.
         split: ``train`` or ``eval``, one fifth, by English caption: no caption is in both.
         count: Number of samples; by default one a stamp and language (``topic``, ``pair``: one a stamp).
         languages: Of captions and readings, by two letters.
@@ -143,7 +145,9 @@ def stamps(kind: str, split: str, *, count: int | None = None, seed: int = 0, la
     """
     folder = stamps_folder()
     if folder is None:
-        raise ValueError("stamps: not installed: apt install tuxpaint-stamps-default, or name the folder in MMLM_FAST_STAMPS")
+        raise ValueError(
+            "stamps: not installed: apt install tuxpaint-stamps-default, or name the folder in MMLM_FAST_STAMPS"
+        )
     if kind not in ("topic", "caption", "pair") or split not in ("train", "eval"):
         raise ValueError(f"stamps: kind must be topic, caption or pair, split train or eval, got {kind!r}, {split!r}")
     found = _stamps(folder)
@@ -162,7 +166,11 @@ def stamps(kind: str, split: str, *, count: int | None = None, seed: int = 0, la
         chosen = spoken if kind == "caption" else [spoken[rng.integers(len(spoken))]] if spoken else ["en"]
         for language in chosen:
             audio = () if kind == "caption" or language not in readings else (readings[language],)
-            asked = {"text": INSTRUCTIONS[language], "target": texts[language]} if kind == "caption" else {"text": texts[language]}
+            asked: dict[str, Any] = (
+                {"text": INSTRUCTIONS[language], "target": texts[language]}
+                if kind == "caption"
+                else {"text": texts[language]}
+            )
             label = topic if kind == "topic" else None
             name = f"stamps/{kind}/{split}:{path.relative_to(folder)}/{language}"
             samples.append(Sample(name=name, images=(path,), audio=audio, label=label, **asked))

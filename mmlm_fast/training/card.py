@@ -40,7 +40,8 @@ def _text(folder: Path, result: dict[str, Any], examples: Sequence[dict[str, Any
         f"# {folder.resolve().name}",
         "",
         f"Preset `{result['preset']}` of mmlm-fast, task {result['task']}, fusion {result['fusion']}, modalities "
-        f"{', '.join(result['modalities'])}; {result['num_parameters']:,} parameters; seed {result['seed']}; trained on "
+        f"{', '.join(result['modalities'])}; {result['num_parameters']:,} parameters; seed {result['seed']}; trained on"
+        " "
         f"{counts['train']} samples, judged on {counts['eval']} others, in {result['seconds']:.0f} s.",
         "",
         "## Metrics",
@@ -64,10 +65,25 @@ def _text(folder: Path, result: dict[str, Any], examples: Sequence[dict[str, Any
     return "\n".join(lines) + "\n"
 
 
+def summary_lines(result: dict[str, Any]) -> list[str]:
+    """The numbers in a few lines of plain text."""
+    lines = [f"{k}: {_shown(v)}" for k, v in result["metrics"].items() if isinstance(v, (float, list))]
+    if result["chance"] is not None:
+        lines.append(f"chance: {result['chance']:.4f}")
+    name = next(iter(result["metrics"]), None)
+    for modality, control in result["controls"].items():
+        low, high = control["loss_interval"]
+        lines.append(f"{modality} shuffled: {name} {control['metrics'][name]:.4f}, loss {low:.4f} – {high:.4f}")
+    if result["bad_samples"]:
+        lines.append(f"bad samples left out: {len(result['bad_samples'])}")
+        lines += [f"  {problem}" for problem in result["bad_samples"][:10]]
+    return lines
+
+
 def control_sentence() -> str:
     return (
-        "Each row: the same evaluation with one modality taken from another sample. The interval is of the mean loss of "
-        "score (95 %, bootstrap over samples); above 0, the model uses the modality."
+        "Each row: the same evaluation with one modality taken from another sample. The interval is of the mean loss "
+        "of score (95 %, bootstrap over samples); above 0, the model uses the modality."
     )
 
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from mmlm_fast.training import metrics
 from mmlm_fast.training.samples import Sample
 from mmlm_fast.training.search import embed
-from mmlm_fast.training.tasks import Collator, shuffled
+from mmlm_fast.training.tasks import Collator, match_of, shuffled
 
 
 @dataclass
@@ -68,7 +68,12 @@ def evaluate(
 
 
 def controls(
-    model: Any, collator: Collator, samples: Sequence[Sample], intact: Evaluation, modalities: Sequence[str], **options: Any
+    model: Any,
+    collator: Collator,
+    samples: Sequence[Sample],
+    intact: Evaluation,
+    modalities: Sequence[str],
+    **options: Any,
 ) -> dict[str, dict[str, Any]]:
     """For each modality the metrics with that modality shuffled among the samples, and the interval of what is lost.
 
@@ -133,12 +138,12 @@ def _generation(
 
 
 def _retrieval(model: Any, collator: Collator, samples: Sequence[Sample], batches: list[dict[str, Any]]) -> Evaluation:
-    """Each modality against all different texts, both ways; the first direction, of pictures where there are some, gives
-    the scores."""
+    """Each modality against all different texts, both ways; the first direction, of pictures where there are some,
+    gives the scores."""
     texts = [sample.text for sample in samples]
-    different = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-    columns = np.array([different[text] for text in texts])
-    first_row = np.array([texts.index(text) for text in different])
+    first_row = np.array([texts.index(text) for text in dict.fromkeys(texts)])
+    keys = [match_of(sample) for sample in samples]
+    matches = np.array([[key == keys[row] for row in first_row] for key in keys])
     text_embeds = embed(model, batches, "text").numpy()[first_row]
     found: dict[str, Any] = {}
     scores = np.zeros(0)
@@ -148,7 +153,7 @@ def _retrieval(model: Any, collator: Collator, samples: Sequence[Sample], batche
         embeds = embed(model, batches, modality).numpy()
         there = np.abs(embeds).sum(1) > 0
         similarity = embeds[there] @ text_embeds.T
-        positive = columns[there][:, None] == np.arange(len(different))[None]
+        positive = matches[there]
         forward, hits = metrics.retrieval(similarity, positive)
         asked = positive.any(0)
         backward, _ = metrics.retrieval(similarity.T[asked], positive.T[asked])

@@ -65,9 +65,7 @@ def text_scores(name: str, references: Sequence[str], predictions: Sequence[str]
         return np.array([text(name, [r], [p]) for r, p in zip(references, predictions, strict=True)])
     import sacrebleu
 
-    return np.array(
-        [sacrebleu.sentence_chrf(p, [r]).score for r, p in zip(references, predictions, strict=True)]
-    )
+    return np.array([sacrebleu.sentence_chrf(p, [r]).score for r, p in zip(references, predictions, strict=True)])
 
 
 def retrieval(similarity: np.ndarray, positive: np.ndarray) -> tuple[dict[str, float], np.ndarray]:

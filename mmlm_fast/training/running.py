@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import transformers
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from mmlm_fast.models import generate_images
@@ -19,7 +19,8 @@ from mmlm_fast.training.building import build, image_tokenizer_of
 from mmlm_fast.training.builtin import BUILTIN
 from mmlm_fast.training.card import write_card
 from mmlm_fast.training.evaluation import Evaluation, controls, evaluate
-from mmlm_fast.training.samples import Sample, read_samples, usable
+from mmlm_fast.training.metrics import interval
+from mmlm_fast.training.samples import Sample, load, read_samples, usable
 from mmlm_fast.training.settings import TrainSettings
 from mmlm_fast.training.tasks import TASKS, Collator
 
@@ -55,8 +56,8 @@ class SampleList(Dataset):
 def train(
     settings: TrainSettings, *, resume: bool = False, overwrite: bool = False, progress: bool = True
 ) -> dict[str, Any]:
-    """Train as `settings` say, evaluate with controls, and write model, processor, metrics.json, predictions.jsonl, model
-    card and TensorBoard logs into ``settings.output``.
+    """Train as `settings` say, evaluate with controls, and write model, processor, metrics.json, predictions.jsonl,
+    model card and TensorBoard logs into ``settings.output``.
 
     Args:
         resume: Go on from the last checkpoint in the output folder.
@@ -90,11 +91,15 @@ def train(
     options: dict[str, Any] = dict(labels=labels, modalities=settings.data.modalities, image_tokenizer=painter)
     options |= dict(seed=settings.seed, num_frames=settings.data.num_frames)
     collator = Collator(settings.task, model, processor, augment=settings.data.augment, **options)
-    judge = Collator(settings.task, model, processor, augment=settings.evaluation.augment, with_targets=False, **options)
+    judge = Collator(
+        settings.task, model, processor, augment=settings.evaluation.augment, with_targets=False, **options
+    )
     skip = settings.data.bad_samples == "skip"
     train_samples, bad = usable(train_samples, collator.check, skip=skip, progress=progress)
     eval_samples, more = usable(eval_samples, collator.check, skip=skip, progress=progress)
-    history = fit(model, collator, train_samples, eval_samples, settings, output, checkpoint if resume else None, progress)
+    history = fit(
+        model, collator, train_samples, eval_samples, settings, output, checkpoint if resume else None, progress
+    )
     result: dict[str, Any] = {
         "task": settings.task,
         "preset": settings.preset,
@@ -111,7 +116,8 @@ def train(
     model.save_pretrained(output)
     processor.save_pretrained(output)
     if painter is not None:
-        result["pictures"] = _paint(model, painter, processor, eval_samples, output)
+        result["pictures"], more_metrics = paint(model, painter, judge, train_samples, eval_samples, output)
+        result["metrics"] |= more_metrics
     (output / "metrics.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     lines = [json.dumps(row, ensure_ascii=False) for row in shown]
     (output / "predictions.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
@@ -143,7 +149,9 @@ def _labels(settings: TrainSettings, samples: Sequence[Sample]) -> list[str]:
         return []
     if settings.data.labels:
         return settings.data.labels
-    found = {str(x) for s in samples for x in (s.label if isinstance(s.label, list) else [s.label]) if s.label is not None}
+    found = {
+        str(x) for s in samples for x in (s.label if isinstance(s.label, list) else [s.label]) if s.label is not None
+    }
     if len(found) < 2:
         raise ValueError(f"classification needs two labels or more, got {sorted(found)}; name them in data.labels")
     return sorted(found)
@@ -180,6 +188,8 @@ def fit(
         eval_dataset=SampleList(eval_samples),
         data_collator=collator,
     )
+    if not progress:
+        trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=checkpoint)
     return trainer.state.log_history
 
@@ -206,7 +216,7 @@ def judge_model(
 
 
 def chance(judge: Collator, samples: Sequence[Sample], intact: Evaluation) -> float | None:
-    """Of always naming the most frequent class of these samples, or of a random candidate; None where neither is one."""
+    """Of always naming the most frequent class of these samples, or of a random candidate; None for neither."""
     if judge.task.kind == "retrieval":
         return intact.metrics["chance_at_1"]
     if judge.task.kind == "classification" and not (judge.several or judge.regression):
@@ -222,14 +232,18 @@ def _as_generation(settings: TrainSettings) -> TrainSettings:
 
 
 def _image_tokenizer(
-    settings: TrainSettings, output: Path, train_samples: Sequence[Sample], eval_samples: Sequence[Sample], progress: bool
+    settings: TrainSettings,
+    output: Path,
+    train_samples: Sequence[Sample],
+    eval_samples: Sequence[Sample],
+    progress: bool,
 ) -> Any:
     """For pictures from text: the tokenizer named, or one trained first on the same pictures."""
     from mmlm_fast.models import MMLMImageTokenizer
 
     if settings.task != "image_generation":
         return None
-    if settings.image_tokenizer is not None:
+    if settings.image_tokenizer:
         return MMLMImageTokenizer.from_pretrained(settings.path(settings.image_tokenizer)).eval()
     painter = image_tokenizer_of(settings)
     _, processor = build(settings, (), ())
@@ -243,20 +257,54 @@ def _image_tokenizer(
     return painter.eval()
 
 
-def _paint(model: Any, painter: Any, processor: Any, samples: Sequence[Sample], output: Path) -> list[dict[str, Any]]:
-    """One picture for each different text, at most sixteen, as PNG files."""
+def paint(
+    model: Any,
+    painter: Any,
+    judge: Collator,
+    train_samples: Sequence[Sample],
+    eval_samples: Sequence[Sample],
+    output: Path,
+    draws: int = 4,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Pictures of the different texts, `draws` each by sampling, the first of each as PNG files.
+
+    Returns:
+        Text and file of each; and where samples have labels, how often a classifier (scikit-learn's SVC, trained on the
+        real training pictures) reads the label of the text from the generated picture, from the picture of another text
+        (the control), and from real held-out pictures.
+    """
     from PIL import Image
 
-    texts = list(dict.fromkeys(sample.text for sample in samples))[:16]
-    pixels = generate_images(model.eval(), painter, processor, texts)
-    means, deviations = (
-        torch.tensor(getattr(processor.image_processor, name))[:, None, None] for name in ("image_mean", "image_std")
-    )
+    by_text = {sample.text: sample for sample in eval_samples}
+    asked = [sample for sample in by_text.values() for _ in range(draws)]
+    pixels = generate_images(
+        model.eval(), painter, judge.processor, [sample.text for sample in asked], do_sample=True
+    ).cpu()
     folder = output / "pictures"
     folder.mkdir(exist_ok=True)
+    means, deviations = (
+        torch.tensor(getattr(judge.processor.image_processor, name))[:, None, None]
+        for name in ("image_mean", "image_std")
+    )
     rows = []
-    for i, (text, picture) in enumerate(zip(texts, pixels, strict=True)):
-        values = ((picture.cpu() * deviations + means).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    for i, (sample, picture) in enumerate(zip(asked[::draws], pixels[::draws], strict=True)):
+        values = ((picture * deviations + means).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
         Image.fromarray(values).save(folder / f"{i}.png")
-        rows.append({"text": text, "file": f"pictures/{i}.png"})
-    return rows
+        rows.append({"text": sample.text, "file": f"pictures/{i}.png"})
+    if any(sample.label is None for sample in (*train_samples, *eval_samples)):
+        return rows, {}
+    from sklearn.svm import SVC
+
+    real = [judge.pixels([load(sample)]).flatten().numpy() for sample in train_samples[:2000]]
+    reader = SVC().fit(real, [str(sample.label) for sample in train_samples[:2000]])
+    said = reader.predict(pixels.flatten(1).numpy())
+    labels = np.array([str(sample.label) for sample in asked])
+    hits = (said == labels).astype(float)
+    others = (said == np.roll(labels, draws * (len(by_text) // 2))).astype(float)
+    held_out = [judge.pixels([load(sample)]).flatten().numpy() for sample in eval_samples]
+    return rows, {
+        "read_as_asked": float(hits.mean()),
+        "read_as_asked_interval": list(interval(hits)),
+        "read_as_another_text_asked": float(others.mean()),
+        "real_pictures_read": float(reader.score(held_out, [str(sample.label) for sample in eval_samples])),
+    }

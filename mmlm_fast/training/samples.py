@@ -56,8 +56,8 @@ class Loaded:
 
 
 def read_samples(path: str | Path) -> list[Sample]:
-    """Samples of a JSON-lines file: one object a line with some of ``image`` (path or list), ``video``, ``audio`` (path or
-    list), ``text``, ``target``, ``label``, ``messages``. Paths are relative to the file.
+    """Samples of a JSON-lines file: one object a line with some of ``image`` (path or list), ``video``, ``audio``
+    (path or list), ``text``, ``target``, ``label``, ``messages``. Paths are relative to the file.
 
     Raises:
         BadSampleError: for a line that is no such object, or names a file that is not there.
@@ -128,23 +128,21 @@ def _picture(source: Any) -> Any:
 
     if not isinstance(source, (str, Path)):
         return source.convert("RGB")
-    with Image.open(source) as picture:
-        picture.load()
-        if picture.mode in ("RGBA", "LA", "P"):  # what is transparent is white, as on paper
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        return picture.convert("RGB")
+    with Image.open(source) as file:
+        if file.mode not in ("RGBA", "LA", "P"):
+            return file.convert("RGB")
+        picture = file.convert("RGBA")  # what is transparent is white, as on paper
+        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
 
 
 def _clip(source: Any) -> np.ndarray:
     if isinstance(source, (str, Path)):
-        clip, _ = read_audio(source, sampling_rate=SAMPLING_RATE)
+        waveform, rate = read_audio(source, sampling_rate=SAMPLING_RATE)
     else:
-        waveform, rate = source
-        clip = np.asarray(waveform, np.float32)
-        if rate != SAMPLING_RATE and clip.size:
-            clip = resample(torch.from_numpy(clip), rate, SAMPLING_RATE)
-    clip = np.asarray(clip, np.float32)
+        waveform, rate = torch.as_tensor(np.asarray(source[0], np.float32)), source[1]
+    if rate != SAMPLING_RATE and waveform.numel():
+        waveform = resample(waveform, rate, SAMPLING_RATE)  # type: ignore[assignment]
+    clip = np.asarray(waveform, np.float32)
     if clip.ndim != 1 or not clip.size:
         raise ValueError(f"a clip must be mono and not empty, got shape {clip.shape}")
     if not np.isfinite(clip).all():
@@ -208,8 +206,8 @@ def augmented(loaded: Loaded, kinds: Sequence[str], rng: np.random.Generator) ->
     """A changed copy, for training: pictures cropped or mirrored, clips noisier, louder or softer, faster or slower.
 
     Args:
-        kinds: Some of ``crop`` (to 80–100 % of each side), ``flip`` (left to right, half of the time), ``noise`` (15 to 40
-            dB below the clip), ``level`` (±6 dB), ``speed`` (±10 %, with the pitch).
+        kinds: Some of ``crop`` (to 80–100 % of each side), ``flip`` (left to right, half of the time), ``noise`` (15
+            to 40 dB below the clip), ``level`` (±6 dB), ``speed`` (±10 %, with the pitch).
     """
     images, clips = list(loaded.images), list(loaded.clips)
     for i, picture in enumerate(images):

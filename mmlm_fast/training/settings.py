@@ -70,8 +70,8 @@ class TrainSettings:
         preset: Of `mmlm_fast.models.presets.PRESETS`.
         output: Folder of the results.
         seed: Of everything drawn.
-        model: Options of the preset; ``tokenizer`` may be ``bytes`` (default), ``bpe:<tokens>``, trained on the training
-            texts, or a name or folder that AutoTokenizer loads.
+        model: Options of the preset; ``tokenizer`` may be ``bytes`` (default), ``bpe:<tokens>``, trained on the
+            training texts, or a name or folder that AutoTokenizer loads.
         towers: Checkpoints by modality (``text``, ``image``, ``audio``, ``decoder``) whose towers take the preset's
             place, with their tokenizer, image processor and feature extractor.
         start_from: Folder of a trained model to go on from, of the same class or, from pre-training, another.
@@ -83,8 +83,8 @@ class TrainSettings:
     preset: str
     output: str
     seed: int = 0
-    start_from: str | None = None
-    image_tokenizer: str | None = None
+    start_from: str = ""
+    image_tokenizer: str = ""
     data: DataSettings = field(default_factory=DataSettings)
     model: dict[str, Any] = field(default_factory=dict)
     towers: dict[str, str] = field(default_factory=dict)
@@ -145,7 +145,9 @@ def read_settings(source: str | Path, overrides: list[str] | tuple[str, ...] = (
         raise ValueError(f"no configuration {path}")
     if not path.suffix:
         if str(source) not in shipped():
-            raise ValueError(f"no configuration {source}: a .toml, .yaml or .json file, or one of {', '.join(shipped())}")
+            raise ValueError(
+                f"no configuration {source}: a .toml, .yaml or .json file, or one of {', '.join(shipped())}"
+            )
         content, suffix, folder = (_configs() / f"{source}.toml").read_text(encoding="utf-8"), ".toml", Path()
     else:
         content, suffix = path.read_text(encoding="utf-8"), path.suffix

@@ -56,6 +56,12 @@ def kind_of_model(model: Any) -> str:
     return "decoder" if isinstance(model, MMLMForConditionalGeneration) else "encoder"
 
 
+def match_of(sample: Sample) -> Any:
+    """What samples that match each other share: the label where there is one (a caption in any language), else the
+    text."""
+    return sample.text if sample.label is None else ("label", str(sample.label))
+
+
 class Collator:
     """Samples to a batch: files read, in training changed, put through the processor, with labels.
 
@@ -102,8 +108,8 @@ class Collator:
         """Raise `BadSampleError` for what can be seen without reading files."""
         kind = self.task.kind
         text = sample.text or self.task.prompt or bool(sample.messages)
-        needs_text = kind == "retrieval" or (kind == "image_generation") or not (
-            sample.images or sample.audio or sample.video
+        needs_text = (
+            kind == "retrieval" or (kind == "image_generation") or not (sample.images or sample.audio or sample.video)
         )
         if needs_text and not (sample.text.strip() if kind == "retrieval" else text):
             raise BadSampleError(f"{sample.name}: text is empty")
@@ -169,7 +175,7 @@ class Collator:
     def _batch(self, loaded: Sequence[Loaded]) -> dict[str, Tensor]:
         kind = self.task.kind
         if kind == "image_tokenizer":
-            return {"pixel_values": self._pixels(loaded)}
+            return {"pixel_values": self.pixels(loaded)}
         images = [x.images or None for x in loaded] if "image" in self.modalities else None
         audio = [x.clips or None for x in loaded] if "audio" in self.modalities else None
         if kind == "image_generation" or images is None or not any(images):
@@ -186,13 +192,15 @@ class Collator:
             labels = [self.label_of(x.sample) for x in loaded]
             batch["labels"] = torch.tensor(labels)
         elif kind == "retrieval":
-            names = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-            batch["positive_ids"] = torch.tensor([names[text] for text in texts])
+            keys = [match_of(x.sample) for x in loaded]
+            numbers = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+            batch["positive_ids"] = torch.tensor([numbers[key] for key in keys])
         elif kind in ("generation", "image_generation") and self.with_targets:
             self._add_targets(batch, self._targets(loaded))
         return batch
 
-    def _pixels(self, loaded: Sequence[Loaded]) -> Tensor:
+    def pixels(self, loaded: Sequence[Loaded]) -> Tensor:
+        """Values of all pictures, ``[N, C, height, width]``."""
         pictures = [picture for x in loaded for picture in x.images]
         return self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
 
@@ -229,7 +237,7 @@ class Collator:
         if self.task.kind == "generation":
             return [self.target(x.sample) for x in loaded]
         with torch.no_grad():
-            pixels = self._pixels(loaded).to(self.image_tokenizer.device)
+            pixels = self.pixels(loaded).to(self.image_tokenizer.device)
             return codes_as_text(self.image_tokenizer.encode(pixels))
 
     def _add_targets(self, batch: dict[str, Any], targets: Sequence[str]) -> None:
@@ -259,7 +267,9 @@ def shuffled(samples: Sequence[Sample], modality: str, seed: int = 0) -> list[Sa
     """
     fields: dict[str, tuple[str, ...]] = {"text": ("text",), "image": ("images", "video"), "audio": ("audio",)}
     if modality not in fields or len(samples) < 2:
-        raise ValueError(f"modality must be text, image or audio, and samples two or more, got {modality!r}, {len(samples)}")
+        raise ValueError(
+            f"modality must be text, image or audio, and samples two or more, got {modality!r}, {len(samples)}"
+        )
     order = np.random.default_rng(seed).permutation(len(samples))
     source = np.empty_like(order)
     source[order] = np.roll(order, 1)  # one cycle: nothing stays where it was
@@ -267,5 +277,3 @@ def shuffled(samples: Sequence[Sample], modality: str, seed: int = 0) -> list[Sa
         replace(sample, **{name: getattr(samples[source[i]], name) for name in fields[modality]})
         for i, sample in enumerate(samples)
     ]
-
-

