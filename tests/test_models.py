@@ -293,3 +293,99 @@ def test_processor_errors(fusion, kwargs, message):
 def test_preset_errors():
     with pytest.raises(ValueError, match="hidden_size must be a multiple of 64"):
         presets.token_merge_vlm(hidden_size=100)
+
+
+@pytest.mark.parametrize("fusion", ["concat", "attention", "gated_cross_attention"])
+def test_several_pictures_and_chunks_a_sample(fusion):
+    """Frames and chunks with fillers: a sample in a batch gives what it gives alone, and their order of pooling is the
+    mean's, which does not change with it; fillers may hold anything."""
+    model, processor = build(fusion)
+    long = np.concatenate([SPEECH[0], SPEECH[1]])[:250000]  # two chunks, the second half full
+    batch = processor(
+        text=load_prompts()[:2],
+        images=[[IMAGE, MIRRORED, IMAGE], [MIRRORED]],
+        audio=[SPEECH[2], long],
+        sampling_rate=16000,
+    )
+    assert batch["pixel_values"].shape[:2] == (2, 3)
+    assert batch["image_mask"].tolist() == [[True, True, True], [True, False, False]]
+    assert batch["audio_mask"].tolist() == [[True, False], [True, True]]
+    with torch.no_grad():
+        together = model(**batch).logits
+        alone = processor(text=load_prompts()[1], images=[MIRRORED], audio=[long], sampling_rate=16000)
+        logits = model(**alone).logits[0]
+        torch.testing.assert_close(together[1, -len(logits) :], logits, rtol=1e-4, atol=1e-4)
+        batch["pixel_values"][1, 1:] = torch.nan
+        torch.testing.assert_close(model(**batch).logits, together, rtol=1e-4, atol=1e-4)
+        batch["pixel_values"][0, 1] = 0.0
+        assert not torch.allclose(model(**batch).logits[0], together[0], atol=1e-4)
+    assert torch.equal(
+        *(model.generate(**batch, max_new_tokens=4, do_sample=False, use_cache=c) for c in (True, False))
+    )
+
+
+def test_several_pictures_and_chunks_in_placeholders():
+    """One placeholder for all frames, or one each; a long clip becomes several chunks, nothing is cut off."""
+    _, processor = presets.token_merge_vlm()
+    frames = [IMAGE, MIRRORED, IMAGE]
+    one = processor(text=["a <image> b", "<image>"], images=[frames, IMAGE])
+    each = processor(text=["a <image><image><image> b", "<image>"], images=[frames, IMAGE])
+    assert torch.equal(one["input_ids"], each["input_ids"])
+    assert one["pixel_values"].shape[0] == 4
+    flat = processor(text=["a <image><image><image> b", "<image>"], images=[*frames, IMAGE])
+    assert torch.equal(flat["input_ids"], one["input_ids"])
+    long = np.concatenate(SPEECH)  # 30 s
+    heard = processor(text="<audio>", audio=[long], sampling_rate=16000)
+    assert heard["input_features"].shape[0] == 3
+    assert (heard["input_ids"] == 4).sum() == 750
+    for i in range(3):
+        piece = processor(text="<audio>", audio=[SPEECH[i]], sampling_rate=16000)
+        assert torch.equal(heard["input_features"][i], piece["input_features"][0])
+    two = processor(text="<audio> then <audio>", audio=[[SPEECH[0], SPEECH[1]]], sampling_rate=16000)
+    assert (two["input_ids"] == 4).sum() == 500
+    with pytest.raises(ValueError, match="texts have 2 <image> in all, but 1 image entries"):
+        processor(text="<image> and <image>", images=[[IMAGE, MIRRORED, IMAGE]])
+    with pytest.raises(ValueError, match="a list of pictures is empty"):
+        processor(text="<image>", images=[[]])
+
+
+def test_gated_cross_attention_starts_as_the_decoder_and_can_skip_layers():
+    """Gates start at 0: the language model is unchanged. With an interval, every second layer looks."""
+    torch.manual_seed(0)
+    config, processor = presets.token_merge_vlm("gated_cross_attention", num_hidden_layers=4)
+    config.cross_attention_interval = 2
+    model = MMLMForConditionalGeneration(config).eval()
+    batch = make_batch(processor)
+    text = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    assert len(model.model.cross_attention_layers) == 2
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, model(**text).logits)
+        for layer in model.model.cross_attention_layers:
+            layer.cross_attn_attn_gate.fill_(1.0)
+        assert not torch.allclose(model(**batch).logits, model(**text).logits, atol=1e-4)
+    keys = {k for k in model.state_dict() if k.startswith("model.language_model.")}
+    plain = MMLMForConditionalGeneration(presets.token_merge_vlm("mean", num_hidden_layers=4)[0])
+    assert keys == {k for k in plain.state_dict() if k.startswith("model.language_model.")}
+
+
+def test_gated_cross_attention_needs_layers_it_can_hook():
+    config, _ = presets.token_merge_vlm("gated_cross_attention")
+    config.text_config = transformers.GPT2Config(n_embd=64, n_layer=1, n_head=2)
+    with pytest.raises(ValueError, match=r"needs a decoder with `layers` and grouped heads.*got GPT2Model"):
+        MMLMForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("fusion", ["cross_attention", "sequence", "late_mean"])
+def test_fusions_of_other_models_are_refused(fusion):
+    config, _ = presets.token_merge_vlm(fusion)
+    with pytest.raises(ValueError, match=f"a decoder fuses by one of merge, .*got '{fusion}'"):
+        MMLMForConditionalGeneration(config)
+
+
+def test_placeholders_are_never_written():
+    model, processor = build("merge")
+    with torch.no_grad():
+        model.lm_head.weight[[3, 4]] *= 1000
+    batch = make_batch(processor)
+    made = model.generate(**batch, max_new_tokens=20, do_sample=False)[:, batch["input_ids"].shape[1] :]
+    assert not ((made == 3) | (made == 4)).any()

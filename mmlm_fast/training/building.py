@@ -44,7 +44,7 @@ def build(settings: TrainSettings, labels: Sequence[str], texts: Sequence[str]) 
     cls, options = class_of(settings), dict(settings.model)
     if labels:
         options |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
-        options.pop("num_labels", None)
+        options["num_labels"] = len(labels)
     if settings.start_from:
         folder = settings.path(settings.start_from)
         if not (folder / "config.json").is_file():
@@ -97,9 +97,10 @@ def from_checkpoints(cls: Any, towers: dict[str, str], config: Any, processor: A
         tokenizer = AutoTokenizer.from_pretrained(text, padding_side=tokenizer.padding_side)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<audio>"]})
-        for name in ("image_token_id", "audio_token_id"):
-            options[name] = tokenizer.convert_tokens_to_ids(f"<{name.removesuffix('_token_id')}>")
+        if config.fusion == "merge":  # only there are placeholders among the tokens
+            tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<audio>"]})
+            for name in ("image_token_id", "audio_token_id"):
+                options[name] = tokenizer.convert_tokens_to_ids(f"<{name.removesuffix('_token_id')}>")
     seeing, hearing = processor.image_processor, processor.feature_extractor
     if "image" in towers:
         seeing = AutoImageProcessor.from_pretrained(towers["image"])
