@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mmlm_benchmarks.learning import section
 from mmlm_benchmarks.report.collect import RESULTS
 from mmlm_benchmarks.report.render import markdown_table
 from mmlm_fast.audio.extractors import EXTRACTORS, NOT_REPLACED
@@ -86,6 +87,16 @@ def memory_curve() -> str:
     return f"{note}\n\n{markdown_table(titles, rows)}"
 
 
+def learning() -> str:
+    """What the presets learn, from the newest committed results that have it."""
+    found = newest("cpu", "learning")
+    if found is None:
+        return "Not measured yet."
+    name, results = found
+    told = [*section.sentences(results["learning"]), f"From `benchmarks/results/{name}`."]
+    return "\n\n".join([*told, section.markdown_table(*section.table(results["learning"]))])
+
+
 def extractors() -> str:
     """Every feature extractor of transformers: the drop-ins, and those left as they are."""
     rows = [(f"`{name}`", f"replaced: {entry.computes}") for name, entry in EXTRACTORS.items()]
@@ -100,6 +111,9 @@ def with_tables(text: str) -> str:
     )
     text = re.sub(
         r"(<!-- memory curve -->\n).*?(\n<!-- end -->)", lambda m: m[1] + memory_curve() + m[2], text, flags=re.S
+    )
+    text = re.sub(
+        r"(<!-- learning -->\n).*?(\n?<!-- end -->)", lambda m: m[1] + learning() + "\n<!-- end -->", text, flags=re.S
     )
     for device_type in ("cpu", "cuda"):
         pattern = rf"(<!-- {device_type} results -->\n).*?(\n<!-- end -->)"

@@ -337,8 +337,9 @@ def test_pretrained_encoders_go_on(tmp_path):
 
 
 def test_masked_language_modelling_hides_what_it_asks_for(monkeypatch):
-    model, processor = build("joint_pretrain", contrastive_weight=0.0, reconstruction_weight=0.0)
+    model, processor = build("joint_pretrain", contrastive_weight=0.0, reconstruction_weight=0.0, text_mask_ratio=0.8)
     batch = make_batch(model, processor)
+    batch["attention_mask"][:, -3:] = 0  # real tokens that nobody sees
     seen = {}
     monkeypatch.setattr(
         model.model,
@@ -354,3 +355,17 @@ def test_masked_language_modelling_hides_what_it_asks_for(monkeypatch):
     states = model.model.encode_text(seen["ids"], batch["attention_mask"]).states
     expected = torch.nn.functional.cross_entropy(model.lm_head(states[hidden]), batch["input_ids"][hidden])
     torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("fusion", ["concat", "attention", "gated", "sequence", "late_mean"])
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_text_may_be_missing_too(fusion, pooling):
+    """A row of nothing but padding is a sample without text: what it gives without any."""
+    model, processor = build("resnet_text_classifier", fusion=fusion, pooling=pooling, hidden_size=64)
+    model.eval()
+    pixels = processor(text=["x", "x"], images=[IMAGE, MIRRORED])["pixel_values"]
+    ids = processor(text=["", "a longer text"], images=[IMAGE, MIRRORED])
+    assert ids["attention_mask"].sum(1).tolist()[0] == 0
+    with torch.no_grad():
+        together = model(**ids).logits
+        torch.testing.assert_close(model(pixel_values=pixels[:1]).logits[0], together[0], rtol=1e-4, atol=1e-5)

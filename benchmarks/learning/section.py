@@ -76,11 +76,14 @@ def sentences(trainings: list[Training]) -> list[str]:
     return told
 
 
+def markdown_table(header: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
+    rows = (header, ("---",) * len(header), *lines)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def markdown_parts(trainings: list[Training]) -> list[str]:
-    header, lines = table(trainings)
-    rule = "|".join(["---"] * len(header))
-    rows = [f"| {' | '.join(header)} |", f"|{rule}|", *(f"| {' | '.join(line)} |" for line in lines)]
-    return ["## Learning on real data", "", *(f"{s}\n" for s in sentences(trainings)), *rows, ""]
+    told = [f"{s}\n" for s in sentences(trainings)]
+    return ["## Learning on real data", "", *told, markdown_table(*table(trainings)), ""]
 
 
 def html_parts(trainings: list[Training], figure: Callable[[bytes, str], str]) -> list[str]:
