@@ -13,12 +13,13 @@ from PIL import Image
 
 from mmlm_fast.cli import main
 from mmlm_fast.data import load_image, load_speech, load_spoken_digits
-from mmlm_fast.models import MMLMForClassification, MMLMForConditionalGeneration, presets
+from mmlm_fast.models import MMLMForClassification, MMLMForConditionalGeneration, MMLMForContrastive, presets
 from mmlm_fast.training import (
     BadSampleError,
     Collator,
     EmbeddingIndex,
     Sample,
+    embed,
     evaluate,
     load,
     metrics,
@@ -405,7 +406,13 @@ def test_train_writes_everything_and_resumes(folder):
     with pytest.raises(ValueError, match="nothing to resume"):
         train(settings, resume=True, progress=False)
     shutil.copytree(folder / "a/checkpoints/checkpoint-2", folder / "b/checkpoints/checkpoint-2")
-    train(settings, resume=True, progress=False)
+    steps = []
+    forward = MMLMForClassification.forward
+    with pytest.MonkeyPatch.context() as patch:
+        count = lambda model, **batch: (steps.append(1) if model.training else None, forward(model, **batch))[1]
+        patch.setattr(MMLMForClassification, "forward", count)
+        train(settings, resume=True, progress=False)
+    assert len(steps) == 2
     one, two = (MMLMForClassification.from_pretrained(folder / x).state_dict() for x in "ab")
     assert all(torch.equal(v, two[k]) for k, v in one.items())
     lines = (folder / "a/predictions.jsonl").read_text(encoding="utf-8").splitlines()
@@ -462,7 +469,11 @@ def test_evaluation_is_reproducible_and_leaves_the_model_alone():
     one, two = (evaluate(model, judge, samples, seed=3, batch_size=8, progress=False) for _ in range(2))
     assert one.metrics == two.metrics
     assert model.training
-    assert len(one.predictions) == 24
+    plain = Collator("classification", model, processor, labels=LABELS)
+    said = evaluate(model, plain, samples, batch_size=24, progress=False).predictions
+    with torch.no_grad():  # without dropout, and with the averages of batch norm
+        expected = model.eval()(**plain(samples)).logits.argmax(-1).tolist()
+    assert said == [LABELS[i] for i in expected]
 
 
 def test_real_text_tower_from_the_command(folder):
@@ -501,6 +512,43 @@ def test_search(engine):
         EmbeddingIndex(table, ["a", "b", "c"])
     with pytest.raises(ValueError, match="engine must be"):
         EmbeddingIndex(table, list(range(50)), engine="quick")
+
+
+def test_embed_is_what_the_model_gives():
+    torch.manual_seed(0)
+    config, processor = presets.clip_contrastive(image_size=28, audio=True, audio_seconds=2)
+    model = MMLMForContrastive(config).eval()
+    judge = Collator("retrieval", model, processor)
+    samples = digits("pair", "eval", count=10)
+    batches = [judge(samples[:6]), judge(samples[6:])]
+    for modality in ("text", "image", "audio"):
+        expected = torch.cat([model(**batch)[f"{modality}_embeds"] for batch in batches])
+        assert torch.equal(embed(model, batches, modality), expected)
+    with pytest.raises(ValueError, match="modality must be text, image or audio, got 'smell'"):
+        embed(model, batches, "smell")
+
+
+def test_retrieval_by_hand():
+    """With embeddings that are known: pictures that find their text, sound that finds another's."""
+    config, processor = presets.clip_contrastive(image_size=28, audio=True, audio_seconds=2)
+    model = MMLMForContrastive(config)
+    rows = torch.eye(config.projection_dim)[:10]
+
+    def outputs(**batch):
+        n = len(batch["input_ids"])
+        return {"text_embeds": rows[:n], "image_embeds": rows[:n], "audio_embeds": rows[:n].roll(1, 0)}
+
+    class Known(dict):
+        __getattr__ = dict.__getitem__
+
+    model.forward = lambda **batch: Known(outputs(**batch))
+    one_each = {s.label: s for s in digits("pair", "eval", count=100)}
+    found = evaluate(model, Collator("retrieval", model, processor), list(one_each.values()), progress=False)
+    assert found.metrics["recall_at_1"] == 1
+    assert found.metrics["audio_to_text"]["recall_at_1"] == 0
+    assert found.metrics["matching_auc"] == 1
+    assert found.metrics["chance_at_1"] == pytest.approx(0.1)
+    assert found.scores.tolist() == [1.0] * 10
 
 
 # The command

@@ -35,18 +35,22 @@ class MMLMClassifierOutput(ModelOutput):
 
 
 class MMLMClassificationHead(nn.Module):
-    """Dropout, where asked for a hidden layer with tanh, and a linear layer."""
+    """Dropout, where asked for a hidden layer four times as wide, with GELU, and a linear layer.
+
+    A hidden layer as wide as the features took about twice the steps to learn which modality a question is after.
+    """
 
     def __init__(self, config: MMLMConfig, width: int) -> None:
         super().__init__()
-        self.dense = nn.Linear(width, width) if config.classifier_hidden else None
+        inner = 4 * width if config.classifier_hidden else width
+        self.dense = nn.Linear(width, inner) if config.classifier_hidden else None
         self.dropout = nn.Dropout(config.classifier_dropout)
-        self.out_proj = nn.Linear(width, config.num_labels)
+        self.out_proj = nn.Linear(inner, config.num_labels)
 
     def forward(self, features: Tensor) -> Tensor:
         features = self.dropout(features)
         if self.dense is not None:
-            features = self.dropout(torch.tanh(self.dense(features)))
+            features = self.dropout(F.gelu(self.dense(features)))
         return self.out_proj(features)
 
 

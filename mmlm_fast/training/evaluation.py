@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from mmlm_fast.models.base import VALUES
 from mmlm_fast.training import metrics
 from mmlm_fast.training.samples import Sample
-from mmlm_fast.training.search import embed
 from mmlm_fast.training.tasks import Collator, match_of, shuffled
 
 
@@ -61,7 +61,7 @@ def evaluate(
             if kind == "generation":
                 return _generation(model, collator, samples, batches, generation or {})
             if kind == "retrieval":
-                return _retrieval(model, collator, samples, list(batches))
+                return _retrieval(model, collator, samples, batches)
             return _losses(model, batches)
     finally:
         model.train(was_training)
@@ -137,22 +137,29 @@ def _generation(
     return Evaluation(found | {f"{first}_interval": list(metrics.interval(scores))}, scores, said)
 
 
-def _retrieval(model: Any, collator: Collator, samples: Sequence[Sample], batches: list[dict[str, Any]]) -> Evaluation:
+def _retrieval(model: Any, collator: Collator, samples: Sequence[Sample], batches: Any) -> Evaluation:
     """Each modality against all different texts, both ways; the first direction, of pictures where there are some,
     gives the scores."""
+    given = [m for m in VALUES if m in collator.modalities]
+    parts: dict[str, list[torch.Tensor]] = {m: [] for m in ("text", *given)}
+    for batch in batches:
+        out = model(**batch, return_loss=False)
+        like = out.text_embeds
+        for modality, found_so_far in parts.items():
+            embeds = out[f"{modality}_embeds"] if f"{modality}_embeds" in out else torch.zeros_like(like)
+            found_so_far.append(embeds.float().cpu())
+    embeds = {modality: torch.cat(rows).numpy() for modality, rows in parts.items()}
     texts = [sample.text for sample in samples]
     first_row = np.array([texts.index(text) for text in dict.fromkeys(texts)])
     keys = [match_of(sample) for sample in samples]
     matches = np.array([[key == keys[row] for row in first_row] for key in keys])
-    text_embeds = embed(model, batches, "text").numpy()[first_row]
     found: dict[str, Any] = {}
     scores = np.zeros(0)
-    for modality, name in (("image", "pixel_values"), ("audio", "input_features")):
-        if modality not in collator.modalities or not all(name in batch for batch in batches):
+    for modality in given:
+        there = np.abs(embeds[modality]).sum(1) > 0
+        if not there.any():
             continue
-        embeds = embed(model, batches, modality).numpy()
-        there = np.abs(embeds).sum(1) > 0
-        similarity = embeds[there] @ text_embeds.T
+        similarity = embeds[modality][there] @ embeds["text"][first_row].T
         positive = matches[there]
         forward, hits = metrics.retrieval(similarity, positive)
         asked = positive.any(0)
@@ -162,7 +169,7 @@ def _retrieval(model: Any, collator: Collator, samples: Sequence[Sample], batche
             found |= forward | {"recall_at_1_interval": list(metrics.interval(hits))}
         found[f"{modality}_to_text"], found[f"text_to_{modality}"] = forward, backward
     if not scores.size:
-        raise ValueError("retrieval needs pictures or clips in every batch, got none")
+        raise ValueError("retrieval needs pictures or clips, got none")
     return Evaluation(found, scores)
 
 
