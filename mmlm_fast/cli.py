@@ -34,18 +34,21 @@ def main(argv: list[str] | None = None) -> int:
         help="check and time everything on real input; write an HTML report",
         description="Run the model and every op on the speech, picture and text that ship with the package, in "
         "reference and fast form: equality first, then interleaved times and peak memory, against eager PyTorch, "
-        "torch.compile and each audio library that is installed. Takes about three minutes on two cores.",
+        "torch.compile and each audio library that is installed. Then train and judge the presets on real data. Takes "
+        "about twenty minutes on two cores; --ops picks parts.",
     )
     report.add_argument(
         "--ops",
         nargs="+",
         metavar="JOB",
-        help="some of: concat_linear, fuse_modalities, log_mel, kaldi, mel_spectrogram, resample, streaming, model",
+        help="an op's name, or some of: log_mel, kaldi, mel_spectrogram, resample, streaming, model, learning",
     )
     report.add_argument("--out", type=Path, default=Path("report"), help="folder to write (default: %(default)s)")
     report.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     report.add_argument(
-        "--full", action="store_true", help="also what takes minutes: compilations, contrastive losses of large batches"
+        "--full",
+        action="store_true",
+        help="also what takes minutes: compilations, contrastive losses of large batches, all trainings",
     )
     report.add_argument(
         "--seconds", type=float, default=0.6, help="timed per case; more is steadier (default: %(default)s)"
@@ -90,7 +93,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    missing = [package for module, package in REPORT_NEEDS.items() if find_spec(module) is None]
+    needs = REPORT_NEEDS | (TRAIN_NEEDS if args.ops is None or "learning" in args.ops else {})
+    missing = [package for module, package in needs.items() if find_spec(module) is None]
     if missing:
         print(f"mmlm-fast report needs {', '.join(missing)}: pip install 'mmlm-fast[report]'", file=sys.stderr)
         return 2

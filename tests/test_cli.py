@@ -64,7 +64,7 @@ def test_a_failing_case_is_reported_and_the_rest_go_on(tmp_path, monkeypatch, ca
     # By name: the package's attribute `collect` is the function.
     collect = importlib.import_module("mmlm_benchmarks.report.collect")
 
-    def steps(device, jobs, full, seconds, results):
+    def steps(device, jobs, full, seconds, results, folder):
         yield "broken", lambda: 1 / 0
         yield "fine", lambda: results["generation"].append({"fusion": "merge", "tokens": 1, "equal": True})
 

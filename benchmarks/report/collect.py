@@ -56,10 +56,7 @@ def collect(
     results: dict[str, Any] = {"environment": harness.environment(device), "rows": [], "generation": []}
     results |= {"learning": [], "scaling": [], "memory": [], "not_measured": [], "failures": [], "seconds_by_case": {}}
     with tempfile.TemporaryDirectory() as folder:
-        steps = list(_steps(device, jobs, full, seconds, results))
-        if "learning" in jobs:
-            steps += list(_learning(Path(folder), full, results))
-        _run_steps(steps, results, progress)
+        _run_steps(list(_steps(device, jobs, full, seconds, results, Path(folder))), results, progress)
     if device == "cpu":
         results["not_measured"] = _gpu_rows(jobs)
         results["last_gpu_result"] = last_gpu_result()
@@ -79,17 +76,8 @@ def _run_steps(steps: list[tuple[str, Callable[[], None]]], results: dict[str, A
             bar.update()
 
 
-def _learning(folder: Path, full: bool, results: dict[str, Any]) -> Iterable[tuple[str, Callable[[], None]]]:
-    """The trainings; after what is timed, which they would heat the machine for."""
-    for experiment in learning.experiments(full):
-        yield (
-            f"training: {experiment.name}",
-            lambda e=experiment: results["learning"].append(learning.run(e, folder)),
-        )
-
-
 def _steps(
-    device: str, jobs: Sequence[str], full: bool, seconds: float, results: dict[str, Any]
+    device: str, jobs: Sequence[str], full: bool, seconds: float, results: dict[str, Any], folder: Path
 ) -> Iterable[tuple[str, Callable[[], None]]]:
     every, one = torch.get_num_threads(), 1
     machines: dict[int, harness.Machine] = {}
@@ -137,6 +125,12 @@ def _steps(
                 lambda fusion=fusion: results["generation"].append(thin.generation_agrees(fusion, device)),
             )
     yield "machine rates again", limits
+    if "learning" in jobs:  # after what is timed, as it would heat the machine
+        for experiment in learning.experiments(full):
+            yield (
+                f"training: {experiment.name}",
+                lambda e=experiment: results["learning"].append(learning.run(e, folder)),
+            )
 
 
 def _memory(op: str, num_scalars: int) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 import mmlm_fast.models as models
-from mmlm_fast.models import MMLMImageTokenizer, MMLMImageTokenizerConfig, MMLMProcessor
+from mmlm_fast.models import MMLMConfig, MMLMImageTokenizer, MMLMImageTokenizerConfig, MMLMProcessor
 from mmlm_fast.models.base import CONFIG_OF
 from mmlm_fast.models.presets import PRESETS
 from mmlm_fast.models.tokenization import byte_tokenizer
@@ -50,16 +50,21 @@ def build(settings: TrainSettings, labels: Sequence[str], texts: Sequence[str]) 
         if not (folder / "config.json").is_file():
             raise ValueError(f"start_from: no model in {folder}")
         options.pop("tokenizer", None)
+        if _drops_towers(settings):
+            had = MMLMConfig.from_pretrained(folder).modalities or []
+            options["modalities"] = [m for m in had if m in settings.data.modalities]
         return cls.from_pretrained(folder, **options), MMLMProcessor.from_pretrained(folder)
     side = "left" if cls.__name__ in PADS_LEFT else "right"
     tokenizer = _tokenizer(str(options.pop("tokenizer", "bytes")), side, texts, options)
-    if "fusion" in options and settings.preset == "token_merge_vlm":
-        config, processor = PRESETS[settings.preset].build(options.pop("fusion"), tokenizer=tokenizer, **options)
-    else:
-        config, processor = PRESETS[settings.preset].build(tokenizer=tokenizer, **options)
-    if TASKS[settings.task].kind in ("classification", "retrieval"):  # towers of what is not used are not built
+    config, processor = PRESETS[settings.preset].build(tokenizer=tokenizer, **options)
+    if _drops_towers(settings):
         config.modalities = [m for m in config.modalities or () if m in settings.data.modalities]
     return from_checkpoints(cls, settings.towers, config, processor) if settings.towers else (cls(config), processor)
+
+
+def _drops_towers(settings: TrainSettings) -> bool:
+    """Towers of modalities that are not used are not built, where a model can do without."""
+    return TASKS[settings.task].kind in ("classification", "retrieval")
 
 
 def _tokenizer(name: str, side: str, texts: Sequence[str], options: dict[str, Any]) -> Any:
