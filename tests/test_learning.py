@@ -13,6 +13,7 @@ def test_alignment_then_a_question_that_needs_three_modalities(tmp_path):
     low, _ = pairs["metrics"]["recall_at_1_interval"]
     assert low > 3 * pairs["chance"]
     assert pairs["controls"]["image"]["used"]
+    assert pairs["controls"]["audio"]["used"]
     result = run(Experiment("question", "digits_question", "pairs"), tmp_path, QUESTION)
     low, _ = result["metrics"]["accuracy_interval"]
     assert low > 0.55

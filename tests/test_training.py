@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from mmlm_fast.training import (
     Collator,
     EmbeddingIndex,
     Sample,
+    controls,
     embed,
     evaluate,
     load,
@@ -528,6 +530,22 @@ def test_embed_is_what_the_model_gives():
         embed(model, batches, "smell")
 
 
+def test_retrieval_of_samples_that_lack_modalities():
+    """Also in the control, where another sample may lack it."""
+    torch.manual_seed(0)
+    config, processor = presets.clip_contrastive(image_size=28, audio=True, audio_seconds=2)
+    judge = Collator("retrieval", model := MMLMForContrastive(config), processor)
+    samples = digits("pair", "eval", count=12)
+    samples = [
+        replace(s, images=() if i % 3 == 0 else s.images, audio=() if i % 2 else s.audio) for i, s in enumerate(samples)
+    ]
+    samples[9] = replace(samples[9], audio=())  # neither
+    found = evaluate(model, judge, samples, batch_size=5, progress=False)
+    assert np.isnan(found.scores).tolist() == [i in (3, 9) for i in range(12)]
+    told = controls(model, judge, samples, found, ["image", "audio"], batch_size=5, progress=False)
+    assert all(np.isfinite(c["loss_interval"]).all() for c in told.values())
+
+
 def test_retrieval_by_hand():
     """With embeddings that are known: pictures that find their text, sound that finds another's."""
     config, processor = presets.clip_contrastive(image_size=28, audio=True, audio_seconds=2)
@@ -544,11 +562,12 @@ def test_retrieval_by_hand():
     model.forward = lambda **batch: Known(outputs(**batch))
     one_each = {s.label: s for s in digits("pair", "eval", count=100)}
     found = evaluate(model, Collator("retrieval", model, processor), list(one_each.values()), progress=False)
-    assert found.metrics["recall_at_1"] == 1
+    assert found.metrics["image_to_text"]["recall_at_1"] == 1
+    assert found.metrics["text_to_image"]["matching_auc"] == 1
     assert found.metrics["audio_to_text"]["recall_at_1"] == 0
-    assert found.metrics["matching_auc"] == 1
+    assert found.metrics["recall_at_1"] == 0.5
     assert found.metrics["chance_at_1"] == pytest.approx(0.1)
-    assert found.scores.tolist() == [1.0] * 10
+    assert found.scores.tolist() == [0.5] * 10
 
 
 # The command

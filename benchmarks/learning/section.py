@@ -46,6 +46,12 @@ def table(trainings: list[Training]) -> tuple[tuple[str, ...], list[tuple[str, .
             for k, v in t["metrics"].items()
             if isinstance(v, float) and k != name and k not in ("chance_at_1",)
         ]
+        for direction, values in t["metrics"].items():
+            if isinstance(values, dict):
+                also.append(
+                    f"{direction.replace('_', ' ')} R@1/5/10 "
+                    + "/".join(f"{values[f'recall_at_{k}']:.2f}" for k in (1, 5, 10))
+                )
         controls = []
         for modality, control in t["controls"].items():
             low, high = control["loss_interval"]

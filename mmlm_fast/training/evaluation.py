@@ -20,7 +20,7 @@ class Evaluation:
 
     Attributes:
         metrics: By name; with the interval of the first in ``<name>_interval``.
-        scores: One number a sample (retrieval: a query), of the first metric.
+        scores: One number a sample, of the first metric; NaN for one that has nothing to be judged (retrieval).
         predictions: What the model said of each sample; empty for retrieval and pre-training.
     """
 
@@ -84,6 +84,7 @@ def controls(
     for modality in modalities:
         control = evaluate(model, collator, shuffled(samples, modality), **options)
         lost = intact.scores - control.scores
+        lost = lost[~np.isnan(lost)]
         low, high = metrics.interval(-lost if name in ("wer", "cer") else lost)
         found[modality] = {"metrics": control.metrics, "loss_interval": [low, high], "used": bool(low > 0)}
     return found
@@ -138,8 +139,8 @@ def _generation(
 
 
 def _retrieval(model: Any, collator: Collator, samples: Sequence[Sample], batches: Any) -> Evaluation:
-    """Each modality against all different texts, both ways; the first direction, of pictures where there are some,
-    gives the scores."""
+    """Each modality against all different texts, both ways. What stands at the top, and the scores, are the mean over
+    the modalities that look for their text."""
     given = [m for m in VALUES if m in collator.modalities]
     parts: dict[str, list[torch.Tensor]] = {m: [] for m in ("text", *given)}
     for batch in batches:
@@ -154,8 +155,8 @@ def _retrieval(model: Any, collator: Collator, samples: Sequence[Sample], batche
     keys = [match_of(sample) for sample in samples]
     matches = np.array([[key == keys[row] for row in first_row] for key in keys])
     found: dict[str, Any] = {}
-    scores = np.zeros(0)
-    for modality in given:
+    forward_by_modality, hits_by_sample = [], np.full((len(given), len(samples)), np.nan)
+    for row, modality in enumerate(given):
         there = np.abs(embeds[modality]).sum(1) > 0
         if not there.any():
             continue
@@ -164,13 +165,16 @@ def _retrieval(model: Any, collator: Collator, samples: Sequence[Sample], batche
         forward, hits = metrics.retrieval(similarity, positive)
         asked = positive.any(0)
         backward, _ = metrics.retrieval(similarity.T[asked], positive.T[asked])
-        if not scores.size:
-            scores = hits
-            found |= forward | {"recall_at_1_interval": list(metrics.interval(hits))}
+        forward_by_modality.append(forward)
+        hits_by_sample[row, there] = hits
         found[f"{modality}_to_text"], found[f"text_to_{modality}"] = forward, backward
-    if not scores.size:
+    if not forward_by_modality:
         raise ValueError("retrieval needs pictures or clips, got none")
-    return Evaluation(found, scores)
+    there = ~np.isnan(hits_by_sample).all(0)
+    scores = np.full(len(samples), np.nan)
+    scores[there] = np.nanmean(hits_by_sample[:, there], 0)
+    mean = {name: float(np.mean([f[name] for f in forward_by_modality])) for name in forward_by_modality[0]}
+    return Evaluation(mean | {"recall_at_1_interval": list(metrics.interval(scores[there]))} | found, scores)
 
 
 def _losses(model: Any, batches: Any) -> Evaluation:
