@@ -102,6 +102,7 @@ def run(
     finally:
         transformers.logging.set_verbosity(told)
     result |= {"name": experiment.name, "data": experiment.data, "gallery": []}
+    result["history"] = [{k: h[k] for k in ("epoch", "loss", "eval_loss") if k in h} for h in result["history"]]
     output = Path(settings.output)
     if settings.task == "captioning":
         result["gallery"] = _captioned(settings, output)
