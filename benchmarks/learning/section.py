@@ -12,9 +12,11 @@ INTRODUCTION = (
 DATA = {
     "digits": "Handwritten digits (UCI, by scikit-learn; the last 400 held out) with spoken ones and text in English, "
     "Spanish and French. Each spoken digit has one reading in a language: what is heard in evaluation is that reading "
-    "with other noise, level and speed, so that nothing is said about other speakers.",
+    "with other noise, level and speed, so that nothing is said about other speakers. “question” asks in one of three "
+    "languages after the written digit or the spoken one: without text, picture or sound about 55 % can be right. It "
+    "goes on from “pairs”. BLEU needs four words, a spoken digit is one.",
     "stamps": "Tux Paint's stamps with captions and readings in English, Spanish and French; a fifth held out, by "
-    "caption.",
+    "caption. The text tower is MiniLM's, frozen, where the package that carries it is installed.",
 }
 Training = dict[str, Any]
 
@@ -26,16 +28,8 @@ def first_metric(training: Training) -> tuple[str, float]:
 
 def table(trainings: list[Training]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header and a line for each training with its controls."""
-    header = (
-        "training",
-        "samples",
-        "metric",
-        "value (95 %)",
-        "also",
-        "chance",
-        "shuffled: value, loss (95 %)",
-        "seconds",
-    )
+    header = ("training", "samples", "metric", "value (95 %)", "chance", "shuffled: value, loss (95 %)")
+    header += ("seconds", "also")
     lines = []
     for t in trainings:
         name, value = first_metric(t)
@@ -63,10 +57,10 @@ def table(trainings: list[Training]) -> tuple[tuple[str, ...], list[tuple[str, .
                 f"{counts['train']} / {counts['eval']}",
                 name,
                 f"{value:.3f}{around}",
-                "; ".join(also),
                 "" if t["chance"] is None else f"{t['chance']:.3f}",
                 "; ".join(controls),
                 f"{t['seconds']:.0f}",
+                "; ".join(also),
             )
         )
     return header, lines
@@ -97,9 +91,9 @@ def html_parts(trainings: list[Training], figure: Callable[[bytes, str], str]) -
 
     header, lines = table(trainings)
     head = "".join(f"<th>{c}</th>" for c in header)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in line) + "</tr>" for line in lines)
+    body = "".join("<tr>" + "".join(f"<td>{_cell(c)}</td>" for c in line) + "</tr>" for line in lines)
     parts = ["<h2>Learning on real data</h2>", *(f"<p>{html.escape(s)}</p>" for s in sentences(trainings))]
-    parts.append(f"<div class=wide><table><tr>{head}</tr>{body}</table></div>")
+    parts.append(f'<div class="wide lines"><table><tr>{head}</tr>{body}</table></div>')
     parts.append(figure(plots.learning_curves(trainings), "Loss over epochs"))
     for t in trainings:
         if t["gallery"]:
@@ -108,6 +102,11 @@ def html_parts(trainings: list[Training], figure: Callable[[bytes, str], str]) -
             shown, name = html.escape(t["metrics"]["classification_report"]), html.escape(t["name"])
             parts.append(f"<details><summary>Classification report: {name}</summary><pre>{shown}</pre></details>")
     return parts
+
+
+def _cell(text: str) -> str:
+    """What is listed, one thing a line."""
+    return html.escape(text).replace("; ", "<br>")
 
 
 def _gallery(rows: list[dict[str, str]]) -> str:

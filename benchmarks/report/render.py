@@ -25,6 +25,7 @@ td,th{padding:.25rem .6rem;border-bottom:1px solid #e3e3e3;text-align:left;verti
 td.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}tr.ours{background:#e8f3ee;font-weight:600}
 .wide{overflow-x:auto}img{max-width:100%;height:auto}figure{margin:1rem 0}figcaption{color:#555;font-size:14px}
 .bad{color:#a40000;font-weight:600}.tiles{display:flex;flex-wrap:wrap;gap:1rem;margin:1rem 0}
+.lines td{white-space:nowrap}
 .gallery{display:flex;flex-wrap:wrap;gap:1rem}.gallery figure{width:9rem;margin:0}
 .gallery img{width:64px;image-rendering:pixelated}
 .tile{border:1px solid #ccc;border-radius:8px;padding:.6rem 1rem;min-width:9rem}.tile b{display:block;font-size:1.6rem}
