@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from mmlm_fast.models import preset_parts as parts
 from mmlm_fast.models.configuration import MMLMConfig
 from mmlm_fast.models.processing import MMLMProcessor
 from mmlm_fast.models.tokenization import byte_tokenizer, image_processor
@@ -23,65 +24,6 @@ class Preset:
     build: Callable[..., Built]
     model: str
     task: str
-
-
-def _vocabulary(tokenizer: Any) -> dict[str, Any]:
-    return {
-        "vocab_size": len(tokenizer),
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
-
-
-def _sizes(hidden_size: int, num_hidden_layers: int) -> dict[str, int]:
-    if hidden_size % 32:
-        raise ValueError(f"hidden_size must be a multiple of 32, got {hidden_size}")
-    return {
-        "hidden_size": hidden_size,
-        "intermediate_size": 4 * hidden_size,
-        "num_hidden_layers": num_hidden_layers,
-        "num_attention_heads": hidden_size // 32,
-    }
-
-
-def _bert(tokenizer: Any, hidden_size: int, num_hidden_layers: int) -> dict[str, Any]:
-    return {"model_type": "bert", **_sizes(hidden_size, num_hidden_layers), **_vocabulary(tokenizer)}
-
-
-def _siglip(hidden_size: int, num_hidden_layers: int, image_size: int, patch_size: int) -> dict[str, Any]:
-    if image_size % patch_size:
-        raise ValueError(f"image_size must be a multiple of {patch_size}, got {image_size}")
-    sizes = _sizes(hidden_size, num_hidden_layers)
-    return {"model_type": "siglip_vision_model", **sizes, "image_size": image_size, "patch_size": patch_size}
-
-
-def _audio_encoder(hidden_size: int, num_hidden_layers: int, seconds: int) -> dict[str, Any]:
-    return {
-        "model_type": "qwen2_audio_encoder",
-        "d_model": hidden_size,
-        "encoder_layers": num_hidden_layers,
-        "encoder_attention_heads": hidden_size // 32,
-        "encoder_ffn_dim": 4 * hidden_size,
-        "num_mel_bins": 80,
-        "max_source_positions": seconds * 50,
-    }
-
-
-def _resnet(width: int) -> dict[str, Any]:
-    """ResNet-18 at width 64."""
-    sizes = [width * 2**i for i in range(4)]
-    return {
-        "model_type": "resnet",
-        "embedding_size": width,
-        "hidden_sizes": sizes,
-        "depths": [2, 2, 2, 2],
-        "layer_type": "basic",
-    }
-
-
-def _lstm(tokenizer: Any, hidden_size: int, **options: Any) -> dict[str, Any]:
-    return {"model_type": "mmlm_lstm", "hidden_size": hidden_size, **_vocabulary(tokenizer), **options}
 
 
 def _processor(tokenizer: Any, image_size: int, seconds: int, num_mel_bins: int = 80, **options: Any) -> MMLMProcessor:
@@ -113,7 +55,7 @@ def multimodal_lstm(
     joint = {"model_type": "mmlm_lstm", "vocab_size": 0, "embedding_size": hidden_size, "hidden_size": lstm_size}
     config = MMLMConfig(
         **{
-            "text_config": _bert(tokenizer, hidden_size, num_hidden_layers),
+            "text_config": parts.bert(tokenizer, hidden_size, num_hidden_layers),
             "vision_config": {"model_type": "mmlm_mean", "hidden_size": 3},
             "audio_config": {"model_type": "mmlm_mean", "hidden_size": 128},
             "joint_config": joint,
@@ -150,7 +92,7 @@ def two_encoder_seq2seq(
     }
     config = MMLMConfig(
         **{
-            "text_config": _lstm(tokenizer, hidden_size, num_hidden_layers=0),
+            "text_config": parts.lstm(tokenizer, hidden_size, num_hidden_layers=0),
             "vision_config": {
                 "model_type": "mmlm_conv_image",
                 "image_size": image_size,
@@ -158,7 +100,7 @@ def two_encoder_seq2seq(
                 "hidden_size": hidden_size,
             },
             "audio_config": hearing if audio else None,
-            "decoder_config": _lstm(tokenizer, hidden_size, add_cross_attention=True),
+            "decoder_config": parts.lstm(tokenizer, hidden_size, add_cross_attention=True),
             "projector_layers": 0,
             "fusion": "concat",
         }
@@ -183,10 +125,10 @@ def mmlm_basic(
     tokenizer = tokenizer or byte_tokenizer(padding_side="right")
     config = MMLMConfig(
         **{
-            "text_config": _lstm(tokenizer, hidden_size),
+            "text_config": parts.lstm(tokenizer, hidden_size),
             "vision_config": {"model_type": "mmlm_conv_image", "image_size": image_size, "hidden_size": hidden_size},
             "audio_config": {"model_type": "mmlm_conv_audio", "hidden_size": hidden_size},
-            "decoder_config": _lstm(tokenizer, hidden_size, add_cross_attention=True),
+            "decoder_config": parts.lstm(tokenizer, hidden_size, add_cross_attention=True),
             "projector_layers": 0,
             "pooling": "last",
             "fusion": "concat",
@@ -212,18 +154,19 @@ def transformer_encoder_decoder(
     fused feature out.
     """
     tokenizer = tokenizer or byte_tokenizer(padding_side="right")
-    decoder = {"model_type": "gpt2", **_sizes(hidden_size, num_hidden_layers), **_vocabulary(tokenizer)}
+    decoder = {"model_type": "gpt2", **parts.sizes(hidden_size, num_hidden_layers), **parts.vocabulary(tokenizer)}
     del decoder["intermediate_size"]
     config = MMLMConfig(
         **{
-            "text_config": _bert(tokenizer, hidden_size, num_hidden_layers),
-            "vision_config": _resnet(16),
+            "text_config": parts.bert(tokenizer, hidden_size, num_hidden_layers),
+            "vision_config": parts.resnet(16),
             "audio_config": {
                 "model_type": "mmlm_conv_audio",
                 "hidden_sizes": [64, 64, 64, 64],
                 "hidden_size": hidden_size,
             },
-            "joint_config": _bert(tokenizer, hidden_size, num_hidden_layers) | {"vocab_size": 1, "pad_token_id": 0},
+            "joint_config": parts.bert(tokenizer, hidden_size, num_hidden_layers)
+            | {"vocab_size": 1, "pad_token_id": 0},
             "decoder_config": decoder | {"add_cross_attention": True},
             "fusion": "attention",
         }
@@ -250,8 +193,8 @@ def clip_contrastive(
     tokenizer = tokenizer or byte_tokenizer(padding_side="right")
     config = MMLMConfig(
         **{
-            "text_config": _bert(tokenizer, hidden_size, num_hidden_layers),
-            "vision_config": _siglip(hidden_size, num_hidden_layers, image_size, patch_size),
+            "text_config": parts.bert(tokenizer, hidden_size, num_hidden_layers),
+            "vision_config": parts.siglip(hidden_size, num_hidden_layers, image_size, patch_size),
             "audio_config": {
                 "model_type": "mmlm_conv_audio",
                 "hidden_sizes": [64, 64, 64, 64],
@@ -286,8 +229,8 @@ def resnet_text_classifier(
     tokenizer = tokenizer or byte_tokenizer(padding_side="right")
     config = MMLMConfig(
         **{
-            "text_config": _bert(tokenizer, hidden_size, num_hidden_layers),
-            "vision_config": _resnet(resnet_width),
+            "text_config": parts.bert(tokenizer, hidden_size, num_hidden_layers),
+            "vision_config": parts.resnet(resnet_width),
             "audio_config": {
                 "model_type": "mmlm_conv_audio",
                 "hidden_sizes": [64, 64, 64, 64],
@@ -333,9 +276,9 @@ def token_merge_vlm(
     tokenizer = tokenizer or byte_tokenizer()
     config = MMLMConfig(
         **{
-            "text_config": _qwen(tokenizer, hidden_size, num_hidden_layers),
-            "vision_config": _siglip(hidden_size, num_hidden_layers, image_size, patch_size),
-            "audio_config": _audio_encoder(hidden_size, num_hidden_layers, audio_seconds),
+            "text_config": parts.qwen(tokenizer, hidden_size, num_hidden_layers),
+            "vision_config": parts.siglip(hidden_size, num_hidden_layers, image_size, patch_size),
+            "audio_config": parts.audio_encoder(hidden_size, num_hidden_layers, audio_seconds),
             "fusion": fusion,
             "image_token_id": tokenizer.convert_tokens_to_ids("<image>"),
             "audio_token_id": tokenizer.convert_tokens_to_ids("<audio>"),
@@ -354,11 +297,6 @@ def token_merge_vlm(
     return config, processor
 
 
-def _qwen(tokenizer: Any, hidden_size: int, num_hidden_layers: int) -> dict[str, Any]:
-    heads = {"num_key_value_heads": hidden_size // 64, "head_dim": 32, "max_position_embeddings": 4096}
-    return {"model_type": "qwen3", **_sizes(hidden_size, num_hidden_layers), **heads, **_vocabulary(tokenizer)}
-
-
 def joint_pretrain(
     *,
     hidden_size: int = 64,
@@ -375,9 +313,9 @@ def joint_pretrain(
     tokenizer = tokenizer or byte_tokenizer(padding_side="right")
     config = MMLMConfig(
         **{
-            "text_config": _bert(tokenizer, hidden_size, num_hidden_layers),
-            "vision_config": _siglip(hidden_size, num_hidden_layers, image_size, patch_size),
-            "audio_config": _audio_encoder(hidden_size, num_hidden_layers, audio_seconds),
+            "text_config": parts.bert(tokenizer, hidden_size, num_hidden_layers),
+            "vision_config": parts.siglip(hidden_size, num_hidden_layers, image_size, patch_size),
+            "audio_config": parts.audio_encoder(hidden_size, num_hidden_layers, audio_seconds),
             "fusion": "concat",
             "mask_token_id": tokenizer.mask_token_id,
             "contrastive_weight": 1.0,
@@ -403,7 +341,7 @@ def image_tokens(
     Published: DALL-E, a discrete VAE of 8,192 codes and a Transformer of 12 billion parameters.
     """
     tokenizer = tokenizer or byte_tokenizer(codebook_size=codebook_size)
-    text = _qwen(tokenizer, hidden_size, num_hidden_layers)
+    text = parts.qwen(tokenizer, hidden_size, num_hidden_layers)
     config = MMLMConfig(**{"text_config": text, "fusion": "merge"} | options)
     return config, _processor(tokenizer, image_size, AUDIO_SECONDS)
 
