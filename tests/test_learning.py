@@ -2,8 +2,8 @@
 
 from mmlm_benchmarks.learning import Experiment, experiments, run
 
-PAIRS = ("data.train_count=1600", "training.num_train_epochs=4", "data.eval_count=200")
-QUESTION = ("data.train_count=2000", "training.num_train_epochs=4", "data.eval_count=200")
+PAIRS = ("data.train_count=2000", "data.eval_count=200")
+QUESTION = ("data.train_count=10000", "data.eval_count=200")
 
 
 def test_alignment_then_a_question_that_needs_three_modalities(tmp_path):
