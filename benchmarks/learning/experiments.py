@@ -93,6 +93,7 @@ def run(
     """
     told = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()  # of loading and saving
     overrides = [*experiment.changes, *changes, f"output={folder / _file_name(experiment.name)}"]
     if experiment.after is not None:
         overrides.append(f"start_from={folder / _file_name(experiment.after)}")
@@ -101,6 +102,7 @@ def run(
         result = train(settings, overwrite=True, progress=progress)
     finally:
         transformers.logging.set_verbosity(told)
+        transformers.logging.enable_progress_bar()
     result |= {"name": experiment.name, "data": experiment.data, "gallery": []}
     result["history"] = [{k: h[k] for k in ("epoch", "loss", "eval_loss") if k in h} for h in result["history"]]
     output = Path(settings.output)
