@@ -342,10 +342,9 @@ def test_pretrained_encoders_go_on(tmp_path):
     ours = dict(classifier.model.named_parameters())
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(p, theirs[n]) for n, p in ours.items())
-    assert all(p.isfinite().all() for p in classifier.parameters())
-    fresh = models.MMLMForClassification(classifier.config).classifier
-    for mine, new in zip(classifier.classifier.parameters(), fresh.parameters(), strict=True):
-        assert 0.5 < mine.std() / new.std() < 2  # drawn, not left empty
+    for layer in (m for m in classifier.classifier.modules() if isinstance(m, torch.nn.Linear)):
+        for parameter in (layer.weight, layer.bias):  # drawn as torch draws, not left empty
+            assert 0 < parameter.abs().max() <= layer.in_features**-0.5
     assert classifier(**make_batch(classifier, processor)).logits.shape == (3, 4)
 
 
