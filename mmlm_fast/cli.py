@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         description="Run the model and every op on the speech, picture and text that ship with the package, in "
         "reference and fast form: equality first, then interleaved times and peak memory, against eager PyTorch, "
         "torch.compile and each audio library that is installed. Then train and judge the presets on real data. Takes "
-        "about twenty minutes on two cores; --ops picks parts.",
+        "tens of minutes on two cores; --ops picks parts.",
     )
     report.add_argument(
         "--ops",

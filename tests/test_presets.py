@@ -97,7 +97,7 @@ def loss_logits_and_gradients(model, batch):
     ("name", "options"), CASES, ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x.values()))
 )
 def test_fast_is_reference(name, options):
-    """Outputs and all gradients together within the accuracy rule."""
+    """Outputs, and with them all gradients together, within the accuracy rule."""
     model, processor = build(name, **options)
     model.eval()
     batch = make_batch(model, processor)
@@ -107,7 +107,8 @@ def test_fast_is_reference(name, options):
         exact = loss_logits_and_gradients(copy.deepcopy(model).double(), doubled(batch))
     assert fast[0].isfinite()
     assert fast[2].keys() == plain[2].keys() == exact[2].keys()
-    # Together: of a loss or of six logits alone, whose rounding is smaller is luck.
+    if fast[1].numel() >= 64:  # of a loss or of six logits alone, whose rounding is smaller is luck
+        assert difference(fast[1], plain[1], exact[1]).ok
     flat = [
         torch.cat([found[1].flatten(), *(found[2][n].flatten() for n in fast[2])]) for found in (fast, plain, exact)
     ]

@@ -89,6 +89,7 @@ def test_reads_samples_and_files(folder):
     assert [s.name for s in samples[:2]] == ["data.jsonl:1", "data.jsonl:2"]
     loaded = load(samples[1])
     assert [x.size for x in loaded.images] == [(48, 48)] * 2
+    # one step of the 16-bit samples of the file
     np.testing.assert_allclose(loaded.clips[0], SPEECH[0].waveform[:16000], atol=2**-15)
 
 
