@@ -1,11 +1,13 @@
 """kaldi_fbank and mfcc against torchaudio.compliance.kaldi and kaldi-native-fbank."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from peers import assert_no_worse, errors, need, signals
 
-from mmlm_fast import reference
+from mmlm_fast import _C, reference
 from mmlm_fast.audio import kaldi_fbank, mfcc
 from mmlm_fast.audio.kaldi import checked_key
 
@@ -104,6 +106,40 @@ def test_reference_agrees():
             with reference():
                 expected = ours(x, dtype=torch.float64, **options)
             torch.testing.assert_close(ours(x, dtype=torch.float64, **options), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize(
+    ("frame_length", "frame_shift"), [(25.0, 10.0), (20.0, 7.0), (32.0, 4.0), (16.0, 16.0), (5.0, 5.0), (10.0, 25.0)]
+)
+def test_every_window_on_every_instruction_set(frame_length, frame_shift, isa):
+    """What a vector wider than a tile's row would overwrite shows only with a window that is not 0 at its ends."""
+    noise = torch.from_numpy(np.random.default_rng(0).standard_normal(9000) * 0.05)
+    before = _C.active_isa()
+    try:
+        if _C.set_isa(isa) != isa:
+            pytest.skip(f"this CPU has no {isa}")
+        windows = ("povey", "hamming", "rectangular", "hanning", "blackman")
+        for window, preemphasis, removes, power_of_two, energy in itertools.product(
+            windows, (0.0, 0.5, 0.97), *3 * [(True, False)]
+        ):
+            options = dict(
+                window_type=window,
+                preemphasis_coefficient=preemphasis,
+                remove_dc_offset=removes,
+                round_to_power_of_two=power_of_two,
+                use_energy=energy,
+                frame_length=frame_length,
+                frame_shift=frame_shift,
+            )
+            with reference():
+                exact = kaldi_fbank(noise, dtype=torch.float64, **options)
+            double, single = kaldi_fbank(noise, dtype=torch.float64, **options), kaldi_fbank(noise.float(), **options)
+            torch.testing.assert_close(double, exact, rtol=1e-9, atol=1e-9)
+            # 2e-4 is the largest error measured, in a bin that cancels; a sample overwritten gave 9e-3 at least.
+            assert (single - exact).abs().max() < 1e-3, options
+    finally:
+        _C.set_isa(before)
 
 
 def test_sample_types_channels_and_batches():

@@ -39,7 +39,7 @@ Scratch<T> scratch_of(const SpectralPlan& plan) {
   const int64_t stage = aligned_count(plan.tile_samples + 16);
   const int64_t tile = aligned_count(int64_t{plan.tile_rows} * plan.tile_stride);
   const int64_t unrolled = int64_t{plan.o.frame_length} * kTileFrames;
-  const int64_t emphasised = aligned_count(int64_t{plan.tile_rows + 3} * plan.tile_stride + 32);  // two rows of sums
+  const int64_t emphasised = int64_t{plan.tile_rows + 3} * plan.tile_stride;  // first samples, two rows of sums
   const int64_t frame = plan.prepares_frames ? unrolled : plan.prepares_tile ? emphasised : 0;
   const int64_t dft =
       plan.is_400 ? kColumns400 * kOuter400 * 2 * w : (2 * int64_t{plan.dft_length} + plan.largest_radix) * 2 * w;
@@ -171,10 +171,10 @@ __attribute__((noinline)) Vec<T> prepare_frames(const SpectralPlan& plan, const 
   return energy[0] + energy[1];
 }
 
-// Sums of the first `rows` rows of a tile, column by column.
+// Sums of the first `rows` rows of a tile, column by column. Whole vectors: `stride` is a multiple of their lanes.
 template <typename T>
-MMLM_INLINE void column_sums(const T* __restrict tile, int rows, int stride, T* __restrict sums) {
-  for (int l = 0; l < stride; l += kWidth<T>) {
+MMLM_INLINE void column_sums(const T* __restrict tile, int rows, int columns, int stride, T* __restrict sums) {
+  for (int l = 0; l < columns; l += kWidth<T>) {
     Vec<T> sum[4] = {};
     int m = 0;
     for (; m + 4 <= rows; m += 4) {
@@ -192,14 +192,15 @@ MMLM_INLINE void column_sums(const T* __restrict tile, int rows, int stride, T* 
 template <typename T>
 __attribute__((noinline)) void prepare_tile(const SpectralPlan& plan, const T* __restrict tile,
                                             T* __restrict emphasised, T* __restrict sums, T* __restrict means) {
-  const int stride = plan.tile_stride, rows = plan.tile_rows, hop = plan.o.hop_length, length = plan.o.frame_length;
+  const int stride = plan.tile_stride, columns = plan.tile_columns, rows = plan.tile_rows;
+  const int hop = plan.o.hop_length, length = plan.o.frame_length;
   const T c = T(plan.o.frame_preemphasis);
   std::fill(means, means + kTileFrames, T(0));
   if (plan.o.remove_dc_offset) {
     const int whole = length / hop, rest = length % hop;
     T* part = sums + stride;
-    column_sums(tile, whole > 0 ? rows : 0, stride, sums);
-    column_sums(tile, rest, stride, part);
+    column_sums(tile, whole > 0 ? rows : 0, columns, stride, sums);
+    column_sums(tile, rest, columns, stride, part);
     for (int f = 0; f < kTileFrames; ++f) {
       T sum = rest > 0 ? part[f + whole] : T(0);
       for (int j = 0; j < whole; ++j) sum += sums[f + j];
@@ -208,16 +209,16 @@ __attribute__((noinline)) void prepare_tile(const SpectralPlan& plan, const T* _
   }
   if (c == 0) return;
   T* first = emphasised + static_cast<int64_t>(rows) * stride;
-  for (int l = 0; l < stride; l += kWidth<T>) store(first + l, load(tile + l) * (1 - c));
+  for (int l = 0; l < columns; l += kWidth<T>) store(first + l, load(tile + l) * (1 - c));
   // A column's first sample follows the last one of the column before; nothing comes before column 0, whose frame's
   // first sample is in `first`.
   const T* last = tile + static_cast<int64_t>(rows - 1) * stride;
   emphasised[0] = 0;
-  for (int l = 1; l < stride; ++l) emphasised[l] = tile[l] - c * last[l - 1];
+  for (int l = 1; l < columns; ++l) emphasised[l] = tile[l] - c * last[l - 1];
   for (int m = 1; m < rows; ++m) {
     const T* row = tile + static_cast<int64_t>(m) * stride;
     T* to = emphasised + static_cast<int64_t>(m) * stride;
-    for (int l = 0; l < stride; l += kWidth<T>) store(to + l, load(row + l) - c * load(row - stride + l));
+    for (int l = 0; l < columns; l += kWidth<T>) store(to + l, load(row + l) - c * load(row - stride + l));
   }
 }
 

@@ -6,6 +6,10 @@ namespace mmlm {
 
 enum class Isa { baseline = 0, avx2 = 1, avx512 = 2 };
 
+// Bytes of the widest vectors of any ISA. What is laid out before the ISA is known (plans are shared by all of them)
+// and written a vector at a time has rows of a multiple of this.
+constexpr int kWidestVectorBytes = 64;
+
 // Best ISA of this CPU and operating system, from CPUID and XGETBV.
 Isa best_isa();
 

@@ -9,6 +9,8 @@
 #include <immintrin.h>
 #endif
 
+#include "core/isa.h"
+
 namespace mmlm {
 namespace {
 
@@ -19,6 +21,7 @@ constexpr int kVectorBytes = 32;
 #else
 constexpr int kVectorBytes = 16;
 #endif
+static_assert(kWidestVectorBytes % kVectorBytes == 0, "rows of shared layouts hold whole vectors");
 
 template <typename T>
 struct Lanes;
