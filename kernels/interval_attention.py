@@ -84,6 +84,17 @@ def _store_pieces(ptr, rows, stride, mask, x1, x2, x3,
 
 
 @triton.jit
+def _select_rows(alive, x1, x2, x3, P2: tl.constexpr, P3: tl.constexpr):
+    """Zeros in rows that see no key: what a loop left there, which did not mask them, may be infinite or NaN."""
+    x1 = tl.where(alive[:, None], x1, 0.0)
+    if P2 > 0:
+        x2 = tl.where(alive[:, None], x2, 0.0)
+    if P3 > 0:
+        x3 = tl.where(alive[:, None], x3, 0.0)
+    return x1, x2, x3
+
+
+@triton.jit
 def _zeros(ROWS: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr):
     """Accumulators; a piece that is not there is a vector that nothing touches."""
     a1 = tl.zeros((ROWS, P1), tl.float32)
@@ -247,7 +258,7 @@ def _fwd_kernel(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, sinks_ptr, out_ptr, largest
     denominator = tl.zeros((M,), tl.float32)
     sink = m
     if HAS_SINKS and SPLITS == 1:
-        sink = tl.load(sinks_ptr + heads).to(tl.float32)
+        sink = tl.load(sinks_ptr + heads, mask=there, other=0.0).to(tl.float32)
         m = sink * LOG2E
         denominator += 1.0
     for part in tl.static_range(3):
@@ -260,9 +271,13 @@ def _fwd_kernel(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, sinks_ptr, out_ptr, largest
         )  # fmt: skip
 
     alive = hi > lo
-    factor = tl.where(alive, 1.0, 0.0)[:, None]
     if SPLITS == 1:
-        factor = tl.where(alive, 1.0 / denominator, 0.0)[:, None]
+        factor = (1.0 / denominator)[:, None]
+        acc1 = acc1 * factor
+        if V2 > 0:
+            acc2 = acc2 * factor
+        if V3 > 0:
+            acc3 = acc3 * factor
         largest, total = _statistics(m, denominator)
         largest = tl.where(alive, largest, sink)
         total = tl.where(alive, total, 1.0 if HAS_SINKS else 0.0)
@@ -271,11 +286,7 @@ def _fwd_kernel(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, sinks_ptr, out_ptr, largest
         total = tl.where(alive, denominator, 0.0)
     out_ptr += split.to(tl.int64) * out_stride_split + b * out_stride_b
     out_offset = query.to(tl.int64) * out_stride_s + heads * out_stride_h
-    acc1 = acc1 * factor
-    if V2 > 0:
-        acc2 = acc2 * factor
-    if V3 > 0:
-        acc3 = acc3 * factor
+    acc1, acc2, acc3 = _select_rows(alive, acc1, acc2, acc3, V2, V3)
     _store_pieces(out_ptr, out_offset, 1, there, acc1, acc2, acc3, V1, V2, V3, DV)
     row = ((split.to(tl.int64) * B + b) * H + heads) * Sq + query
     tl.store(largest_ptr + row, largest, mask=there)
@@ -512,7 +523,8 @@ def _dq_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, largest_ptr, total
     q1, q2, q3 = _load_pieces(q_ptr, rows, q_stride_s * UNIT, there, P1, P2, P3, D)
     g1, g2, g3 = _load_pieces(grad_ptr, rows, grad_stride_s * UNIT, there, V1, V2, V3, DV)
     row = (b * H + head) * Sq
-    largest, factor = _normaliser(largest_ptr + row, total_ptr + row, query, there & (hi > lo))
+    alive = there & (hi > lo)
+    largest, factor = _normaliser(largest_ptr + row, total_ptr + row, query, alive)
     delta = tl.load(delta_ptr + row + query, mask=there, other=0.0)
     dq1, dq2, dq3 = _zeros(M, P1, P2, P3)
     for part in tl.static_range(3):
@@ -528,6 +540,7 @@ def _dq_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, largest_ptr, total
         dq2 = dq2 * scale
     if P3 > 0:
         dq3 = dq3 * scale
+    dq1, dq2, dq3 = _select_rows(alive, dq1, dq2, dq3, P2, P3)
     dq_ptr += b * dq_stride_b + head * dq_stride_h
     _store_pieces(dq_ptr, rows, dq_stride_s, there, dq1, dq2, dq3, P1, P2, P3, D)
 

@@ -1,5 +1,7 @@
 import importlib
+import os
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,6 +17,7 @@ module = importlib.import_module("mmlm_fast.ops.interval_attention")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HEAD_SIZES = [16, 64, 72, 80, 88, 96, 104, 128, 256]
 BATCH = 2
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def lengths(*values):
@@ -242,6 +245,69 @@ def test_kernel_rows_of_several_heads_in_several_tiles(device, kernel):
     """20 queries of 3 heads that share their keys are 60 rows: two tiles in float32, and the keys are split."""
     inputs = draw(20, 600, 24, torch.float32, 3, 1, device=device, batch=1)
     check_once(IntervalMask.causal(20, 600), *inputs, sinks=torch.randn(3), backward=False)
+
+
+def dead_rows(q_len, kv_len, device):
+    """Tokens before the first picture, beside tokens that see all of it."""
+    media = torch.zeros(1, q_len, dtype=torch.bool)
+    media[0, 4] = True
+    return IntervalMask.latest_image(media, kv_len, num_images=1).to(device)
+
+
+def run_with_gradients(f, mask, *inputs, sinks=None):
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out = f(*inputs, mask, sinks=sinks)
+    return [out.detach(), *torch.autograd.grad(out.float().square().sum(), inputs)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_kernel_large_scores_of_a_query_without_keys(dtype, device, kernel):
+    """exp overflows for scores that the query does not see: no gradient must come of them."""
+    q, k, v = draw(32, 160, 16, dtype, 2, 1, device=device, batch=1)
+    q[0, :, 1] *= 60
+    for sinks in (None, torch.zeros(2, device=device)):
+        out, dq, dk, dv = run_with_gradients(interval_attention, dead_rows(32, 160, device), q, k, v, sinks=sinks)
+        assert (out[:, :, :4] == 0).all()
+        assert (dq[:, :, :4] == 0).all()
+        assert dk.isfinite().all()
+        assert dv.isfinite().all()
+
+
+def test_kernel_nan_in_a_query_without_keys(device, kernel):
+    """Zeros as from the reference; with one query for each head also where the keys are split."""
+    mask = dead_rows(32, 160, device)
+    q, k, v = draw(32, 160, 16, torch.float32, 2, 1, device=device, batch=1)
+    q[0, :, 1] = torch.nan
+    out, dq, _, _ = run_with_gradients(interval_attention, mask, q, k, v)
+    assert (out[:, :, :4] == 0).all()
+    assert (dq[:, :, :4] == 0).all()
+    assert out.isfinite().all()
+    q, k, v = draw(2, 600, 16, torch.float32, 2, 1, device=device, batch=1)
+    q[0, :, 0] = torch.nan
+    mask = IntervalMask(*torch.tensor([[[0, 0]], [[0, 600]]], dtype=torch.int32, device=device))
+    for sinks in (None, torch.zeros(2, device=device)):
+        out = interval_attention(q, k, v, mask, sinks=sinks)
+        assert (out[:, :, 0] == 0).all()
+        assert out.isfinite().all()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="looks at the addresses that the interpreter loads")
+def test_kernel_reads_nothing_behind_the_sinks(device, kernel, monkeypatch):
+    """A program of few queries has rows for more heads than there are."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    sinks = torch.zeros(64)[:6]
+    seen, load = [], InterpreterBuilder.create_masked_load
+
+    def spy(self, ptrs, mask, *rest):
+        places = ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape)].astype(np.int64) - sinks.data_ptr()
+        seen.extend(places[(places >= 0) & (places < 256)].tolist())
+        return load(self, ptrs, mask, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", spy)
+    q, k, v = draw(1, 100, 16, torch.float32, 6, 2, batch=1)
+    interval_attention(q, k, v, sinks=sinks)
+    assert sorted(set(seen)) == [4 * head for head in range(6)]
 
 
 def test_kernel_ranges_are_exact(device, kernel):
