@@ -5,8 +5,8 @@ The PyTorch dispatcher is our only dispatch table: CPU tensors go to an op's por
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -114,11 +114,41 @@ def register_op(
     return getattr(torch.ops.mmlm_fast, name).default
 
 
+def on_device(index: int) -> AbstractContextManager:
+    """CUDA device `index` as the current one; where it is that already, as it always is with one GPU, nothing."""
+    return nullcontext() if torch.cuda.current_device() == index else torch.cuda.device(index)
+
+
+def device_index_of(name: str, args: Sequence[Any]) -> int:
+    """The CUDA device of all tensors among an op's arguments, lists of tensors too.
+
+    Raises:
+        ValueError: for tensors of several devices: a kernel would read another device's memory, or the host's, by its
+            address.
+    """
+    index = -1
+    for arg in args:
+        for tensor in arg if isinstance(arg, list) else (arg,):
+            if not isinstance(tensor, Tensor):
+                continue
+            if index < 0:
+                index = tensor.get_device()
+            if tensor.get_device() != index or index < 0:
+                raise ValueError(f"{name}: tensors must be on one CUDA device, got {', '.join(_devices(args))}")
+    return index
+
+
+def _devices(args: Sequence[Any]) -> list[str]:
+    tensors = [t for arg in args for t in (arg if isinstance(arg, list) else (arg,)) if isinstance(t, Tensor)]
+    return sorted({str(t.device) for t in tensors})
+
+
 def _lazy(name: str, kernel: str, portable: Callable, kernel_takes: Callable[..., bool] | None) -> Callable:
     module, _, function = kernel.partition(":")
     resolved: list[Callable] = []
 
     def call(*args):
+        index = device_index_of(name, args)
         if kernel_takes is not None and not kernel_takes(*args):
             return portable(*args)
         if not resolved:
@@ -127,7 +157,10 @@ def _lazy(name: str, kernel: str, portable: Callable, kernel_takes: Callable[...
                 resolved.append(portable)
             else:
                 resolved.append(getattr(import_module(module), function))
-        return resolved[0](*args)
+        # The dispatcher sets no device for an implementation in Python, and a launch goes to the current device's
+        # stream: with a model spread over GPUs that is not where the tensors are.
+        with on_device(index):
+            return resolved[0](*args)
 
     return call
 
