@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from speech import WAVEFORMS
 
 from mmlm_fast.audio import (
     ParakeetFeatureExtractor,
@@ -12,9 +13,8 @@ from mmlm_fast.audio import (
     mfcc,
     resample,
 )
-from mmlm_fast.data import load_speech
 
-TAPE = torch.from_numpy(np.concatenate([s.waveform for s in load_speech()]))
+TAPE = torch.from_numpy(np.concatenate(WAVEFORMS))
 CALLS = {
     "log_mel": log_mel,
     "kaldi_fbank": lambda x: kaldi_fbank(x, num_mel_bins=80),

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-from mmlm_fast.data import load_speech
+from speech import SPEECH
 
 
 def need(name: str):
@@ -33,9 +32,9 @@ def open_clip_losses():
 
 
 def signals() -> dict[str, torch.Tensor]:
-    """Real speech in three languages, noise, silence around speech, clicks, full-scale clipping."""
+    """Speech in three languages, noise, silence around speech, clicks, full-scale clipping."""
     generator = np.random.default_rng(0)
-    made = {f"speech_{s.language}": s.waveform for s in load_speech()}
+    made = {f"speech_{s.language}": s.waveform for s in SPEECH}
     made["noise"] = generator.standard_normal(48000).astype(np.float32) * 0.1
     made["padded"] = np.concatenate([np.zeros(8000, np.float32), made["speech_en"][:20000], np.zeros(8000, np.float32)])
     clicks = np.zeros(20000, np.float32)

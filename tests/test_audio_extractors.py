@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from speech import WAVEFORMS
 from transformers.utils import is_torchaudio_available
 
 import mmlm_fast.audio
 from mmlm_fast import reference
 from mmlm_fast.audio.extractors import EXTRACTORS, NOT_REPLACED, drop_in
-from mmlm_fast.data import load_speech
 
-SPEECH = [s.waveform for s in load_speech()]
 RATES = {"ClapFeatureExtractor": 48000, "ClvpFeatureExtractor": 22050, "UnivNetFeatureExtractor": 24000,
          "Pop2PianoFeatureExtractor": 22050}  # fmt: skip
 NEEDS_TORCHAUDIO = ("Granite", "FunAsr", "NeuCodec", "Xcodec2")
@@ -98,12 +97,12 @@ def assert_same(ours, theirs, atol=2e-3, mean=1e-4):
 
 
 CLIPS = {
-    "one": SPEECH[0],
-    "short": SPEECH[0][3000:9000],
-    "batch": [SPEECH[0], SPEECH[1][:50000], SPEECH[2][:7777]],
-    "equal": [SPEECH[0][:16000], SPEECH[1][:16000]],
-    "quiet": np.concatenate([np.zeros(20000, np.float32), SPEECH[2][:30000], np.zeros(9000, np.float32)]),
-    "long": np.tile(np.concatenate(SPEECH), 2)[: 31 * 16000],
+    "one": WAVEFORMS[0],
+    "short": WAVEFORMS[0][3000:9000],
+    "batch": [WAVEFORMS[0], WAVEFORMS[1][:50000], WAVEFORMS[2][:7777]],
+    "equal": [WAVEFORMS[0][:16000], WAVEFORMS[1][:16000]],
+    "quiet": np.concatenate([np.zeros(20000, np.float32), WAVEFORMS[2][:30000], np.zeros(9000, np.float32)]),
+    "long": np.tile(np.concatenate(WAVEFORMS), 2)[: 31 * 16000],
 }
 OPTIONS = {
     "default": {},
@@ -194,7 +193,7 @@ def test_same_output_for_constructor_options(name, constructor, clip):
 def test_voxtral_streams_chunks():
     ours, theirs = pair("VoxtralRealtimeFeatureExtractor")
     for center in (True, False):
-        a, b = (e(SPEECH[0], sampling_rate=16000, center=center, return_tensors="pt") for e in (ours, theirs))
+        a, b = (e(WAVEFORMS[0], sampling_rate=16000, center=center, return_tensors="pt") for e in (ours, theirs))
         assert_same(a, b)
 
 
@@ -203,12 +202,12 @@ def test_voxtral_streams_chunks():
 def test_nemotron_streams_chunks(center, last):
     ours, theirs = pair("NemotronAsrStreamingFeatureExtractor")
     options = dict(sampling_rate=16000, center=center, is_last_audio_chunk=last)
-    assert_same(*(e(SPEECH[0][:17000], **options) for e in (ours, theirs)))
+    assert_same(*(e(WAVEFORMS[0][:17000], **options) for e in (ours, theirs)))
 
 
 def test_speecht5_inputs_are_untouched():
     ours, theirs = pair("SpeechT5FeatureExtractor", do_normalize=True)
-    assert_same(*(e(audio=SPEECH[0], sampling_rate=16000, padding=True) for e in (ours, theirs)), atol=0, mean=0)
+    assert_same(*(e(audio=WAVEFORMS[0], sampling_rate=16000, padding=True) for e in (ours, theirs)), atol=0, mean=0)
 
 
 def test_gemma4_takes_a_single_clip():
@@ -220,7 +219,7 @@ def test_gemma4_takes_a_single_clip():
 
 def test_pop2piano_mel():
     ours, theirs = drop_in("Pop2PianoFeatureExtractor")(), original("Pop2PianoFeatureExtractor")()
-    clips = np.stack([SPEECH[0][:30000], SPEECH[1][:30000]])
+    clips = np.stack([WAVEFORMS[0][:30000], WAVEFORMS[1][:30000]])
     a, b = ours.mel_spectrogram(clips), theirs.mel_spectrogram(clips)
     assert a.dtype == b.dtype
     np.testing.assert_allclose(a, b, rtol=1e-6)
@@ -298,7 +297,7 @@ def test_error_is_no_larger(name):
     most, and which of the two is luckier there says nothing: mean and 99.9th percentile."""
     method, exact, kind = EXACT[name]
     errors = {True: [], False: []}
-    for speech in SPEECH:
+    for speech in WAVEFORMS:
         speech = speech[:40000]
         for is_ours, extractor in zip((True, False), pair(name), strict=True):
             expected = exact(extractor, torch.from_numpy(speech).double()[None])
@@ -327,7 +326,7 @@ def test_is_the_original_to_the_rest_of_transformers(name, tmp_path):
     assert {k: v for k, v in ours.to_dict().items() if isinstance(v, (int, float, str, bool))} == {
         k: v for k, v in theirs().to_dict().items() if isinstance(v, (int, float, str, bool))
     }
-    clip = SPEECH[0][:16000]
+    clip = WAVEFORMS[0][:16000]
     expected = call(ours, clip)  # a used extractor saves, copies and pickles like a new one
     ours.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "preprocessor_config.json").read_text())
@@ -385,7 +384,7 @@ def test_every_extractor_of_transformers_is_accounted_for():
 
 def test_nan_is_an_error():
     for name in ("ParakeetFeatureExtractor", "SeamlessM4TFeatureExtractor", "ClapFeatureExtractor"):
-        clip = SPEECH[0][:16000].copy()
+        clip = WAVEFORMS[0][:16000].copy()
         clip[700] = np.nan
         with pytest.raises(ValueError, match="NaN, infinity or an overflow in clip 0"):
             call(drop_in(name)(), clip)

@@ -5,16 +5,16 @@ import warnings
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peers import need
+from speech import WAVEFORMS
 
 from mmlm_fast.audio import AudioFileError, audio_info, log_mel, read_audio, read_audio_files, resample
-from mmlm_fast.data import load_speech
 
-SPEECH = load_speech()[0].waveform[:32000]
+soundfile = pytest.importorskip("soundfile")
+SPEECH = WAVEFORMS[0][:32000]
 FORMATS = {"wav": "PCM_16", "flac": "PCM_16", "ogg": "VORBIS", "mp3": "MPEG_LAYER_III"}
 
 

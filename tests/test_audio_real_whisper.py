@@ -8,9 +8,11 @@ import real_whisper
 import torch
 import transformers
 from peers import need
+from speech import SPEECH, need_recordings
 
 from mmlm_fast.audio import WhisperFeatureExtractor
-from mmlm_fast.data import load_speech
+
+need_recordings()
 
 
 def words(text):
@@ -32,7 +34,7 @@ def transcribe(model, extractor, clip):
 
 def test_identical_transcripts_and_word_error_rate(model):
     jiwer = need("jiwer")
-    english = load_speech()[0]
+    english = SPEECH[0]
     assert english.language == "en"
     clip = english.waveform
     noisy = clip + 0.01 * np.random.default_rng(0).standard_normal(len(clip)).astype(np.float32)

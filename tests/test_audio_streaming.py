@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from speech import WAVEFORMS
 
 from mmlm_fast.audio import StreamingFbank, StreamingLogMel, StreamingMfcc, kaldi_fbank, log_mel, mfcc
-from mmlm_fast.data import load_speech
 
-SPEECH = torch.from_numpy(load_speech()[0].waveform)
+SPEECH = torch.from_numpy(WAVEFORMS[0])
 
 STREAMS = {
     "fbank": (lambda: StreamingFbank(num_mel_bins=80), lambda x: kaldi_fbank(x, num_mel_bins=80), 0),

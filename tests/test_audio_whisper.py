@@ -8,26 +8,25 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from speech import WAVEFORMS
 
 from mmlm_fast import reference
 from mmlm_fast.audio import WhisperFeatureExtractor
-from mmlm_fast.data import load_speech
 
-SPEECH = [s.waveform for s in load_speech()]
 CLIPS = {
-    "one": SPEECH[0],
-    "short": SPEECH[0][:1000],
-    "batch": [SPEECH[0], SPEECH[1][:50000], SPEECH[2][:777]],
-    "equal": [SPEECH[0][:16000], SPEECH[1][:16000]],
-    "array_batch": np.stack([SPEECH[0][:16001], SPEECH[1][:16001]]),
-    "list_of_floats": SPEECH[0][:500].tolist(),
-    "list_of_lists": [SPEECH[0][:500].tolist(), SPEECH[1][:400].tolist()],
-    "tuple": (SPEECH[0][:500], SPEECH[1][:400]),
-    "float64": SPEECH[0].astype(np.float64),
-    "float16": SPEECH[0].astype(np.float16),
-    "long": np.concatenate(SPEECH),
+    "one": WAVEFORMS[0],
+    "short": WAVEFORMS[0][:1000],
+    "batch": [WAVEFORMS[0], WAVEFORMS[1][:50000], WAVEFORMS[2][:777]],
+    "equal": [WAVEFORMS[0][:16000], WAVEFORMS[1][:16000]],
+    "array_batch": np.stack([WAVEFORMS[0][:16001], WAVEFORMS[1][:16001]]),
+    "list_of_floats": WAVEFORMS[0][:500].tolist(),
+    "list_of_lists": [WAVEFORMS[0][:500].tolist(), WAVEFORMS[1][:400].tolist()],
+    "tuple": (WAVEFORMS[0][:500], WAVEFORMS[1][:400]),
+    "float64": WAVEFORMS[0].astype(np.float64),
+    "float16": WAVEFORMS[0].astype(np.float16),
+    "long": np.concatenate(WAVEFORMS),
     "empty": np.zeros(0, np.float32),
-    "strided": SPEECH[0][::-2],
+    "strided": WAVEFORMS[0][::-2],
 }
 OPTIONS = {
     "default": {},

@@ -2,12 +2,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from speech import WAVEFORMS
 
 import mmlm_fast
 from mmlm_fast.audio import ParakeetFeatureExtractor, WhisperFeatureExtractor
-from mmlm_fast.data import load_speech
 
-CLIP = load_speech()[0].waveform
+CLIP = WAVEFORMS[0]
 
 
 @pytest.fixture

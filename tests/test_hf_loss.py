@@ -155,12 +155,14 @@ def test_trainer_in_bfloat16(checkpointing, computed, tmp_path):
 def test_a_real_whisper_on_real_speech(computed):
     """51,864 classes, tied to the embedding: the loss of the words it writes, and what it would learn from them."""
     import real_whisper
+    import speech
 
     from mmlm_fast.audio import WhisperFeatureExtractor
-    from mmlm_fast.data import load_speech
+
+    speech.need_recordings()
 
     model, _ = real_whisper.load()
-    clip = load_speech()[0].waveform
+    clip = speech.WAVEFORMS[0]
     features = WhisperFeatureExtractor()(clip, sampling_rate=16000, return_tensors="pt").input_features
     with torch.no_grad():
         labels = model.eval().generate(features)

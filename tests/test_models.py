@@ -4,16 +4,17 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from speech import WAVEFORMS
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
 from mmlm_fast import reference
-from mmlm_fast.data import load_image, load_prompts, load_speech
+from mmlm_fast.data import load_image, load_prompts
 from mmlm_fast.models import MMLMConfig, MMLMForConditionalGeneration, presets
 from mmlm_fast.models.configuration import DECODER_FUSIONS
 from mmlm_fast.models.fusion import merge_tokens
 from mmlm_fast.testing import difference
 
-SPEECH = [s.waveform[:160000] for s in load_speech()]  # one chunk each
+SPEECH = [w[:160000] for w in WAVEFORMS]  # one chunk each
 IMAGE = load_image()[0]
 MIRRORED = IMAGE.transpose(0)
 POOLED = [f for f in DECODER_FUSIONS if f != "merge"]

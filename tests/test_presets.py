@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 import transformers
+from speech import WAVEFORMS
 from transformers import AutoConfig, Trainer, TrainingArguments
 
 from mmlm_fast import models, reference
-from mmlm_fast.data import load_image, load_speech
+from mmlm_fast.data import load_image
 from mmlm_fast.models import presets
 from mmlm_fast.models.configuration import CLASSIFICATION_FUSIONS, SEQ2SEQ_FUSIONS
 from mmlm_fast.ops import _registry
@@ -16,7 +17,6 @@ from mmlm_fast.testing import difference
 
 IMAGE = load_image()[0]
 MIRRORED = IMAGE.transpose(0)
-SPEECH = [s.waveform for s in load_speech()]
 TEXTS = ["What is on the picture?", "今天天气很好", "Que dit la voix ?"]
 SMALL = {
     "two_encoder_seq2seq": dict(image_size=32),
@@ -55,7 +55,7 @@ def build(name, **options):
     return model, processor
 
 
-def make_batch(model, processor, images=(IMAGE, None, MIRRORED), audio=(None, SPEECH[0][:40000], SPEECH[1])):
+def make_batch(model, processor, images=(IMAGE, None, MIRRORED), audio=(None, WAVEFORMS[0][:40000], WAVEFORMS[1])):
     """Samples with modalities missing here and there, several chunks of sound; with labels where there are some."""
     given = {}
     modalities = model.config.modalities
@@ -174,7 +174,7 @@ def test_generate(name):
 def test_generate_streams(name):
     model, processor = build(name)
     model.eval()
-    batch = make_batch(model, processor, images=(IMAGE,), audio=(SPEECH[0],))
+    batch = make_batch(model, processor, images=(IMAGE,), audio=(WAVEFORMS[0],))
     batch.pop("labels")
     seen = []
 
@@ -205,7 +205,7 @@ def test_classifier_honours_what_is_missing(fusion):
     else:
         model, processor = build("resnet_text_classifier", audio=True, fusion=fusion, num_labels=5)
     model.eval().double()
-    images, audio = (IMAGE, None, None), (None, SPEECH[0][:20000], None)
+    images, audio = (IMAGE, None, None), (None, WAVEFORMS[0][:20000], None)
     batch = doubled(make_batch(model, processor, images, audio))
     batch.pop("labels")
     with torch.no_grad():
@@ -297,7 +297,7 @@ def test_contrastive_is_the_formula_and_matches():
     model, processor = build("clip_contrastive", audio=True)
     images, audio = (
         (IMAGE, MIRRORED, IMAGE.rotate(90)),
-        (SPEECH[0][:20000], SPEECH[1][:20000], SPEECH[2][:20000]),
+        (WAVEFORMS[0][:20000], WAVEFORMS[1][:20000], WAVEFORMS[2][:20000]),
     )
     batch = make_batch(model, processor, images, audio)
     out = model.eval()(**batch)

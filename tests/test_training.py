@@ -11,9 +11,10 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from speech import SPEECH, need_recordings
 
 from mmlm_fast.cli import main
-from mmlm_fast.data import load_image, load_speech, load_spoken_digits
+from mmlm_fast.data import load_image, load_spoken_digits
 from mmlm_fast.models import MMLMForClassification, MMLMForConditionalGeneration, MMLMForContrastive, presets
 from mmlm_fast.training import (
     BadSampleError,
@@ -35,7 +36,6 @@ from mmlm_fast.training.builtin import digits, stamps, stamps_folder
 from mmlm_fast.training.samples import augmented, usable
 
 IMAGE = load_image()[0]
-SPEECH = load_speech()
 LABELS = [str(i) for i in range(10)]
 
 
@@ -47,6 +47,7 @@ def _quiet():
 @pytest.fixture
 def folder(tmp_path):
     """Six real samples in a JSON-lines file, with a picture and a clip."""
+    need_recordings()
     import soundfile
 
     IMAGE.resize((48, 48)).save(tmp_path / "a.png")
