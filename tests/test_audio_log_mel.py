@@ -86,7 +86,7 @@ def test_mean_error_no_larger_than_transformers(name, num_mel_bins, isa):
 
 @pytest.mark.parametrize("num_mel_bins", [80, 128])
 def test_largest_error_no_larger_than_transformers(num_mel_bins, isa):
-    """On recorded speech, signal by signal. On noise (most of what synthetic voices have above 4 kHz) the single largest
+    """On recorded speech, signal by signal. On noise (all that synthetic voices have above 4 kHz) the single largest
     error sits in whichever bin happens to cancel most, so there the 99.9th percentile over all signals is compared."""
     pairs = {name: errors_of(name, num_mel_bins) for name in SIGNALS}
     for name, (ours, theirs) in pairs.items():
