@@ -18,7 +18,7 @@ _LIB = torch.library.Library("mmlm_fast", "FRAGMENT")
 
 NATIVE_TYPES = {torch.float32: 0, torch.bfloat16: 1}  # of the native core on a CPU
 _KERNEL_TYPES = (torch.float32, torch.float16, torch.bfloat16)
-_HAS_TRITON = find_spec("triton") is not None
+HAS_TRITON = find_spec("triton") is not None
 
 # What `mmlm_fast.doctor()` reports: op name -> (module of the portable path, target of the CUDA kernel).
 REGISTERED: dict[str, tuple[str, str]] = {}
@@ -75,7 +75,7 @@ def takes_kernel(x: Tensor, op: str = "") -> bool:
         if x.dtype not in NATIVE_TYPES:
             return False
         return torch.compiler.is_compiling() or x.numel() >= SMALL_NUMBERS.get(op, 0)
-    return x.device.type == "cuda" and x.dtype in _KERNEL_TYPES and _HAS_TRITON
+    return x.device.type == "cuda" and x.dtype in _KERNEL_TYPES and HAS_TRITON
 
 
 def plain_float(number: float) -> float:

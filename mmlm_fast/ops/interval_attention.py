@@ -1,13 +1,19 @@
 """Attention where each query sees one interval of keys: every mask of a multimodal model, without a mask in memory."""
 
+import threading
+from functools import cache
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from mmlm_fast.masks import IntervalMask
 from mmlm_fast.ops._registry import (
+    HAS_TRITON,
     NATIVE_TYPES,
     autocast,
     check_floating,
+    on_device,
     plain_float,
     register_op,
     using_reference,
@@ -106,8 +112,10 @@ def interval_attention(
             query, key, value, mask, scale=scale, softcap=softcap, sinks=sinks, return_lse=return_lse
         )
     scale = plain_float(query.shape[-1] ** -0.5 if scale is None else scale)
-    if softcap is None and sinks is None and not return_lse and _sdpa_is_best(query, key, mask):
-        return _sdpa(query, key, value, mask, scale)
+    if softcap is None and sinks is None and not return_lse:
+        call = _facts(query, key, value, mask)
+        if _sdpa_is_best(call):
+            return _sdpa(query, key, value, call, scale)
     lo, hi = (None, None) if mask is None or mask.kind == "full" else (mask.lo, mask.hi)
     softcap = 0.0 if softcap is None else plain_float(softcap)
     out, lse = _IntervalAttention.apply(query, key, value, sinks, lo, hi, scale, softcap, return_lse)
@@ -200,35 +208,189 @@ def _check_inputs(query: Tensor, key: Tensor, value: Tensor, mask: IntervalMask 
 SMALL_SCORES = 2**17
 
 
-def _sdpa_is_best(query: Tensor, key: Tensor, mask: IntervalMask | None) -> bool:
-    kind = "full" if mask is None else mask.kind
-    if kind is None or key.shape[2] == 0:
-        return False
-    if query.is_cuda or kind == "full":
-        return True
-    scores = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
-    return query.device.type == "cpu" and not torch.compiler.is_compiling() and scores < SMALL_SCORES
+# cuDNN builds a plan for each shape, which takes as long as hundreds of calls (0.02 to 1 s): for queries that make it
+# worth while, of shapes that come again. A pass through a model calls a shape once a layer: a few calls do not say so.
+CUDNN_QUERIES, CUDNN_CALLS = 512, 128
+# Shapes that are counted, and shapes that get a plan, of each thread.
+COUNTED_SHAPES, PLANNED_SHAPES = 256, 32
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: IntervalMask | None, scale: float) -> Tensor:
-    is_causal = mask is not None and mask.kind == "causal"
-    grouped = True if query.shape[1] != key.shape[1] else False  # noqa: SIM210  a symbol under dynamic shapes
-    if query.is_cuda and not torch.compiler.is_compiling() and _cudnn_takes(query, key, value, is_causal, grouped):
-        wants_lse = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-        return torch.ops.aten._scaled_dot_product_cudnn_attention(
-            query, key, value, None, wants_lse, 0.0, is_causal, False, scale=scale
-        )[0]
-    return torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, is_causal=is_causal, scale=scale, enable_gqa=grouped
+class Call(NamedTuple):
+    """What decides which kernel a call takes: plain facts, so that a test can cross them without a GPU."""
+
+    device: str
+    capability: int  # major one, of a CUDA device
+    dtype: torch.dtype
+    kind: str | None  # of the mask
+    grouped: bool
+    q_len: int
+    kv_len: int
+    size: int
+    value_size: int
+    scores: int
+    is_compiling: bool = False
+    has_triton: bool = True
+    flash_allowed: bool = True
+    cudnn_allowed: bool = True
+
+
+def _facts(query: Tensor, key: Tensor, value: Tensor, mask: IntervalMask | None) -> Call:
+    (batch, heads, q_len, size), (kv_heads, kv_len, value_size) = query.shape, value.shape[1:]
+    is_compiling, on_cuda = torch.compiler.is_compiling(), query.is_cuda
+    return Call(
+        device=query.device.type,
+        capability=_capability(query.device.index) if on_cuda else 0,
+        dtype=query.dtype,
+        kind="full" if mask is None else mask.kind,
+        grouped=True if heads != kv_heads else False,  # noqa: SIM210  a symbol under dynamic shapes
+        q_len=q_len,
+        kv_len=kv_len,
+        size=size,
+        value_size=value_size,
+        scores=batch * heads * q_len * kv_len,
+        is_compiling=is_compiling,
+        has_triton=HAS_TRITON,
+        flash_allowed=on_cuda and _flash_allowed(),
+        # What is counted must be a shape: of plain tensors, not of symbols.
+        cudnn_allowed=on_cuda
+        and not is_compiling
+        and type(query) in (Tensor, torch.nn.Parameter)
+        and torch.backends.cuda.cudnn_sdp_enabled(),
     )
 
 
-def _cudnn_takes(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, grouped: bool) -> bool:
-    """cuDNN's attention is the faster one from Hopper on; torch does not choose it first."""
-    if torch.cuda.get_device_capability(query.device)[0] < 9:
+@cache
+def _capability_of(index: int) -> int:
+    return torch.cuda.get_device_capability(index)[0] if torch.cuda.is_available() else 0
+
+
+def _capability(index: int) -> int:
+    return _capability_of(index)
+
+
+def _flash_allowed() -> bool:
+    return torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.is_flash_attention_available()
+
+
+# While tracing Dynamo calls these two, and takes what they say for constants.
+_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_flash_allowed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _sdpa_is_best(call: Call) -> bool:
+    """Whether torch's attention is to take the call, and not ours."""
+    if call.kind is None or call.kv_len == 0:
         return False
-    parameters = torch.backends.cuda.SDPAParams(query, key, value, None, 0.0, is_causal, grouped)
-    return torch.backends.cuda.can_use_cudnn_attention(parameters)
+    if call.device == "cuda":
+        return _has_flash(call) or _has_efficient(call) or not _has_kernel(call)
+    if call.kind == "full":
+        return True
+    return call.device == "cpu" and not call.is_compiling and call.scores < SMALL_SCORES
+
+
+def _has_kernel(call: Call) -> bool:
+    largest = max(call.size, call.value_size)
+    return call.has_triton and call.capability >= 8 and largest <= _largest_head(call.dtype)
+
+
+def _has_flash(call: Call) -> bool:
+    """What torch's flash attention takes, grouped heads too."""
+    if call.dtype not in (torch.float16, torch.bfloat16) or call.capability < 8 or not call.flash_allowed:
+        return False
+    return call.size == call.value_size and call.size <= 256 and (call.kind != "causal" or call.q_len == call.kv_len)
+
+
+def _has_efficient(call: Call) -> bool:
+    """What torch's memory-efficient attention takes. Where neither does, its math path holds all scores."""
+    unit = 4 if call.dtype == torch.float32 else 8
+    rows_aligned = call.size % unit == 0 and call.value_size % unit == 0
+    return not call.grouped and call.dtype != torch.float64 and rows_aligned
+
+
+def torch_kernel(call: Call) -> str:
+    """Which of torch's kernels takes a call.
+
+    Returns:
+        "cudnn"; "flash"; "sdpa": as `scaled_dot_product_attention` chooses; "packed", "repeated": it chooses too, but
+        for grouped heads without a kernel of their own, which would take its math path, so that the queries of a group
+        are made rows of one head, or where a causal mask tells rows apart, keys and values repeated.
+    """
+    if call.device != "cuda":
+        return "sdpa"
+    if not _has_flash(call):
+        return "sdpa" if not call.grouped else "packed" if call.kind == "full" else "repeated"
+    # From 2.11 on torch itself takes cuDNN first on these two: a plan for each new length, while decoding each token.
+    # A compiled graph has one shape, unless it decodes.
+    if call.capability not in (9, 10) or (call.is_compiling and call.q_len != 1):
+        return "sdpa"
+    if call.size % 8 or call.scores == 0:  # it pads heads, and knows what to do with nothing
+        return "sdpa"
+    if call.capability == 9 and call.cudnn_allowed and call.q_len >= CUDNN_QUERIES:  # on Blackwell it is the slower one
+        return "cudnn"
+    return "flash"
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, call: Call, scale: float) -> Tensor:
+    is_causal = call.kind == "causal"
+    if call.device == "cuda" and not call.is_compiling:  # rows that are not dense are the math path's
+        query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    kernel = torch_kernel(call)
+    if kernel == "cudnn":
+        wants_lse = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+        if _cudnn_takes(query, key, value, is_causal, wants_lse):
+            return torch.ops.aten._scaled_dot_product_cudnn_attention(
+                query, key, value, None, wants_lse, 0.0, is_causal, False, scale=scale
+            )[0]
+        kernel = torch_kernel(call._replace(cudnn_allowed=False))
+    if kernel == "flash":
+        return torch.ops.aten._scaled_dot_product_flash_attention(
+            query, key, value, 0.0, is_causal, False, scale=scale
+        )[0]
+    attend, groups = torch.nn.functional.scaled_dot_product_attention, query.shape[1] // key.shape[1]
+    if kernel == "packed":
+        rows = query.unflatten(1, (key.shape[1], groups)).flatten(2, 3)  # [B, Hkv, G·Sq, D]
+        out = attend(rows, key, value, scale=scale)
+        return out.unflatten(2, (groups, query.shape[2])).flatten(1, 2)
+    if kernel == "repeated":
+        key, value = (x[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (key, value))
+        return attend(query, key, value, is_causal=is_causal, scale=scale)
+    return attend(query, key, value, is_causal=is_causal, scale=scale, enable_gqa=call.grouped)
+
+
+class _Shapes(threading.local):
+    """Shapes that cuDNN could take: how often they came, and those it has been given. torch's plans are a thread's."""
+
+    def __init__(self) -> None:
+        self.counts: dict[tuple, int] = {}
+        self.planned: set[tuple] = set()
+
+
+_shapes = _Shapes()
+
+
+def _comes_again(key: tuple) -> bool:
+    """Whether a shape has come often enough, this time included, for a plan; shapes long not seen are forgotten."""
+    if key in _shapes.planned:
+        return True
+    counts = _shapes.counts
+    count = counts.pop(key, 0) + 1
+    if count >= CUDNN_CALLS and len(_shapes.planned) < PLANNED_SHAPES:
+        _shapes.planned.add(key)
+        return True
+    counts[key] = count
+    if len(counts) > COUNTED_SHAPES:
+        del counts[next(iter(counts))]
+    return False
+
+
+def _cudnn_takes(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, wants_lse: bool) -> bool:
+    # What torch finds a plan by: batch, heads, lengths, sizes, strides, and whether a backward pass follows.
+    shape = tuple((*x.shape, *x.stride()) for x in (query, key, value))
+    if not _comes_again((query.device.index, query.dtype, is_causal, wants_lse, shape)):
+        return False
+    parameters = torch.backends.cuda.SDPAParams(query, key, value, None, 0.0, is_causal, query.shape[1] != key.shape[1])
+    with on_device(query.device.index):  # torch looks at the current device
+        return torch.backends.cuda.can_use_cudnn_attention(parameters)
 
 
 # ---- the native core: float32 and bfloat16 on a CPU ----------------------------------------------------------------
@@ -455,10 +617,13 @@ def _fake_bwd(grad, grad_lse, query, key, value, lo, hi, out, largest, total, sc
     return (*gradients, total.new_empty(total.shape))
 
 
-def _kernel_takes(query: Tensor, key: Tensor, value: Tensor, *_: object) -> bool:
+def _largest_head(dtype: torch.dtype) -> int:
     """Not float64; and float32 tiles of larger heads do not fit into registers."""
-    largest = max(query.shape[-1], value.shape[-1])
-    return query.dtype != torch.float64 and largest <= (128 if query.dtype == torch.float32 else 512)
+    return 0 if dtype == torch.float64 else 128 if dtype == torch.float32 else 512
+
+
+def _kernel_takes(query: Tensor, key: Tensor, value: Tensor, *_: object) -> bool:
+    return max(query.shape[-1], value.shape[-1]) <= _largest_head(query.dtype)
 
 
 # Result: the output, and of each row's scores (sinks included) the largest and Σ exp(score − largest). Their
