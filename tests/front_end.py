@@ -5,7 +5,7 @@ import torch
 from speech import WAVEFORMS
 
 from mmlm_fast.audio import (
-    ParakeetFeatureExtractor,
+    SeamlessM4TFeatureExtractor,
     StreamingFbank,
     kaldi_fbank,
     log_mel,
@@ -28,7 +28,7 @@ CALLS = {
 
 class Clips(torch.utils.data.Dataset):
     def __init__(self):
-        self.extractor = ParakeetFeatureExtractor()
+        self.extractor = SeamlessM4TFeatureExtractor()
 
     def __len__(self):
         return 12
@@ -36,7 +36,7 @@ class Clips(torch.utils.data.Dataset):
     def __getitem__(self, i):
         x = TAPE[i * 1000 : i * 1000 + 40000]
         features = [call(x).numpy() for call in CALLS.values()]
-        features.append(self.extractor(x.numpy(), sampling_rate=16000)["input_features"].numpy())
+        features.append(np.asarray(self.extractor(x.numpy(), sampling_rate=16000)["input_features"]))
         stream = StreamingFbank(num_mel_bins=80)
         features.append(torch.cat([stream.accept(x[:777]), stream.accept(x[777:]), stream.flush()]).numpy())
         return features

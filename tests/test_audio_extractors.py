@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from speech import WAVEFORMS
-from transformers.utils import is_torchaudio_available
+from transformers.utils import import_utils, is_torchaudio_available, requires_backends
 
 import mmlm_fast.audio
 from mmlm_fast import reference
@@ -27,9 +27,14 @@ NAMES = [n for n in EXTRACTORS if not n.startswith(("Whisper", "Pop2Piano"))]
 def original(name):
     module = EXTRACTORS[name].module
     try:
-        return getattr(importlib.import_module(f"transformers.models.{module}.feature_extraction_{module}"), name)
+        cls = getattr(importlib.import_module(f"transformers.models.{module}.feature_extraction_{module}"), name)
     except (ImportError, AttributeError):
         pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    try:
+        requires_backends(cls, getattr(cls, "__backends", ()))
+    except ImportError as error:
+        pytest.skip(f"{str(error).strip().splitlines()[0]}: nothing to compare with")
+    return cls
 
 
 def pair(name, **constructor):
@@ -350,12 +355,15 @@ def test_reference_switch_runs_the_original(name):
     assert all(np.array_equal(x, y) for key in b for x, y in zip(flat(a[key]), flat(b[key]), strict=True))
 
 
-def test_own_filters_are_used():
+def test_own_filters_are_used_also_changed_in_place():
     ours, theirs = pair("ParakeetFeatureExtractor")
     call(ours, CLIPS["short"])
     for extractor in (ours, theirs):
-        extractor.mel_filters *= 2  # in place: seen by its version
+        extractor.mel_filters *= 2  # seen by its version
     assert_same(call(ours, CLIPS["short"]), call(theirs, CLIPS["short"]))
+
+
+def test_own_filters_are_used():
     ours, theirs = pair("SeamlessM4TFeatureExtractor")
     call(ours, CLIPS["short"])
     with pytest.raises(ValueError, match="read-only"):
@@ -382,12 +390,33 @@ def test_every_extractor_of_transformers_is_accounted_for():
             assert path.parent.name in listed, path.name
 
 
-def test_nan_is_an_error():
-    for name in ("ParakeetFeatureExtractor", "SeamlessM4TFeatureExtractor", "ClapFeatureExtractor"):
-        clip = WAVEFORMS[0][:16000].copy()
-        clip[700] = np.nan
-        with pytest.raises(ValueError, match="NaN, infinity or an overflow in clip 0"):
-            call(drop_in(name)(), clip)
+@pytest.mark.parametrize("name", ["ParakeetFeatureExtractor", "SeamlessM4TFeatureExtractor", "ClapFeatureExtractor"])
+def test_nan_is_an_error(name):
+    original(name)
+    clip = WAVEFORMS[0][:16000].copy()
+    clip[700] = np.nan
+    with pytest.raises(ValueError, match="NaN, infinity or an overflow in clip 0"):
+        call(drop_in(name)(), clip)
+
+
+def test_a_missing_library_is_the_originals_import_error(monkeypatch):
+    """transformers gives a stand-in that raises it; the class behind, which ours derives from, has a NameError."""
+
+    def init(self, **options):
+        raise NameError("name 'librosa' is not defined")
+
+    cls, known = original("SeamlessM4TFeatureExtractor"), import_utils.BACKENDS_MAPPING
+    monkeypatch.setattr(cls, "__init__", init)
+    monkeypatch.setattr(cls, "__backends", ["librosa"], raising=False)
+    monkeypatch.setitem(known, "librosa", (lambda: False, known["librosa"][1]))
+    monkeypatch.setattr("mmlm_fast.audio.extractors._made", {})
+    extractor = drop_in("SeamlessM4TFeatureExtractor")
+    for make in (extractor, lambda: extractor.from_dict({})):
+        with pytest.raises(ImportError, match="SeamlessM4TFeatureExtractor requires the librosa library"):
+            make()
+    monkeypatch.setitem(known, "librosa", (lambda: True, ""))
+    with pytest.raises(NameError, match="librosa"):
+        extractor()
 
 
 def test_unknown_names():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from peers import signals
+from peers import need, signals
 
 from mmlm_fast import reference
 from mmlm_fast.audio import nemo_log_mel, resample, standardize
@@ -15,6 +15,7 @@ SIGNALS = signals()
 
 @pytest.mark.parametrize("num_mel_bins", [80, 128])
 def test_against_parakeet(num_mel_bins):
+    need("librosa")  # makes the original's filters
     theirs = transformers.ParakeetFeatureExtractor(feature_size=num_mel_bins)
     for name, x in SIGNALS.items():
         expected = theirs(x.numpy(), sampling_rate=16000, return_tensors="pt").input_features[0]

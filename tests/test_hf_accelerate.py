@@ -5,7 +5,7 @@ import transformers
 from speech import WAVEFORMS
 
 import mmlm_fast
-from mmlm_fast.audio import ParakeetFeatureExtractor, WhisperFeatureExtractor
+from mmlm_fast.audio import SeamlessM4TFeatureExtractor, WhisperFeatureExtractor
 
 CLIP = WAVEFORMS[0]
 
@@ -50,13 +50,13 @@ def test_processor_takes_saves_and_loads_the_drop_in(processor, tmp_path):
 
 
 def test_extractor_itself_and_saving(tmp_path):
-    extractor = transformers.ParakeetFeatureExtractor(feature_size=40)
+    extractor = transformers.SeamlessM4TFeatureExtractor(num_mel_bins=40)
     state = extractor.to_dict().keys()
     mmlm_fast.accelerate(extractor)
-    assert type(extractor) is ParakeetFeatureExtractor
+    assert type(extractor) is SeamlessM4TFeatureExtractor
     assert extractor.to_dict().keys() == state
     extractor.save_pretrained(tmp_path)
-    assert type(transformers.AutoFeatureExtractor.from_pretrained(tmp_path)) is transformers.ParakeetFeatureExtractor
+    assert type(transformers.AutoFeatureExtractor.from_pretrained(tmp_path)) is transformers.SeamlessM4TFeatureExtractor
 
 
 def test_what_is_left_is_said():

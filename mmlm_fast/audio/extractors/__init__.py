@@ -6,7 +6,9 @@ importing an original costs seconds and not every version of transformers has th
 """
 
 from dataclasses import dataclass
+from functools import wraps
 from importlib import import_module
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -85,5 +87,28 @@ def drop_in(name: str) -> type:
         module_name, _, mixin = entry.mixin.partition(":")
         bases = (getattr(import_module(f"{__name__}.{module_name}"), mixin), original)
         doc = f"`transformers.{name}` with its {entry.computes} from the native core; see {entry.mixin}."
-        known = _made.setdefault(name, type(name, bases, {"__module__": "mmlm_fast.audio", "__doc__": doc}))
+        known = type(name, bases, {"__module__": "mmlm_fast.audio", "__doc__": doc})
+        known = _made.setdefault(name, _saying_what_is_missing(known))
     return known
+
+
+def _saying_what_is_missing(cls: type) -> type:
+    """Where an original cannot be made for want of a library, as some without librosa: ImportError, not a NameError.
+
+    ``transformers.<name>`` is then a stand-in that raises it. The class itself, which is taken here, knows what it
+    needs but does not look. What a drop-in can do without (torchaudio, mostly) it does without.
+    """
+    make = cls.__init__  # type: ignore[misc]
+
+    @wraps(make)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            make(self, *args, **kwargs)
+        except NameError:
+            from transformers.utils import requires_backends
+
+            requires_backends(self, getattr(self, "__backends", ()))
+            raise
+
+    cls.__init__ = init  # type: ignore[misc]
+    return cls
