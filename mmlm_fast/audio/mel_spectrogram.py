@@ -247,8 +247,24 @@ def spectrogram(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor | list[Tensor]:
     """Compute ``|STFT| ** power``, ``[*batch, n_fft // 2 + 1, frames]``; arguments as in `mel_spectrogram`."""
-    given = dict(locals())
-    key = _key(given.pop("convention"), False, given)
+    given: dict[str, Any] = dict(
+        sample_rate=sample_rate,
+        n_fft=n_fft,
+        win_length=win_length,
+        hop_length=hop_length,
+        window_fn=window_fn,
+        wkwargs=wkwargs,
+        power=power,
+        normalized=normalized,
+        center=center,
+        pad_mode=pad_mode,
+        log=log,
+        amin=amin,
+        ref=ref,
+        top_db=top_db,
+        dtype=dtype,
+    )
+    key = _key(convention, False, given)
     return _run(key, waveform, orig_freq, channel_dim, pad, sample_rate or _CONVENTIONS[convention]["sample_rate"])
 
 
@@ -335,8 +351,29 @@ def mel_spectrogram(
 
     Source: torchaudio ``transforms.MelSpectrogram``; librosa ``feature.melspectrogram``.
     """
-    given = dict(locals())
-    key = _key(given.pop("convention"), True, given)
+    given: dict[str, Any] = dict(
+        sample_rate=sample_rate,
+        n_fft=n_fft,
+        win_length=win_length,
+        hop_length=hop_length,
+        f_min=f_min,
+        f_max=f_max,
+        n_mels=n_mels,
+        window_fn=window_fn,
+        wkwargs=wkwargs,
+        power=power,
+        normalized=normalized,
+        center=center,
+        pad_mode=pad_mode,
+        norm=norm,
+        mel_scale=mel_scale,
+        log=log,
+        amin=amin,
+        ref=ref,
+        top_db=top_db,
+        dtype=dtype,
+    )
+    key = _key(convention, True, given)
     return _run(key, waveform, orig_freq, channel_dim, pad, sample_rate or _CONVENTIONS[convention]["sample_rate"])
 
 
