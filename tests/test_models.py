@@ -152,10 +152,29 @@ def test_save_and_load(fusion, tmp_path):
     with torch.no_grad():
         assert torch.equal(again(**batch).logits, model(**batch).logits)
     reloaded = AutoProcessor.from_pretrained(tmp_path)
+    assert type(reloaded.image_processor) is type(processor.image_processor)  # with torchvision installed, too
     same = make_batch(reloaded)
     for key, value in batch.items():
         # transformers' own feature extractor comes back, unless ours is registered: equal up to rounding.
         torch.testing.assert_close(same[key], value, rtol=0, atol=7e-5)
+
+
+def test_image_processor_of_either_library_comes_back(tmp_path):
+    """torchvision's resizing is not Pillow's: what a model was trained with is what it gets."""
+    pytest.importorskip("torchvision")
+    _, processor = build("merge")
+    pixels = processor(text="<image>", images=IMAGE)["pixel_values"]
+    processor.image_processor = transformers.SiglipImageProcessor(size={"height": 56, "width": 56})
+    expected = processor(text="<image>", images=IMAGE)["pixel_values"]
+    assert not torch.equal(pixels, expected)
+    processor.save_pretrained(tmp_path)
+    reloaded = AutoProcessor.from_pretrained(tmp_path)
+    assert torch.equal(reloaded(text="<image>", images=IMAGE)["pixel_values"], expected)
+    config = tmp_path / "processor_config.json"
+    config.write_text(config.read_text().replace('"image_backend": "torchvision"', '"image_backend": "pil"'))
+    reloaded = AutoProcessor.from_pretrained(tmp_path)
+    assert torch.equal(reloaded(text="<image>", images=IMAGE)["pixel_values"], pixels)
+    assert reloaded.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
 
 
 def test_tied_embeddings(tmp_path):

@@ -1,12 +1,16 @@
 """Text, pictures and sound to model inputs."""
 
+import warnings
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import BatchFeature, ProcessorMixin
+from transformers import AutoImageProcessor, BatchFeature, ProcessorMixin
+
+HAS_BACKENDS = find_spec("transformers.image_processing_backends") is not None  # else they are called slow and fast
 
 
 class MMLMProcessor(ProcessorMixin):
@@ -41,6 +45,31 @@ class MMLMProcessor(ProcessorMixin):
         self.audio_token_id = tokenizer.convert_tokens_to_ids(audio_token)
         self.chunk_seconds = chunk_seconds
         super().__init__(image_processor, feature_extractor, tokenizer, chat_template=chat_template)
+
+    def to_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What is saved; also which library resizes pictures, which transformers does not keep."""
+        return super().to_dict(*args, **kwargs) | {"image_backend": _backend_of(self.image_processor)}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "MMLMProcessor":
+        """Load what `save_pretrained` saved, with the image processor of the library that was saved.
+
+        transformers takes torchvision's wherever that is installed; its resizing differs from Pillow's by a step here
+        and there, so a model would see other pictures than it was trained on.
+        """
+        processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        saved, _ = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        wanted = kwargs.get("backend") or saved.get("image_backend", "pil")
+        if _backend_of(processor.image_processor) not in (None, wanted):
+            how = {"backend": wanted} if HAS_BACKENDS else {"use_fast": wanted == "torchvision"}
+            again = AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, **(kwargs | how))
+            processor.image_processor = again
+            if _backend_of(again) != wanted:
+                warnings.warn(
+                    f"saved with pictures resized by {wanted}, which is not to be had here: pixels may differ slightly",
+                    stacklevel=2,
+                )
+        return processor
 
     def __call__(  # type: ignore[override]
         self,
@@ -153,6 +182,14 @@ class MMLMProcessor(ProcessorMixin):
             first, *rest = text.split(token)
             spread.append(first + "".join(token * len(next(left) or ()) + part for part in rest))
         return groups, spread
+
+
+def _backend_of(image_processor: Any) -> str | None:
+    """``torchvision`` or ``pil``."""
+    if image_processor is None:
+        return None
+    names = {base.__name__ for base in type(image_processor).__mro__}
+    return "torchvision" if names & {"TorchvisionBackend", "BaseImageProcessorFast"} else "pil"
 
 
 def _listed(entry: Any) -> list | None:
