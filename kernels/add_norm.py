@@ -25,7 +25,7 @@ def _statistics(r, mask, H, eps, LAYER: tl.constexpr):
     return mean, tl.rsqrt(tl.sum(centred * centred, axis=1) / H + eps)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _fwd_kernel(x_ptr, residual_ptr, weight_ptr, bias_ptr, out_ptr, total_ptr, R, H, eps, offset,
                 LAYER: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
                 ROWS: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
@@ -48,7 +48,7 @@ def _fwd_kernel(x_ptr, residual_ptr, weight_ptr, bias_ptr, out_ptr, total_ptr, R
     tl.store(out_ptr + offsets, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "rows_per_program"])
 def _bwd_kernel(grad_ptr, grad_total_ptr, total_ptr, weight_ptr, dx_ptr, dweight_ptr, dbias_ptr, R, H,
                 rows_per_program, eps, offset, LAYER: tl.constexpr, HAS_GRAD_TOTAL: tl.constexpr,
                 HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr,

@@ -27,9 +27,10 @@ def _weight(row, columns, mask, row_ids_ptr, column_ids_ptr, weights_ptr, stride
     return tl.load(weights_ptr + row.to(tl.int64) * stride_w + columns, mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "stride_d", "stride_r", "stride_w", "offset"])
 def _rows_kernel(dots_ptr, scale_ptr, running_ptr, row_ids_ptr, column_ids_ptr, weights_ptr, M, stride_d, stride_r,
-                 stride_w, offset, KIND: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                 stride_w, offset, UNIT: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    M, stride_d, stride_w = M * UNIT, stride_d * UNIT, stride_w * UNIT
     row = tl.program_id(0)
     scale = tl.load(scale_ptr)
     dots_ptr += row.to(tl.int64) * stride_d
@@ -64,10 +65,11 @@ def _rows_kernel(dots_ptr, scale_ptr, running_ptr, row_ids_ptr, column_ids_ptr, 
     tl.store(place + stride_r, tl.load(place + stride_r) + tl.sum(weight, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "M", "stride_d", "stride_r", "stride_w", "offset"])
 def _columns_kernel(dots_ptr, scale_ptr, running_ptr, row_ids_ptr, column_ids_ptr, weights_ptr, N, M, stride_d,
-                    stride_r, stride_w, offset, KIND: tl.constexpr,
+                    stride_r, stride_w, offset, UNIT: tl.constexpr, KIND: tl.constexpr,
                     ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    M, stride_d, stride_r, stride_w = M * UNIT, stride_d * UNIT, stride_r * UNIT, stride_w * UNIT
     scale = tl.load(scale_ptr)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = columns < M
@@ -104,11 +106,12 @@ def _columns_kernel(dots_ptr, scale_ptr, running_ptr, row_ids_ptr, column_ids_pt
     tl.store(place, tl.load(place, mask=inside, other=0.0) + tl.sum(weight, axis=0), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "stride_d", "stride_rows", "stride_columns", "stride_w", "offset"])
 def _gradients_kernel(dots_ptr, scale_ptr, rows_ptr, columns_ptr, sums_ptr, row_ids_ptr, column_ids_ptr, weights_ptr, M,
-                      stride_d, stride_rows, stride_columns, stride_w, offset, KIND: tl.constexpr,
+                      stride_d, stride_rows, stride_columns, stride_w, offset, UNIT: tl.constexpr, KIND: tl.constexpr,
                       BLOCK: tl.constexpr):  # fmt: skip
     """dots = S · gradient of the logits; sums [N, 2] of gradient · dot and of the gradient."""
+    M, stride_d, stride_columns, stride_w = M * UNIT, stride_d * UNIT, stride_columns * UNIT, stride_w * UNIT
     row = tl.program_id(0)
     scale = tl.load(scale_ptr)
     dots_ptr += row.to(tl.int64) * stride_d
@@ -143,6 +146,11 @@ def _pointers(dots: Tensor, row_ids: Tensor | None, column_ids: Tensor | None, w
     return (dots, dots, dots), 0
 
 
+def _unit(*numbers: int) -> int:
+    """16 where the numbers of columns and all strides are multiples of it, which lets loads be wide."""
+    return 16 if all(number % 16 == 0 for number in numbers) else 1
+
+
 def clip_loss_statistics(
     dots: Tensor, scale: Tensor, rows: Tensor, columns: Tensor, kind: int, offset: int,
     row_ids: Tensor | None, column_ids: Tensor | None, weights: Tensor | None,
@@ -151,13 +159,15 @@ def clip_loss_statistics(
     if dots.numel() == 0:
         return
     pointers, stride_w = _pointers(dots, row_ids, column_ids, weights)
+    unit = _unit(num_columns, dots.stride(0), columns.stride(0), stride_w)
+    num_columns_, stride_d, stride_w = num_columns // unit, dots.stride(0) // unit, stride_w // unit
     _rows_kernel[(num_rows,)](
-        dots, scale, rows, *pointers, num_columns, dots.stride(0), rows.stride(0), stride_w, offset, KIND=kind,
+        dots, scale, rows, *pointers, num_columns_, stride_d, rows.stride(0), stride_w, offset, UNIT=unit, KIND=kind,
         BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
     _columns_kernel[(triton.cdiv(num_columns, COLUMNS),)](
-        dots, scale, columns, *pointers, num_rows, num_columns, dots.stride(0), columns.stride(0), stride_w, offset,
-        KIND=kind, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
+        dots, scale, columns, *pointers, num_rows, num_columns_, stride_d, columns.stride(0) // unit, stride_w, offset,
+        UNIT=unit, KIND=kind, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
     )  # fmt: skip
 
 
@@ -170,8 +180,9 @@ def clip_loss_gradients(
         return
     pointers, stride_w = _pointers(dots, row_ids, column_ids, weights)
     partial = torch.empty(num_rows, 2, dtype=torch.float32, device=dots.device)
+    unit = _unit(num_columns, dots.stride(0), columns.stride(0), stride_w)
     _gradients_kernel[(num_rows,)](
-        dots, scale, rows, columns, partial, *pointers, num_columns, dots.stride(0), rows.stride(0),
-        columns.stride(0), stride_w, offset, KIND=kind, BLOCK=BLOCK, num_warps=4,
+        dots, scale, rows, columns, partial, *pointers, num_columns // unit, dots.stride(0) // unit, rows.stride(0),
+        columns.stride(0) // unit, stride_w // unit, offset, UNIT=unit, KIND=kind, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
     sums += partial.sum(0, dtype=torch.float64)

@@ -36,7 +36,7 @@ def _load_present(present_ptr, rows, row_mask, m: tl.constexpr, K: tl.constexpr,
         return row_mask.to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "tokens"])
 def _fwd_kernel(xs, weight_ptr, present_ptr, out_ptr, weights_ptr, R, H, tokens, scale,
                 MODE: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BROADCAST: tl.constexpr,
                 HAS_PRESENT: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
@@ -81,7 +81,7 @@ def _fwd_kernel(xs, weight_ptr, present_ptr, out_ptr, weights_ptr, R, H, tokens,
         tl.store(out_ptr + rows[:, None] * H + columns[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "tokens"])
 def _bwd_kernel(grad_ptr, xs, weight_ptr, weights_ptr, present_ptr,
                 dxs, dscores_ptr, R, H, tokens, scale,
                 MODE: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BROADCAST: tl.constexpr,
@@ -120,7 +120,7 @@ def _bwd_kernel(grad_ptr, xs, weight_ptr, weights_ptr, present_ptr,
             tl.store(dxs[m] + rows[:, None] * H + columns[None, :], dx.to(dxs[m].dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "tokens", "rows_per_split"])
 def _query_grad_kernel(xs, dscores_ptr, present_ptr, partial_ptr, R, H, tokens,
                        rows_per_split, scale, K: tl.constexpr, BROADCAST: tl.constexpr, HAS_PRESENT: tl.constexpr,
                        ROWS: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
@@ -154,11 +154,11 @@ def _gate(logits_ptr, present_ptr, offsets, mask, H, HAS_PRESENT: tl.constexpr):
     return gate
 
 
-@triton.jit
-def _mix_fwd_kernel(first_ptr, second_ptr, logits_ptr, present_ptr, out_ptr, gate_ptr, numel, H,
+@triton.jit(do_not_specialize=["R"])
+def _mix_fwd_kernel(first_ptr, second_ptr, logits_ptr, present_ptr, out_ptr, gate_ptr, R, H,
                     HAS_PRESENT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offsets < numel
+    mask = offsets < tl.cast(R, tl.int64) * H  # H carries the alignment
     gate = _gate(logits_ptr, present_ptr, offsets, mask, H, HAS_PRESENT)
     first = tl.load(first_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(second_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -167,11 +167,11 @@ def _mix_fwd_kernel(first_ptr, second_ptr, logits_ptr, present_ptr, out_ptr, gat
     tl.store(gate_ptr + offsets, gate.to(gate_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _mix_bwd_kernel(grad_ptr, first_ptr, second_ptr, logits_ptr, present_ptr, dfirst_ptr, dsecond_ptr, dlogits_ptr,
-                    numel, H, HAS_PRESENT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                    R, H, HAS_PRESENT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offsets < numel
+    mask = offsets < tl.cast(R, tl.int64) * H  # H carries the alignment
     gate = _gate(logits_ptr, present_ptr, offsets, mask, H, HAS_PRESENT)
     grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     first = tl.load(first_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -305,7 +305,7 @@ def gated_mix_fwd(first: Tensor, second: Tensor, logits: Tensor, present: Tensor
     numel = logits.numel()
     if numel:
         _mix_fwd_kernel[(triton.cdiv(numel, BLOCK_MIX),)](
-            first, second, logits, _pair_rows(present, logits), out, gate, numel, logits.shape[-1],
+            first, second, logits, _pair_rows(present, logits), out, gate, numel // logits.shape[-1], logits.shape[-1],
             HAS_PRESENT=present is not None, BLOCK=BLOCK_MIX,
         )  # fmt: skip
     return out, gate
@@ -319,7 +319,7 @@ def gated_mix_bwd(
     numel = logits.numel()
     if numel:
         _mix_bwd_kernel[(triton.cdiv(numel, BLOCK_MIX),)](
-            grad, first, second, logits, _pair_rows(present, logits), dfirst, dsecond, dlogits, numel,
-            logits.shape[-1], HAS_PRESENT=present is not None, BLOCK=BLOCK_MIX,
+            grad, first, second, logits, _pair_rows(present, logits), dfirst, dsecond, dlogits,
+            numel // logits.shape[-1], logits.shape[-1], HAS_PRESENT=present is not None, BLOCK=BLOCK_MIX,
         )  # fmt: skip
     return dfirst, dsecond, dlogits

@@ -29,7 +29,7 @@ def _fwd_kernel(x_ptr, residual_ptr, t_ptr, keep_ptr, out_ptr, H, HAS_KEEP: tl.c
     tl.store(out_ptr + row * H + columns, (residual + t * x).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "rows_per_program"])
 def _bwd_kernel(grad_ptr, x_ptr, t_ptr, keep_ptr, dx_ptr, sums_ptr, R, H, rows_per_program,
                 HAS_KEEP: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)

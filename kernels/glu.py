@@ -56,7 +56,7 @@ def _fwd_kernel(gate_ptr, up_ptr, bias_ptr, out_ptr, H, stride_gate, stride_up, 
     tl.store(out_ptr + row * H + columns, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "rows_per_program"])
 def _bwd_kernel(grad_ptr, gate_ptr, up_ptr, bias_ptr, dgate_ptr, dup_ptr, dbias_ptr, R, H, stride_gate, stride_up,
                 stride_dgate, stride_dup, rows_per_program, ACTIVATION: tl.constexpr, HAS_UP: tl.constexpr,
                 HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip

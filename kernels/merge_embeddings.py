@@ -27,8 +27,8 @@ def _fwd_kernel(source_ptr, base_ptr, features, firsts, out_ptr, H, stride_base,
         base_mask = columns < tl.where(is_text, H, 0)
     x = tl.load(base_ptr + base_row * stride_base + columns, mask=base_mask, other=0.0).to(tl.float32) * scale
     for m in tl.static_range(K):
-        row = -1 - source - firsts[m]
-        inside = (row >= 0) & (-1 - source < firsts[m + 1])
+        row = -source - (firsts[m] >> 1)
+        inside = (row >= 0) & (-source < (firsts[m + 1] >> 1))
         inside = columns < tl.where(inside, H, 0)
         x += tl.load(features[m] + row * H + columns, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + token * H + columns, x.to(out_ptr.dtype.element_ty), mask=mask)
@@ -42,16 +42,21 @@ def _bwd_kernel(grad_ptr, source_ptr, gradients, firsts, H, K: tl.constexpr, BLO
     mask = columns < tl.where(source < 0, H, 0)
     g = tl.load(grad_ptr + token * H + columns, mask=mask, other=0.0)
     for m in tl.static_range(K):
-        row = -1 - source - firsts[m]
-        inside = (row >= 0) & (-1 - source < firsts[m + 1])
+        row = -source - (firsts[m] >> 1)
+        inside = (row >= 0) & (-source < (firsts[m + 1] >> 1))
         tl.store(gradients[m] + row * H + columns, g, mask=columns < tl.where(inside, H, 0))
 
 
 def _firsts(sizes: list[int]) -> tuple[int, ...]:
-    firsts = [0]
+    """Where each modality's rows begin, and the last end: f as 2·f + 1, shifted by one row so that none is 1.
+
+    Triton compiles anew for an integer in a tuple that becomes 1 or a multiple of 16, whatever the decorator says; odd
+    numbers above 1 are neither. The shift is taken back with the row of `source`.
+    """
+    firsts = [1]
     for size in sizes:
         firsts.append(firsts[-1] + size)
-    return tuple(firsts)
+    return tuple(2 * first + 1 for first in firsts)
 
 
 def merge_embeddings_fwd(source: Tensor, base: Tensor, features: list[Tensor], mode: str, scale: float) -> Tensor:

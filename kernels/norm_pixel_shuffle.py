@@ -82,7 +82,7 @@ def _norm_kernel(x_ptr, index_ptr, weight_ptr, bias_ptr, out_ptr, C, stride_x, e
     tl.store(out_ptr + to, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["units", "units_per_program"])
 def _norm_bwd_kernel(grad_ptr, x_ptr, index_ptr, weight_ptr, dx_ptr, dweight_ptr, dbias_ptr, units, C, stride_x,
                      units_per_program, eps, K: tl.constexpr, KP: tl.constexpr, BEFORE: tl.constexpr,
                      LAYER: tl.constexpr, CHANNELS_FIRST: tl.constexpr, HAS_WEIGHT: tl.constexpr,

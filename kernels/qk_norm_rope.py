@@ -42,14 +42,15 @@ def _store(out_ptr, base, columns, mask, x):
 
 
 @triton.jit
-def _fwd_one(x_ptr, out_ptr, weight_ptr, cos_ptr, sin_ptr, token, table, b, s, first_head, H, D, half, stride_b,
-             stride_h, stride_s, eps, offset, HAS_NORM: tl.constexpr, INTERLEAVED: tl.constexpr,
+def _fwd_one(x_ptr, out_ptr, weight_ptr, cos_ptr, sin_ptr, token, table, b, s, first_head, H, stride_b, stride_h,
+             stride_s, eps, offset, UNIT: tl.constexpr, D: tl.constexpr, half: tl.constexpr, HAS_NORM: tl.constexpr,
+             INTERLEAVED: tl.constexpr,
              INVERSE: tl.constexpr, HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, HAS_REST: tl.constexpr,
              BLOCK_REST: tl.constexpr):  # fmt: skip
     ca, cb, cr, in_half, in_rest = _columns(half, D, INTERLEAVED, BLOCK_HALF, BLOCK_REST)
     heads = first_head + tl.arange(0, HEADS)
     here = (heads < H)[:, None]
-    base = b * stride_b + s * stride_s + heads.to(tl.int64) * stride_h
+    base = (b * stride_b + s * stride_s + heads.to(tl.int64) * stride_h) * UNIT
     out_base = (token * H + heads) * D
     mask, rest_mask = here & in_half[None, :], here & in_rest[None, :]
     first, second = _load(x_ptr, base, ca, mask), _load(x_ptr, base, cb, mask)
@@ -74,10 +75,12 @@ def _fwd_one(x_ptr, out_ptr, weight_ptr, cos_ptr, sin_ptr, token, table, b, s, f
         _store(out_ptr, out_base, cr, rest_mask, rest)
 
 
-@triton.jit
-def _fwd_kernel(q_ptr, k_ptr, q_out_ptr, k_out_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, S, D, half,
+@triton.jit(do_not_specialize=["S", "table_stride", "q_stride_b", "q_stride_h", "q_stride_s", "k_stride_b",
+                               "k_stride_h", "k_stride_s"])  # fmt: skip
+def _fwd_kernel(q_ptr, k_ptr, q_out_ptr, k_out_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, S,
                 table_stride, q_heads, k_heads, q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h,
-                k_stride_s, eps, offset, HAS_NORM: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr,
+                k_stride_s, eps, offset, UNIT: tl.constexpr, D: tl.constexpr, half: tl.constexpr,
+                HAS_NORM: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr,
                 HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, HAS_REST: tl.constexpr,
                 BLOCK_REST: tl.constexpr):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -85,20 +88,22 @@ def _fwd_kernel(q_ptr, k_ptr, q_out_ptr, k_out_ptr, q_weight_ptr, k_weight_ptr, 
     table = b * table_stride + s
     block, q_blocks = tl.program_id(1), (q_heads + HEADS - 1) // HEADS
     if block < q_blocks:
-        _fwd_one(q_ptr, q_out_ptr, q_weight_ptr, cos_ptr, sin_ptr, token, table, b, s, block * HEADS, q_heads, D,
-                 half, q_stride_b, q_stride_h, q_stride_s, eps, offset, HAS_NORM, INTERLEAVED, INVERSE, HEADS,
-                 BLOCK_HALF, HAS_REST, BLOCK_REST)  # fmt: skip
+        _fwd_one(q_ptr, q_out_ptr, q_weight_ptr, cos_ptr, sin_ptr, token, table, b, s, block * HEADS, q_heads,
+                 q_stride_b, q_stride_h, q_stride_s, eps, offset, UNIT, D, half, HAS_NORM, INTERLEAVED, INVERSE,
+                 HEADS, BLOCK_HALF, HAS_REST, BLOCK_REST)  # fmt: skip
     else:
         _fwd_one(k_ptr, k_out_ptr, k_weight_ptr, cos_ptr, sin_ptr, token, table, b, s, (block - q_blocks) * HEADS,
-                 k_heads, D, half, k_stride_b, k_stride_h, k_stride_s, eps, offset, HAS_NORM, INTERLEAVED, INVERSE,
-                 HEADS, BLOCK_HALF, HAS_REST, BLOCK_REST)  # fmt: skip
+                 k_heads, k_stride_b, k_stride_h, k_stride_s, eps, offset, UNIT, D, half, HAS_NORM, INTERLEAVED,
+                 INVERSE, HEADS, BLOCK_HALF, HAS_REST, BLOCK_REST)  # fmt: skip
 
 
-@triton.jit
-def _norm_bwd_kernel(grad_ptr, x_ptr, dx_ptr, weight_ptr, dweight_ptr, cos_ptr, sin_ptr, T, S, D, half, table_stride,
+@triton.jit(do_not_specialize=["T", "S", "table_stride", "g_stride_b", "g_stride_h", "g_stride_s", "x_stride_b",
+                               "x_stride_h", "x_stride_s", "tokens_per_program"])  # fmt: skip
+def _norm_bwd_kernel(grad_ptr, x_ptr, dx_ptr, weight_ptr, dweight_ptr, cos_ptr, sin_ptr, T, S, table_stride,
                      H, g_stride_b, g_stride_h, g_stride_s, x_stride_b, x_stride_h, x_stride_s, tokens_per_program,
-                     eps, offset, INTERLEAVED: tl.constexpr, HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
-                     HAS_REST: tl.constexpr, BLOCK_REST: tl.constexpr):  # fmt: skip
+                     eps, offset, UNIT: tl.constexpr, D: tl.constexpr, half: tl.constexpr, INTERLEAVED: tl.constexpr,
+                     HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, HAS_REST: tl.constexpr,
+                     BLOCK_REST: tl.constexpr):  # fmt: skip
     """Gradient through rotation and norm of some heads of some tokens; dweight[program, D] their part."""
     program = tl.program_id(0).to(tl.int64)
     ca, cb, cr, in_half, in_rest = _columns(half, D, INTERLEAVED, BLOCK_HALF, BLOCK_REST)
@@ -114,8 +119,8 @@ def _norm_bwd_kernel(grad_ptr, x_ptr, dx_ptr, weight_ptr, dweight_ptr, cos_ptr, 
         table = b * table_stride + s
         cos = tl.load(cos_ptr + table * half + pair, mask=in_half, other=0.0).to(tl.float32)[None, :]
         sin = tl.load(sin_ptr + table * half + pair, mask=in_half, other=0.0).to(tl.float32)[None, :]
-        g_base = b * g_stride_b + s * g_stride_s + heads.to(tl.int64) * g_stride_h
-        x_base = b * x_stride_b + s * x_stride_s + heads.to(tl.int64) * x_stride_h
+        g_base = (b * g_stride_b + s * g_stride_s + heads.to(tl.int64) * g_stride_h) * UNIT
+        x_base = (b * x_stride_b + s * x_stride_s + heads.to(tl.int64) * x_stride_h) * UNIT
         u, v = _load(grad_ptr, g_base, ca, mask), _load(grad_ptr, g_base, cb, mask)
         first, second = _load(x_ptr, x_base, ca, mask), _load(x_ptr, x_base, cb, mask)
         ga, gb = u * cos + v * sin, v * cos - u * sin
@@ -159,6 +164,15 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _unit(*tensors: Tensor) -> int:
+    """8 where all strides are multiples of it, which lets loads be 16 bytes wide."""
+    return 8 if all(s % 8 == 0 for t in tensors for s in t.stride()[:-1]) else 1
+
+
+def _strides(x: Tensor, unit: int) -> list[int]:
+    return [stride // unit for stride in x.stride()[:3]]
+
+
 def _tile(size: int, half: int, heads: int, interleaved: bool) -> dict:
     return {
         "INTERLEAVED": interleaved,
@@ -190,14 +204,14 @@ def _rotate(
     half = cos.shape[-1]
     tile = _tile(size, half, max(heads, key_heads), interleaved)
     blocks = triton.cdiv(heads, tile["HEADS"]) + triton.cdiv(key_heads, tile["HEADS"])
-    has_norm = query_weight is not None
+    has_norm, unit = query_weight is not None, _unit(query, k)
     query_weight, key_weight = (None if w is None else w.contiguous() for w in (query_weight, key_weight))
     if batch * length * blocks:
         _fwd_kernel[(batch * length, blocks)](
             query, k, out, out if key is None else out_key, query_weight if has_norm else query,
-            query if key_weight is None else key_weight, cos, sin, length, size, half,
-            0 if cos.shape[0] == 1 else length, heads, key_heads, *query.stride()[:3], *k.stride()[:3], eps, offset,
-            HAS_NORM=has_norm, INVERSE=inverse, **tile,
+            query if key_weight is None else key_weight, cos, sin, length,
+            0 if cos.shape[0] == 1 else length, heads, key_heads, *_strides(query, unit), *_strides(k, unit), eps,
+            offset, UNIT=unit, D=size, half=half, HAS_NORM=has_norm, INVERSE=inverse, **tile,
         )  # fmt: skip
     return out, out_key
 
@@ -222,7 +236,7 @@ def _norm_bwd(
     grad, x, dx, cos, sin = _dense(grad), _dense(x), _heads_last(grad), cos.contiguous(), sin.contiguous()
     weight = weight.contiguous()
     batch, heads, length, size = grad.shape
-    half = cos.shape[-1]
+    half, unit = cos.shape[-1], _unit(grad, x)
     tile = _tile(size, half, heads, interleaved)
     tokens = batch * length
     tokens_per_program = max(1, triton.cdiv(tokens, MAX_SPLITS))
@@ -230,8 +244,9 @@ def _norm_bwd(
     partial = grad.new_empty(*grid, size, dtype=torch.float32)
     if tokens * heads:
         _norm_bwd_kernel[grid](
-            grad, x, dx, weight, partial, cos, sin, tokens, length, size, half, 0 if cos.shape[0] == 1 else length,
-            heads, *grad.stride()[:3], *x.stride()[:3], tokens_per_program, eps, offset, **tile,
+            grad, x, dx, weight, partial, cos, sin, tokens, length, 0 if cos.shape[0] == 1 else length, heads,
+            *_strides(grad, unit), *_strides(x, unit), tokens_per_program, eps, offset, UNIT=unit, D=size, half=half,
+            **tile,
         )  # fmt: skip
     return dx, partial.sum((0, 1)).to(weight.dtype)
 

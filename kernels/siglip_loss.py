@@ -11,10 +11,12 @@ from torch import Tensor
 BLOCK = 512  # columns of one step along a row; with 1024 the kernel for sm_100 spills
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "stride_d", "stride_w", "offset"])
 def _pairs_kernel(dots_ptr, scale_ptr, bias_ptr, sums_ptr, row_ids_ptr, column_ids_ptr, weights_ptr, M, stride_d,
-                  stride_w, offset, GRADIENTS: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                  stride_w, offset, UNIT: tl.constexpr, GRADIENTS: tl.constexpr, KIND: tl.constexpr,
+                  BLOCK: tl.constexpr):  # fmt: skip
     """sums [N, 3] of the losses, of gradient · dot and of the gradients; dots = scale · gradient of the logits."""
+    M, stride_d, stride_w = M * UNIT, stride_d * UNIT, stride_w * UNIT
     row = tl.program_id(0)
     scale, bias = tl.load(scale_ptr), tl.load(bias_ptr)
     dots_ptr += row.to(tl.int64) * stride_d
@@ -64,10 +66,13 @@ def siglip_loss_pairs(
         return
     if weights is not None and weights.stride(1) != 1:
         weights = weights.contiguous()
+    stride_w = 0 if weights is None else weights.stride(0)
+    # multiples of 16 let loads be wide
+    unit = 16 if all(number % 16 == 0 for number in (num_columns, dots.stride(0), stride_w)) else 1
     partial = torch.empty(num_rows, 3, dtype=torch.float32, device=dots.device)
     _pairs_kernel[(num_rows,)](
         dots, scale, bias, partial, dots if row_ids is None else row_ids, dots if column_ids is None else column_ids,
-        dots if weights is None else weights, num_columns, dots.stride(0), 0 if weights is None else weights.stride(0),
-        offset, GRADIENTS=gradients, KIND=kind, BLOCK=BLOCK, num_warps=4,
+        dots if weights is None else weights, num_columns // unit, dots.stride(0) // unit, stride_w // unit, offset,
+        UNIT=unit, GRADIENTS=gradients, KIND=kind, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
     sums += partial.sum(0, dtype=torch.float64)
