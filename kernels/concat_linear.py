@@ -75,7 +75,7 @@ def _accumulate(acc, a_ptr, stride_am, stride_ak, b_ptr, stride_bk, stride_bn, r
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "tokens"])
 def _fwd_kernel(xs, sizes, offsets, weight_ptr, bias_ptr, addend_ptr, out_ptr, z_ptr, M, N, stride_wn, tokens,
                 NUM: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ADDEND: tl.constexpr, SAVE_Z: tl.constexpr,
                 ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
@@ -101,25 +101,31 @@ def _fwd_kernel(xs, sizes, offsets, weight_ptr, bias_ptr, addend_ptr, out_ptr, z
     tl.store(out_ptr + places, _activation(acc, ACTIVATION).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _matmul_kernel(a_ptr, b_ptr, c_ptr, M, N, K, stride_am, stride_ak, stride_bk, stride_bn, stride_cm, stride_split,
-                   k_per_split, PRECISION: tl.constexpr, GROUP: tl.constexpr,
-                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    """C = A B for any strides; program axis 1 takes its own part of the reduction and its own slab of C."""
+@triton.jit(do_not_specialize=["M", "K", "steps_per_split"])
+def _matmul_kernel(a_ptr, b_ptr, c_ptr, M, N, K, stride_am, stride_ak, stride_bk, stride_bn, stride_cm,
+                   steps_per_split, UNIT_M: tl.constexpr, UNIT_K: tl.constexpr, PRECISION: tl.constexpr,
+                   GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                   BLOCK_K: tl.constexpr):  # fmt: skip
+    """C = A B for any strides; program axis 1 takes its own part of the reduction and its own slab of C.
+
+    M and K are in units that are 16 where a mask along the dense dimension of A needs to be known for wide loads.
+    """
+    M, K = M * UNIT_M, K * UNIT_K
     tile_m, tile_n = _tile(M, N, BLOCK_M, BLOCK_N, GROUP)
     split = tl.program_id(1)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask, column_mask = rows < M, columns < N
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    first = split * k_per_split
+    first = split * steps_per_split * BLOCK_K
+    last = tl.minimum(K, first + steps_per_split * BLOCK_K)
     acc = _accumulate(acc, a_ptr, stride_am, stride_ak, b_ptr, stride_bk, stride_bn, rows, row_mask, columns,
-                      column_mask, first, tl.minimum(K, first + k_per_split), BLOCK_K, PRECISION)  # fmt: skip
-    c_ptrs = c_ptr + split.to(tl.int64) * stride_split + rows[:, None].to(tl.int64) * stride_cm + columns[None, :]
+                      column_mask, first, last, BLOCK_K, PRECISION)  # fmt: skip
+    c_ptrs = c_ptr + split.to(tl.int64) * M * stride_cm + rows[:, None].to(tl.int64) * stride_cm + columns[None, :]
     tl.store(c_ptrs, acc.to(c_ptr.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _activation_bwd_kernel(grad_ptr, z_ptr, dz_ptr, dbias_ptr, M, N, ACTIVATION: tl.constexpr,
                            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """dz = grad · act'(z), and the column sums of each row block, which a second stage adds up."""
@@ -135,11 +141,13 @@ def _activation_bwd_kernel(grad_ptr, z_ptr, dz_ptr, dbias_ptr, M, N, ACTIVATION:
 
 
 # Not tuned on a GPU yet: the largest tiles that compile without spills for sm_80, sm_90 and sm_100
-# (tests/test_aot.py prints registers and shared memory). IEEE float32 has no tensor cores: small tiles.
+# (tests/test_aot.py prints registers and shared memory). IEEE float32 has no tensor cores: small tiles, and none with
+# fewer than 16 terms, which Triton 3.6 refuses. Unless told how many registers there are, ptxas stops at 80 and spills.
+MAX_REGISTERS = 128
 TILES_16_BIT = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
 TILES_16_BIT_FEW_ROWS = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
 TILES_TF32 = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
-TILES_FLOAT32 = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 8, "num_warps": 8, "num_stages": 3}
+TILES_FLOAT32 = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 8, "num_stages": 3, "maxnreg": MAX_REGISTERS}
 
 
 def _tiles(num_rows: int, dtype: torch.dtype) -> dict[str, int]:
@@ -221,21 +229,24 @@ def _matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
         return
     # A weight gradient reduces over all tokens into few tiles: give the machine several parts of the reduction.
     splits = max(1, min(MAX_SPLITS, 256 // num_tiles, depth // (8 * tiles["BLOCK_K"])))
-    k_per_split = triton.cdiv(triton.cdiv(depth, splits), tiles["BLOCK_K"]) * tiles["BLOCK_K"]
-    splits = max(1, triton.cdiv(depth, k_per_split)) if k_per_split else 1
+    steps = triton.cdiv(depth, tiles["BLOCK_K"])
+    steps_per_split = triton.cdiv(steps, splits)
+    splits = max(1, triton.cdiv(steps, steps_per_split)) if steps else 1
     target = out if splits == 1 else torch.empty(splits, *out.shape, dtype=torch.float32, device=out.device)
+    unit_m, unit_k = (16 if a.stride(i) == 1 and a.shape[i] % 16 == 0 else 1 for i in range(2))
     _matmul_kernel[(num_tiles, splits)](
         a,
         b,
         target,
-        num_rows,
+        num_rows // unit_m,
         num_columns,
-        depth,
+        depth // unit_k,
         *a.stride(),
         *b.stride(),
         target.stride(-2),
-        target.stride(0) if splits > 1 else 0,
-        k_per_split,
+        steps_per_split,
+        UNIT_M=unit_m,
+        UNIT_K=unit_k,
         PRECISION=_precision(),
         GROUP=GROUP_M,
         **tiles,

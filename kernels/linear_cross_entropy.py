@@ -17,18 +17,23 @@ from torch import Tensor
 BLOCK_V = 4096  # logits of one step along a row
 GROUP_M = 8  # row tiles that share their tiles of B in L2
 # As concat_linear's: the largest tiles that compile without spills for sm_80, sm_90 and sm_100. Not tuned on a GPU.
+MAX_REGISTERS = 128
 TILES_16_BIT = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
 TILES_TF32 = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
-TILES_FLOAT32 = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 8, "num_warps": 8, "num_stages": 3}
+TILES_FLOAT32 = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 8, "num_stages": 3, "maxnreg": MAX_REGISTERS}
 ROWS, DEPTH = 1, 2  # what of a product the count bounds
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "M", "K"])
 def _matmul_kernel(a_ptr, b_ptr, bias_ptr, c_ptr, count_ptr, first, M, N, K, stride_am, stride_ak, stride_bk, stride_bn,
-                   stride_cm, BOUNDED: tl.constexpr, HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr,
-                   PRECISION: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                   BLOCK_K: tl.constexpr):  # fmt: skip
-    """C = A B + bias, or C += A B. Of this chunk count - first rows count. BOUNDED 1: rows of A; 2: of B, K of them."""
+                   stride_cm, UNIT_M: tl.constexpr, UNIT_K: tl.constexpr, BOUNDED: tl.constexpr,
+                   HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
+                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """C = A B + bias, or C += A B. Of this chunk count - first rows count. BOUNDED 1: rows of A; 2: of B, K of them.
+
+    M and K are in units that are 16 where a mask along the dense dimension of A needs to be known for wide loads.
+    """
+    M, K = M * UNIT_M, K * UNIT_K
     limit = tl.load(count_ptr) - first
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0)
@@ -78,7 +83,7 @@ def _logit(z, scale, softcap, SOFTCAP: tl.constexpr):
     return z
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def _loss_kernel(logits_ptr, target_ptr, row_factor_ptr, loss_ptr, count_ptr, first, V, stride, scale, softcap,
                  smoothing, z_loss, HAS_FACTOR: tl.constexpr, GRADIENTS: tl.constexpr, SOFTCAP: tl.constexpr,
                  BLOCK: tl.constexpr):  # fmt: skip
@@ -151,11 +156,12 @@ def _product(a: Tensor, b: Tensor, out: Tensor, bounds: tuple, bounded: int, bia
     tiles = TILES_16_BIT
     if a.dtype == torch.float32:
         tiles = TILES_TF32 if _precision() == "tf32" else TILES_FLOAT32
+    unit_m, unit_k = (16 if a.stride(i) == 1 and a.shape[i] % 16 == 0 else 1 for i in range(2))
     grid = (triton.cdiv(rows, tiles["BLOCK_M"]) * triton.cdiv(columns, tiles["BLOCK_N"]),)
     _matmul_kernel[grid](
-        a, b, out if bias is None else bias, out, count, first, rows, columns, depth, *a.stride(), *b.stride(),
-        out.stride(0), BOUNDED=bounded, HAS_BIAS=bias is not None, ACCUMULATE=bounded == DEPTH,
-        PRECISION=_precision(), GROUP=GROUP_M, **tiles,
+        a, b, out if bias is None else bias, out, count, first, rows // unit_m, columns, depth // unit_k, *a.stride(),
+        *b.stride(), out.stride(0), UNIT_M=unit_m, UNIT_K=unit_k, BOUNDED=bounded, HAS_BIAS=bias is not None,
+        ACCUMULATE=bounded == DEPTH, PRECISION=_precision(), GROUP=GROUP_M, **tiles,
     )  # fmt: skip
 
 
@@ -193,7 +199,7 @@ def linear_cross_entropy_fwd(
         _loss_kernel[(rows.shape[0],)](
             logits, y, loss if row_factors is None else row_factors, loss, all_rows, first, vocab, logits.stride(0),
             scale, softcap, smoothing, z_loss, HAS_FACTOR=row_factors is not None, GRADIENTS=any(needed),
-            SOFTCAP=softcap != 0, BLOCK=min(BLOCK_V, triton.next_power_of_2(vocab)), num_warps=8,
+            SOFTCAP=softcap != 0, BLOCK=min(BLOCK_V, triton.next_power_of_2(vocab)), num_warps=8, maxnreg=MAX_REGISTERS,
         )  # fmt: skip
         _put(losses, where, part, loss)
         if needed[0]:
