@@ -1,3 +1,4 @@
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -6,8 +7,6 @@ import pytest
 import torch
 
 if "MMLM_FAST_SANITIZED" in os.environ:  # `make sanitize`: this build of the native core in place of the installed one
-    import importlib.util
-
     spec = importlib.util.spec_from_file_location("mmlm_fast._C", os.environ["MMLM_FAST_SANITIZED"])
     sys.modules["mmlm_fast._C"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["mmlm_fast._C"])
@@ -37,7 +36,20 @@ def _seed_and_poison():
     torch.use_deterministic_algorithms(False)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--gpu-only", action="store_true", help="only tests that use the CUDA device, where there is one")
+
+
+def pytest_report_header():
+    missing = importlib.util.find_spec("soundfile") is None
+    return "soundfile is not installed: synthetic voices in place of the recordings" if missing else None
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--gpu-only"):
+        kept = [i for i in items if "device" in i.fixturenames or i.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=[i for i in items if i not in set(kept)])
+        items[:] = kept
     if torch.cuda.is_available():
         return
     for item in items:
