@@ -9,9 +9,9 @@ BIN    := $(MMLM_FAST_VENV)/bin
 RUN    := $(BIN)/python -P -m
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu')
 
-.PHONY: help env gpu-env gpu-env-test report test lint format bench wheel sanitize clean
+.PHONY: help env gpu-env gpu-env-test gpu-carry gpu-rehearsal report test lint format bench wheel sanitize clean
 help:
-	@sed -n 's/^# make/make/p' Makefile; echo "more: lint format bench wheel sanitize gpu-env gpu-env-test clean"
+	@sed -n 's/^# make/make/p' Makefile; echo "more: lint format bench wheel sanitize gpu-env gpu-env-test gpu-carry gpu-rehearsal clean"
 
 env:
 	@$(PYTHON) .ci/bootstrap.py
@@ -23,6 +23,14 @@ gpu-env:
 # There: every kernel compiled for sm_90, then the tests that the GPU suite runs and those that depend on versions, on the CPU.
 gpu-env-test:
 	@$(PYTHON) .ci/gpu_env.py test $(ARGS)
+
+# .whl: what the GPU machine lacks and may be carried there: mmlm-fast's wheel, soundfile, Liger. See benchmarks/GPU.md.
+gpu-carry: gpu-env
+	@$(PYTHON) .ci/gpu_carry.py
+
+# The GPU suite from end to end without a GPU, with an op that crashes, one that hangs, and a kill.
+gpu-rehearsal: gpu-carry
+	@PYTHONSAFEPATH=1 .venv-gpu/bin/python -P tests/gpu_rehearsal.py $(ARGS)
 
 report: env
 	@$(RUN) mmlm_fast.cli report $(ARGS)

@@ -1,23 +1,49 @@
 #!/usr/bin/env bash
-# On a machine with a GPU: build, run the tests that need it, then the benchmarks, within ten minutes.
-#   OUT=folder bash benchmarks/gpu_suite.sh              log, results.json and report into $OUT
-#   OUT=folder bash benchmarks/gpu_suite.sh profile OP   Nsight Compute on one op's cases
-# To keep a result: copy $OUT/report/results.json to benchmarks/results/<gpu>-<date>.json and commit it.
+# On a machine with a GPU, within eight minutes: does everything run there, how fast, what must be mended.
+#   OUT=folder bash benchmarks/gpu_suite.sh                      all stages; facts in $OUT/facts.jsonl as they are known
+#   OUT=folder bash benchmarks/gpu_suite.sh --stages check --ops glu        some of them (--help lists the options)
+#   OUT=folder bash benchmarks/gpu_suite.sh profile OP           Nsight Compute on two launches of one op
+# Nothing is set up there: `make gpu-carry` has put what the machine lacks into .whl/. See benchmarks/GPU.md.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-OUT=${OUT:-gpu_out}
-mkdir -p "$OUT"
-python3 .ci/bootstrap.py >"$OUT/setup.log" 2>&1 || { tail -n 30 "$OUT/setup.log"; exit 1; }
-RUN=".venv/bin/python -P -m"
-if [ "${1:-}" = profile ]; then
-  ncu --set full --target-processes all -o "$OUT/$2" -f $RUN mmlm_fast.cli report --ops "$2" --seconds 0.05 --quiet --out "$OUT/profile"
+digest() { find csrc setup.py -type f -print0 | LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum | cut -d' ' -f1; }
+if [ "${1:-}" = digest ]; then # of what the native core is built from
+  digest
   exit
 fi
-$RUN mmlm_fast.cli doctor | tee "$OUT/doctor.txt"
-status=0
-# Kernel tests run on the device there, not in the interpreter; the slow and ahead-of-time ones are not about the GPU.
-timeout 240 $RUN pytest -q -m "not slow and not aot" tests/test_interval_attention.py tests/test_concat_linear.py tests/test_fuse_modalities.py tests/test_add_norm.py tests/test_glu.py tests/test_gated_add.py tests/test_qk_norm_rope.py tests/test_merge_embeddings.py tests/test_norm_pixel_shuffle.py tests/test_patch_embed.py tests/test_linear_cross_entropy.py tests/test_clip_loss.py tests/test_siglip_loss.py tests/test_audio_log_mel.py tests/test_audio_cuda.py tests/test_models.py 2>&1 | tee "$OUT/tests.log" | tail -n 30
-[ "${PIPESTATUS[0]}" -eq 0 ] || status=1
-timeout 300 $RUN mmlm_fast.cli report --device cuda --ops interval_attention linear_cross_entropy clip_loss siglip_loss add_norm glu gated_add qk_norm_rope merge_embeddings norm_pixel_shuffle patch_embed log_mel concat_linear fuse_modalities model --out "$OUT/report" 2>&1 | tee "$OUT/report.log" | tail -n 20
-[ "${PIPESTATUS[0]}" -eq 0 ] || status=1
-exit $status
+OUT=$(realpath -m "${OUT:-gpu_out}")
+PYTHON=${PYTHON:-python3}
+mkdir -p "$OUT"
+export MMLM_GPU_START=${MMLM_GPU_START:-$(date +%s.%N)}
+export PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} CUBLAS_WORKSPACE_CONFIG=:4096:8 HF_HUB_OFFLINE=1
+WORK=$(mktemp -d)
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$WORK/triton} TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$WORK/inductor}
+[ -n "${MMLM_COMMIT:-}" ] || export MMLM_COMMIT=$(cat .whl/commit 2>/dev/null || git describe --always --dirty --exclude='*' 2>/dev/null)
+
+# The package: its native core from the carried wheel, its Python from this tree, which may be newer.
+site=$WORK/site
+mkdir -p "$site"
+if ls .whl/*.whl >/dev/null 2>&1; then
+  "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --disable-pip-version-check \
+    --target "$site" .whl/*.whl || echo "the carried wheels do not install here"
+fi
+for pair in mmlm_fast:mmlm_fast kernels:mmlm_kernels benchmarks:mmlm_benchmarks; do
+  mkdir -p "$site/${pair#*:}"
+  (cd "${pair%%:*}" && tar cf - --exclude='*.so' --exclude=__pycache__ .) | tar xf - -C "$site/${pair#*:}"
+done
+export PYTHONPATH=$site
+if [ "$(cat .whl/csrc.sha256 2>/dev/null)" != "$(digest)" ] || ! "$PYTHON" -c 'import mmlm_fast._C' 2>/dev/null; then
+  echo "the native core is not the carried one: building it for this card"
+  MMLM_FAST_CUDA_ARCHS=${MMLM_FAST_CUDA_ARCHS:-90} timeout 90 "$PYTHON" setup.py -q build_ext --build-lib "$WORK/lib" --build-temp "$WORK/build" \
+    >"$OUT/build.log" 2>&1 && cp "$WORK"/lib/mmlm_fast/_C*.so "$site/mmlm_fast/" || tail -n 5 "$OUT/build.log"
+fi
+
+if [ "${1:-}" = profile ]; then
+  set -- --stages inspect --ops "${2:?usage: gpu_suite.sh profile OP}"
+fi
+"$PYTHON" -P -m mmlm_benchmarks.gpu.suite --out "$OUT" "$@" 2>&1 | tee "$OUT/suite.log"
+status=${PIPESTATUS[0]}
+# Of the logs, those of jobs that did not end well stand in the facts already.
+tar czf "$OUT/logs.tar.gz" -C "$OUT" logs 2>/dev/null && rm -rf "$OUT/logs"
+rm -rf "$WORK"
+exit "$status"

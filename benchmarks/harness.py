@@ -16,6 +16,10 @@ import torch
 from mmlm_fast.testing import Difference
 
 Call = Callable[..., Any]
+# On CUDA the device is kept busy before a call is timed, for longer than the host needs to launch it: the launches then
+# wait for the device, and what Python and the driver need for them stays out of the number.
+SHORTEST_LEAD, LONGEST_LEAD = 1e-3, 0.05  # seconds
+LEAD_CLOCK_HZ = 2.0e9  # of the counter that `torch.cuda._sleep` waits on: not below that of any card
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class Row:
     threads: int
     bytes_moved: int
     flops: int
+    host_us: float | None = None  # until a call returns, on CUDA: Python, checks, launches
 
 
 def run(case: Case, seconds: float = 2.0) -> list[Row]:
@@ -71,14 +76,26 @@ def run(case: Case, seconds: float = 2.0) -> list[Row]:
             if provider == case.ours:
                 assert d.ok, f"{case.name}: error {d.error:.3e}, allowed {d.allowed:.3e}"
     samples = time_pairs(case.providers, case.ours, inputs, seconds)
-    baseline = next(iter(case.providers))
+    return rows_of(case, samples, inputs[0], differences)
+
+
+def rows_of(
+    case: Case,
+    samples: dict[str, list[tuple[float, float]]],
+    args: tuple,
+    differences: dict[str, list[Difference]] | None = None,
+    providers: dict[str, Call] | None = None,
+) -> list[Row]:
+    """One row for each provider, by default all of the case, from what `time_pairs` measured; measures memory."""
+    providers = case.providers if providers is None else providers
+    baseline = next(iter(samples))
     rows = []
-    for provider, call in case.providers.items():
+    for provider, call in providers.items():
         is_ours = provider == case.ours
         times = [own for _, own in samples[baseline]] if is_ours else [theirs for theirs, _ in samples[provider]]
         over = [theirs / own for theirs, own in samples[baseline if is_ours else provider]]
         speedup = spread(over) if is_ours else (median(t for t, _ in samples[baseline]) / median(times), None, None)
-        found = differences.get(provider, [])
+        found = (differences or {}).get(provider, [])
         worst = max(found, key=lambda d: d.error / d.allowed if d.allowed else 0.0, default=None)
         rows.append(
             Row(
@@ -90,12 +107,13 @@ def run(case: Case, seconds: float = 2.0) -> list[Row]:
                 *(1e3 * t for t in spread(times)),
                 *speedup,
                 *((None, None, None) if is_ours else spread(over)),
-                peak_memory_mib(call, inputs[0]),
+                peak_memory_mib(call, args),
                 worst.relative if worst else None,
                 worst.allowed / worst.scale if worst and worst.scale else None,
                 torch.get_num_threads(),
                 case.bytes_moved,
                 case.flops,
+                1e6 * host_seconds(call, args) if on_cuda(args) else None,
             )
         )
     return rows
@@ -114,31 +132,54 @@ def time_pairs(
 ) -> dict[str, list[tuple[float, float]]]:
     """For every other provider, pairs of seconds (theirs, ours right after it, on the same inputs)."""
     samples: dict[str, list[tuple[float, float]]] = {p: [] for p in providers if p != ours}
-    for call in providers.values():  # warm-up: compilation, caches, allocator
-        if timed(call, inputs[0]) < 0.2:
+    leads = {}
+    for provider, call in providers.items():
+        if timed(call, inputs[0]) < 0.2:  # warm-up: compilation, caches, allocator
             call(*inputs[-1])
+        leads[provider] = lead_seconds(call, inputs[0])
     start, turn = time.perf_counter(), 0
     while turn < 3 or (time.perf_counter() - start < seconds and turn < 1000):
         args = inputs[turn % len(inputs)]
         for provider, pairs in samples.items():
-            pairs.append((timed(providers[provider], args), timed(providers[ours], args)))
+            pairs.append(tuple(timed(providers[p], args, leads[p]) for p in (provider, ours)))
         turn += 1
     return samples
 
 
-def timed(call: Call, args: tuple) -> float:
-    cuda = torch.cuda.is_available() and any(isinstance(a, torch.Tensor) and a.is_cuda for a in _flat(args))
-    if cuda:
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        first.record()
+def timed(call: Call, args: tuple, lead: float = SHORTEST_LEAD) -> float:
+    """Seconds of one call; on CUDA those of the device, which has been kept busy for `lead` seconds before."""
+    if not on_cuda(args):
+        start = time.perf_counter()
         call(*args)
-        last.record()
-        torch.cuda.synchronize()
-        return first.elapsed_time(last) / 1e3
-    start = time.perf_counter()
+        return time.perf_counter() - start
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(int(lead * LEAD_CLOCK_HZ))
+    first.record()
     call(*args)
-    return time.perf_counter() - start
+    last.record()
+    torch.cuda.synchronize()
+    return first.elapsed_time(last) / 1e3
+
+
+def lead_seconds(call: Call, args: tuple) -> float:
+    return min(LONGEST_LEAD, max(SHORTEST_LEAD, 1.5 * host_seconds(call, args))) if on_cuda(args) else 0.0
+
+
+def host_seconds(call: Call, args: tuple, calls: int = 3) -> float:
+    """Seconds until a call returns, the median of some: Python, checks and launches, and what it waits for a device."""
+    samples = []
+    for _ in range(calls):
+        if on_cuda(args):
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        call(*args)
+        samples.append(time.perf_counter() - start)
+    return median(samples)
+
+
+def on_cuda(args: Any) -> bool:
+    return torch.cuda.is_available() and any(isinstance(a, torch.Tensor) and a.is_cuda for a in _flat(args))
 
 
 def _flat(args: Any) -> Iterator[Any]:
@@ -148,7 +189,7 @@ def _flat(args: Any) -> Iterator[Any]:
 def peak_memory_mib(call: Call, args: tuple) -> float | None:
     """Memory one call takes beyond what is held before it: the allocator's peak on CUDA, resident pages on Linux."""
     gc.collect()
-    if torch.cuda.is_available():
+    if on_cuda(args):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call(*args)
@@ -209,9 +250,22 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def commit() -> str | None:
+    """Of the checkout: MMLM_COMMIT where a copy without git's data is measured, else what git says, where it is."""
+    import subprocess
+
+    if given := os.environ.get("MMLM_COMMIT"):
+        return given
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    except OSError:  # no git
+        return None
+    return done.stdout.strip() or None
+
+
 def environment(device: str) -> dict[str, Any]:
     import platform
-    import subprocess
     from importlib.metadata import PackageNotFoundError, version
 
     import mmlm_fast
@@ -226,13 +280,6 @@ def environment(device: str) -> dict[str, Any]:
     cpu = next(
         (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
         platform.processor(),
-    )
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-        check=False,
     )
     packages = [
         "torch",
@@ -255,7 +302,7 @@ def environment(device: str) -> dict[str, Any]:
         "isa": _C.active_isa(),
         "load_average": round(os.getloadavg()[0], 2),
         "date": time.strftime("%Y-%m-%d"),
-        "commit": git.stdout.strip() or None,
+        "commit": commit(),
         "mmlm_fast": mmlm_fast.__version__,
         "python": platform.python_version(),
         "packages": {name: found for name in packages if (found := installed(name))},

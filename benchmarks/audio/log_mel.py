@@ -1,6 +1,7 @@
 """Whisper's log-mel on real speech, against every peer that is installed."""
 
 from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 
 import numpy as np
@@ -92,54 +93,62 @@ def _stft_chain(x: torch.Tensor) -> torch.Tensor:
     return _after_mel(torch.from_numpy(mel_filters(80)).to(x) @ power)
 
 
-def _cuda_cases() -> list[Case]:
-    """64 clips of 30 s: 122 MB of float32 in, 61 MB out, 43 µs at 4.3 TB/s."""
-    clips = torch.from_numpy(np.stack(speech(30 * RATE, 64)))
-    integers = (clips * 32767).round().to(torch.int16).pin_memory()
+def _batched_cases(device: str, num_clips: int, seconds: int) -> list[Case]:
+    """On the device. 64 clips of 30 s: 122 MB of float32 in, 61 MB out, 43 µs at 4.3 TB/s."""
+    gpu = device == "cuda"
+
+    @cache
+    def clips() -> torch.Tensor:
+        return torch.from_numpy(np.stack(speech(seconds * RATE, num_clips)))
+
+    def integers(shift: int) -> torch.Tensor:
+        rolled = (clips() * 32767).round().to(torch.int16).roll(shift, 0)
+        return rolled.pin_memory() if gpu else rolled
+
     whisper = transformers.WhisperFeatureExtractor()
 
     def end_to_end(x: torch.Tensor) -> torch.Tensor:
         floats = [clip.numpy().astype(np.float32) / 32768 for clip in x]
-        out = whisper(floats, sampling_rate=RATE, return_tensors="pt", device="cuda")["input_features"]
-        return out.cuda()
+        out = whisper(floats, sampling_rate=RATE, return_tensors="pt", device=device)["input_features"]
+        return out.to(device)
 
     def close(providers: dict[str, Callable], args: tuple) -> dict:
         a, b = (call(*args).float().cpu() for call in providers.values())
         assert (a - b).abs().mean() < 1e-2
         return {}
 
-    on_device = clips.cuda()
+    frames = seconds * RATE // 160
     return [
         Case(
             group="audio",
-            name="log-mel on the device, 64 clips of 30 s",
+            name=f"log-mel on the device, {num_clips} clips of {seconds} s",
             shape_from="Whisper, 80 mel bins",
-            inputs=lambda: [(on_device.roll(i, 0),) for i in range(4)],
+            inputs=lambda: [(clips().to(device).roll(i, 0),) for i in range(4)],
             providers={"torch.stft chain": _stft_chain, "mmlm_fast": lambda x: log_mel(x)},
             check=close,
-            bytes_moved=4 * 64 * (30 * RATE + 80 * 3000),
-            flops=64 * 3000 * 12200,
+            bytes_moved=4 * num_clips * (seconds * RATE + 80 * frames),
+            flops=num_clips * frames * 12200,
         ),
         Case(
             group="audio",
-            name="log-mel from pinned int16 to bfloat16 on the device, 64 clips of 30 s",
+            name=f"log-mel from pinned int16 to bfloat16 on the device, {num_clips} clips of {seconds} s",
             shape_from="Whisper, 80 mel bins",
-            inputs=lambda: [(integers.roll(i, 0).pin_memory(), torch.empty(0, device="cuda")) for i in range(4)],
+            inputs=lambda: [(integers(i), torch.empty(0, device=device)) for i in range(4)],
             providers={
                 "transformers": lambda x, _: end_to_end(x),
-                "mmlm_fast": lambda x, _: log_mel(x.cuda(non_blocking=True), dtype=torch.bfloat16),
+                "mmlm_fast": lambda x, _: log_mel(x.to(device, non_blocking=True), dtype=torch.bfloat16),
             },
             check=close,
-            bytes_moved=2 * 64 * (30 * RATE + 80 * 3000),
-            flops=64 * 3000 * 12200,
+            bytes_moved=2 * num_clips * (seconds * RATE + 80 * frames),
+            flops=num_clips * frames * 12200,
         ),
     ]
 
 
-def cases(device: str) -> list[Case]:
+def cases(device: str, sizes: str | None = None) -> list[Case]:
     """On a CPU what a serving front end or a DataLoader worker pays, one thread; on CUDA the fused kernel."""
-    if device == "cuda":
-        return _cuda_cases()
+    if device == "cuda" or sizes == "tiny":
+        return _batched_cases(device, *((2, 1) if sizes == "tiny" else (64, 30)))
     shared = {
         "group": "audio",
         "shape_from": "Whisper, 80 mel bins, one thread",

@@ -40,6 +40,7 @@ def op_case(
     flops: int,
     backward_flops: int,
     exact: Callable | None = None,
+    draw_check: Callable[[torch.dtype], tuple] | None = None,
     peers: Mapping[str, Callable] | None = None,
     dtype: torch.dtype | None = None,
     train: bool = True,
@@ -54,6 +55,8 @@ def op_case(
         fast: Ours. All return a tensor or a tuple of them.
         values_moved, flops, backward_flops: For the floor.
         exact: What is run in float64, where the eager formula cannot be.
+        draw_check: Inputs of a size at which float64 fits, where those of `draw` have none; they are checked in place
+            of these.
         peers: Other implementations.
         dtype: bfloat16 on CUDA and float32 on CPU by default.
         train: Whether there is a training step.
@@ -82,7 +85,15 @@ def op_case(
     def double(args: tuple) -> tuple:
         return pytree.tree_map(lambda t: t.detach().double() if is_leaf(t) else t, args)
 
+    def checked(args: tuple) -> tuple:
+        if draw_check is None:
+            return args
+        torch.manual_seed(0)
+        takes_grad = any(is_leaf(t) and t.requires_grad for t in pytree.tree_leaves(args))
+        return pytree.tree_map(lambda t: t.requires_grad_(takes_grad) if is_leaf(t) else t, draw_check(dtype))
+
     def check(providers: dict[str, Callable], args: tuple) -> dict[str, list]:
+        args = checked(args)
         truth, twin = (pytree.tree_leaves(t) for t in (exact(*double(args)), reference(*args)))
         return {
             p: [difference(*three) for three in zip(pytree.tree_leaves(call(*args)), twin, truth, strict=True)]
@@ -90,6 +101,7 @@ def op_case(
         }
 
     def check_step(providers: dict[str, Callable], args: tuple) -> dict[str, list]:
+        args = checked(args)
         grad = [torch.ones_like(out) for out in pytree.tree_leaves(reference(*args))]
         truth = gradients(exact, double(args), grad)
         twin = gradients(reference, args, grad)

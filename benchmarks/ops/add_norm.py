@@ -17,6 +17,7 @@ SIZES = {
         ("layer", "SigLIP-so400m", 4, 729, 1152, torch.float32),
         ("layer", "SigLIP-so400m", 4, 729, 1152, torch.bfloat16),
     ],
+    "tiny": [("rms", "none", 1, 3, 40, torch.bfloat16), ("layer", "none", 1, 3, 40, torch.bfloat16)],
     "cuda": [
         ("rms", "Qwen2.5-VL-7B", 2, 8192, 3584, torch.bfloat16),
         ("layer", "SigLIP-so400m", 32, 729, 1152, torch.bfloat16),
@@ -42,9 +43,9 @@ def torch_rms(x, residual, weight):
     return F.rms_norm(total, total.shape[-1:], weight, EPS), total
 
 
-def cases(device: str) -> list[Case]:
+def cases(device: str, sizes: str | None = None) -> list[Case]:
     made = []
-    for kind, source, batch, tokens, size, dtype in SIZES[device]:
+    for kind, source, batch, tokens, size, dtype in SIZES[sizes or device]:
 
         def draw(dtype, kind=kind, batch=batch, tokens=tokens, size=size):
             x, residual = (torch.randn(batch, tokens, size, device=device, dtype=dtype) for _ in range(2))

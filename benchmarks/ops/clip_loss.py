@@ -1,12 +1,14 @@
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
 from mmlm_benchmarks.harness import Case
 from mmlm_benchmarks.ops import op_case
-from mmlm_benchmarks.ops.contrastive import ceiling_case, draw_features
+from mmlm_benchmarks.ops.contrastive import MOST_CHECKED, ceiling_case, draw_features
 from mmlm_fast.ops import clip_loss
 
-SIZES = {"cpu": [(4096, 512)], "cuda": [(16384, 768), (32768, 768)]}
+SIZES = {"cpu": [(4096, 512)], "tiny": [(9, 16)], "cuda": [(16384, 768), (32768, 768)]}
 
 
 def eager(image_features, text_features, logit_scale):
@@ -16,9 +18,9 @@ def eager(image_features, text_features, logit_scale):
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
-def cases(device: str) -> list[Case]:
+def cases(device: str, sizes: str | None = None) -> list[Case]:
     made = []
-    for num, size in SIZES[device]:
+    for num, size in SIZES[sizes or device]:
 
         def draw(dtype, num=num, size=size):
             return *draw_features(num, size, device, dtype), torch.tensor(14.3, device=device)
@@ -29,6 +31,7 @@ def cases(device: str) -> list[Case]:
             f"{size} features",
             device,
             draw,
+            draw_check=None if num <= MOST_CHECKED else partial(draw, num=MOST_CHECKED),
             reference=eager,
             fast=clip_loss,
             values_moved=2 * num * size,

@@ -18,6 +18,7 @@ SIZES = {
         ),
         ("two sequences", "Qwen2.5-0.5B width twice", 4, 128, [(896, 0), (896, 0)], 896),
     ],
+    "tiny": [("text with a pooled image", "none", 1, 5, [(24, 0), (16, 1)], 20)],
     "cuda": [
         (
             "text with pooled image and audio",
@@ -32,14 +33,16 @@ SIZES = {
 }
 
 
-def cases(device: str) -> list[Case]:
+def cases(device: str, sizes: str | None = None) -> list[Case]:
     made = []
-    for name, source, batch, tokens, sizes, num_out in SIZES[device]:
-        total = sum(k for k, _ in sizes)
-        dense = sum(k for k, pooled in sizes if not pooled)
+    for name, source, batch, tokens, inputs_of, num_out in SIZES[sizes or device]:
+        total = sum(k for k, _ in inputs_of)
+        dense = sum(k for k, pooled in inputs_of if not pooled)
 
-        def draw(dtype, batch=batch, tokens=tokens, sizes=sizes, num_out=num_out, total=total):
-            inputs = [torch.randn(batch, 1 if pooled else tokens, k, device=device, dtype=dtype) for k, pooled in sizes]
+        def draw(dtype, batch=batch, tokens=tokens, inputs_of=inputs_of, num_out=num_out, total=total):
+            inputs = [
+                torch.randn(batch, 1 if pooled else tokens, k, device=device, dtype=dtype) for k, pooled in inputs_of
+            ]
             weight = torch.randn(num_out, total, device=device, dtype=dtype) * total**-0.5
             return inputs, weight, torch.randn(num_out, device=device, dtype=dtype)
 

@@ -13,6 +13,7 @@ from mmlm_fast.testing import Difference
 
 CURVE = (1024, 4096, 16384, 65536)  # batches
 CURVE_SIZE = 64  # features: memory beyond theirs does not depend on them, time does
+MOST_CHECKED = 4096  # batch of the formula in float64: ten matrices of pairs are alive at once
 MOST_PAIRS = 16384**2  # of the eager formula: 4 to 5 GiB
 
 

@@ -6,12 +6,16 @@ from mmlm_fast.ops import fuse_modalities
 from mmlm_fast.ops.fuse_modalities import MODES, fuse_modalities_ref
 
 # where the shape is from, batch, tokens, hidden size
-SIZES = {"cpu": ("Qwen2.5-0.5B width", 8, 256, 896), "cuda": ("Qwen2.5-7B width", 8, 2048, 3584)}
+SIZES = {
+    "cpu": ("Qwen2.5-0.5B width", 8, 256, 896),
+    "tiny": ("none", 1, 3, 24),
+    "cuda": ("Qwen2.5-7B width", 8, 2048, 3584),
+}
 
 
-def cases(device: str) -> list[Case]:
+def cases(device: str, sizes: str | None = None) -> list[Case]:
     made = []
-    source, batch, tokens, size = SIZES[device]
+    source, batch, tokens, size = SIZES[sizes or device]
     for mode in MODES:
         num = 2 if mode == "gated" else 3
         shape = {"mean": None, "weighted": (num,), "attention": (size,), "gated": (size, 2 * size)}[mode]

@@ -9,6 +9,7 @@ from mmlm_fast.ops import gated_add
 # where the shape is from, batch, tokens, hidden size, dtype
 SIZES = {
     "cpu": [("Llama-3.2-11B-Vision", 1, 512, 4096, torch.float32)],
+    "tiny": [("none", 1, 3, 40, torch.bfloat16)],
     "cuda": [("Llama-3.2-11B-Vision", 2, 8192, 4096, torch.bfloat16)],
 }
 
@@ -18,9 +19,9 @@ def eager(x, residual, gate, keep):
     return residual + gate.tanh() * (keep[..., None].to(x.dtype) * x)
 
 
-def cases(device: str) -> list[Case]:
+def cases(device: str, sizes: str | None = None) -> list[Case]:
     made = []
-    for source, batch, tokens, size, dtype in SIZES[device]:
+    for source, batch, tokens, size, dtype in SIZES[sizes or device]:
 
         def draw(dtype, batch=batch, tokens=tokens, size=size):
             x, residual = (torch.randn(batch, tokens, size, device=device, dtype=dtype) for _ in range(2))

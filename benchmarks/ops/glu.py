@@ -15,6 +15,7 @@ SIZES = {
         ("quick_gelu", False, "CLIP-L", 4, 577, 4096, torch.float32),
         ("gelu_tanh", False, "SigLIP-so400m", 2, 729, 4304, torch.bfloat16),
     ],
+    "tiny": [("silu", True, "none", 1, 3, 40, torch.bfloat16), ("quick_gelu", False, "none", 1, 3, 40, torch.bfloat16)],
     "cuda": [
         ("silu", True, "Qwen2.5-VL-7B", 2, 8192, 18944, torch.bfloat16),
         ("gelu_tanh", True, "Gemma3-4B", 2, 8192, 10240, torch.bfloat16),
@@ -28,9 +29,9 @@ EAGER = {
 }
 
 
-def cases(device: str) -> list[Case]:
+def cases(device: str, sizes: str | None = None) -> list[Case]:
     made = []
-    for activation, gated, source, batch, tokens, size, dtype in SIZES[device]:
+    for activation, gated, source, batch, tokens, size, dtype in SIZES[sizes or device]:
 
         def draw(dtype, gated=gated, batch=batch, tokens=tokens, size=size):
             return tuple(torch.randn(batch, tokens, size, device=device, dtype=dtype) for _ in range(2 if gated else 1))

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmlm_benchmarks.harness import Case
 from mmlm_fast.masks import IntervalMask
@@ -18,8 +18,9 @@ sdpa = nn.functional.scaled_dot_product_attention
 CHECKED_ROWS = 64  # of a long sequence, against float64
 
 
-def cases(device: str) -> list[Case]:
-    return [*masked(device), *packed(device), *decoding(device)]
+def cases(device: str, sizes: str | None = None) -> list[Case]:
+    sizes = sizes or device
+    return [*masked(device, sizes), *packed(device, sizes), *decoding(device, sizes)]
 
 
 def _inputs(device: str, batch: int, heads: int, kv_heads: int, q_len: int, kv_len: int, size: int) -> list[Tensor]:
@@ -61,8 +62,14 @@ def _step(f: Callable) -> Callable:
     return call
 
 
+def _repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As transformers' sdpa_attention_forward has it wherever there is a mask: torch has no kernel for both."""
+    groups = q.shape[1] // k.shape[1]
+    return q, *(x[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) if groups > 1 else x for x in (k, v))
+
+
 def _dense(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, dense: Tensor) -> Tensor:
-    return sdpa(q, k, v, attn_mask=dense, enable_gqa=q.shape[1] != k.shape[1])
+    return sdpa(*_repeated(q, k, v), attn_mask=dense)
 
 
 def _ours(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, dense: Tensor | None = None) -> Tensor:
@@ -70,7 +77,12 @@ def _ours(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, dense: Tensor | N
 
 
 def _causal_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, dense: Tensor | None = None) -> Tensor:
-    return sdpa(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    return sdpa(*_repeated(q, k, v), is_causal=True)
+
+
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, dense: Tensor | None = None) -> Tensor:
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
+        return _causal_sdpa(q, k, v, mask)
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, dense: Tensor | None = None) -> Tensor:
@@ -110,29 +122,57 @@ def image_ids(length: int, images: int, tokens: int) -> Tensor:
     return ids
 
 
-def masked(device: str) -> list[Case]:
-    """name, where from, batch, heads, key heads, queries, keys, head size, mask, with backward, memory case."""
-    gpu = device == "cuda"
-    long, scale = 16384, 4 if gpu else 1
-    few = 512 * scale
-    lengths = torch.tensor([few, few * 3 // 4, few // 2, few - 7])
-    media = torch.zeros(1, 1024 * scale, dtype=torch.bool)
-    media[0, 1 :: 256 * scale] = True
-    specs: list[tuple] = [
-        ("causal", "Qwen2.5-0.5B", 1, 14, 2, 2048 * scale, None, 64, IntervalMask.causal(2048 * scale), True),
-        ("left padding, 4 samples", "Qwen2.5-0.5B", 4, 14, 2, few, None, 64,
-         IntervalMask.causal(few) & IntervalMask.padded(lengths, few, side="left"), True),
-        ("image blocks, 4 images of 256 in 2,048 tokens", "Gemma 3 4B", 1, 8, 4, 2048, None, 256,
-         IntervalMask.image_blocks(image_ids(2048, 4, 256)), True),
-        ("image blocks and a window of 1,024 in 4,096 tokens", "Gemma 3 4B, half its heads", 1, 4, 2, 4096, None, 256,
-         IntervalMask.image_blocks(image_ids(4096, 8, 256), window=1024), False),
-        ("image blocks in 16,384 tokens", "32 images of 256, heads of 64", 1, 32 if gpu else 4, 1, long, None, 64,
-         IntervalMask.image_blocks(image_ids(long, 32, 256)), False),
-        ("gated cross-attention, latest of 4 images", "Flamingo, 64 tokens an image of 256", 1, 8, 8, 1024 * scale,
-         1024, 64, IntervalMask.latest_image(media, 256, num_images=4), True),
+def _padded_left(length: int) -> IntervalMask:
+    lengths = torch.tensor([length, length * 3 // 4, length // 2, length - 7])
+    return IntervalMask.causal(length) & IntervalMask.padded(lengths, length, side="left")
+
+
+def _latest_image(length: int, images: int, tokens: int) -> IntervalMask:
+    media = torch.zeros(1, length, dtype=torch.bool)
+    media[0, 1 :: length // images] = True
+    return IntervalMask.latest_image(media, tokens, num_images=images)
+
+
+def specs(sizes: str) -> list[tuple]:
+    """name, where from, batch, heads, key heads, queries, keys or None, head size, mask, with backward."""
+    causal, blocks = IntervalMask.causal, IntervalMask.image_blocks
+    if sizes == "tiny":
+        return [
+            ("causal", "none", 1, 4, 2, 21, None, 16, causal(21), True),
+            ("latest of 2 images", "none", 1, 4, 4, 12, 8, 16, _latest_image(12, 2, 4), True),
+        ]
+    if sizes == "cpu":
+        return [
+            ("causal", "Qwen2.5-0.5B", 1, 14, 2, 2048, None, 64, causal(2048), True),
+            ("left padding, 4 samples", "Qwen2.5-0.5B", 4, 14, 2, 512, None, 64, _padded_left(512), True),
+            ("image blocks, 4 images of 256 in 2,048 tokens", "Gemma 3 4B", 1, 8, 4, 2048, None, 256,
+             blocks(image_ids(2048, 4, 256)), True),
+            ("image blocks and a window of 1,024 in 4,096 tokens", "Gemma 3 4B, half its heads", 1, 4, 2, 4096, None,
+             256, blocks(image_ids(4096, 8, 256), window=1024), False),
+            ("image blocks in 16,384 tokens", "32 images of 256, heads of 64", 1, 4, 1, 16384, None, 64,
+             blocks(image_ids(16384, 32, 256)), False),
+            ("gated cross-attention, latest of 4 images", "Flamingo, 64 tokens an image of 256", 1, 8, 8, 1024, 1024,
+             64, _latest_image(1024, 4, 256), True),
+        ]  # fmt: skip
+    return [  # the order in which they are measured where time is short
+        ("left padding, 4 samples of 2,048", "Qwen2.5-VL-7B", 4, 28, 4, 2048, None, 128, _padded_left(2048), True),
+        ("causal, 8,192 tokens", "Qwen2.5-VL-7B", 1, 28, 4, 8192, None, 128, causal(8192), True),
+        ("image blocks, 16 images of 256 in 8,192 tokens", "Gemma 3 12B", 1, 16, 8, 8192, None, 256,
+         blocks(image_ids(8192, 16, 256)), True),
+        ("image blocks and a window of 1,024 in 8,192 tokens", "Gemma 3 12B", 1, 16, 8, 8192, None, 256,
+         blocks(image_ids(8192, 16, 256), window=1024), True),
+        ("causal, 8,192 tokens, heads of 64", "Qwen2.5-0.5B", 1, 14, 2, 8192, None, 64, causal(8192), True),
+        ("image blocks in 16,384 tokens", "32 images of 256, heads of 64", 1, 32, 1, 16384, None, 64,
+         blocks(image_ids(16384, 32, 256)), False),
+        ("gated cross-attention, latest of 4 images", "Flamingo, 64 tokens an image of 256", 1, 8, 8, 4096, 1024, 64,
+         _latest_image(4096, 4, 256), True),
     ]  # fmt: skip
+
+
+def masked(device: str, sizes: str) -> list[Case]:
+    gpu = device == "cuda"
     made = []
-    for name, source, batch, heads, kv_heads, q_len, kv_len, size, mask, backward in specs:
+    for name, source, batch, heads, kv_heads, q_len, kv_len, size, mask, backward in specs(sizes):
         kv_len = q_len if kv_len is None else kv_len
         flops = 4 * size * heads * _visible(mask, batch)
 
@@ -143,9 +183,11 @@ def masked(device: str) -> list[Case]:
             drawn = [_inputs(device, *shape) for _ in range(1 if shape[3] > 8192 else 2)]
             return [(*(x.requires_grad_(grad) for x in qkv), mask, dense) for qkv in drawn]
 
-        providers: dict[str, Callable] = {"SDPA, dense mask": _dense}
-        if name == "causal":
-            providers["SDPA, is_causal"] = _causal_sdpa
+        providers: dict[str, Callable] = {"SDPA, repeated keys, dense mask": _dense}
+        if name.startswith("causal"):
+            providers["SDPA, repeated keys, is_causal"] = _causal_sdpa
+        if gpu and name.startswith("causal"):
+            providers["cuDNN, is_causal"] = _cudnn
         if gpu:
             providers["FlexAttention"] = _flex
         providers["mmlm_fast"] = _ours
@@ -194,13 +236,16 @@ def _eager(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **_: Any) -> tupl
     return ((weights @ v).transpose(1, 2).contiguous(),)
 
 
-def packed(device: str) -> list[Case]:
+def packed(device: str, sizes: str) -> list[Case]:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward  # seconds to import
+
     gpu = device == "cuda"
     made = []
-    for name, source, patches, piece, heads, size in (
+    real = (
         ("12,900 patches in windows of 64", "Qwen2.5-VL", 12900, 64, 16, 80),
         ("8 images of 1,024 patches", "Qwen3-VL", 8192, 1024, 16, 72),
-    ):
+    )
+    for name, source, patches, piece, heads, size in real if sizes != "tiny" else (("tiny", "none", 30, 8, 2, 24),):
         cu_seqlens = torch.tensor([*range(0, patches, piece), patches], dtype=torch.int32)
 
         def draw(patches=patches, heads=heads, size=size, cu_seqlens=cu_seqlens) -> list[tuple]:
@@ -237,9 +282,10 @@ def packed(device: str) -> list[Case]:
     return made
 
 
-def decoding(device: str) -> list[Case]:
+def decoding(device: str, sizes: str) -> list[Case]:
     gpu = device == "cuda"
-    batch, heads, kv_heads, room, size = (8, 28, 4, 16384, 128) if gpu else (4, 14, 2, 2048, 64)
+    shapes = {"cuda": (8, 28, 4, 16384, 128), "cpu": (4, 14, 2, 2048, 64), "tiny": (2, 4, 2, 40, 16)}
+    batch, heads, kv_heads, room, size = shapes[sizes]
     used = torch.tensor([room * (n + 1) // batch - 1 for n in range(batch)])
     mask = IntervalMask.causal(1, room, q_offset=used)
 
@@ -250,7 +296,7 @@ def decoding(device: str) -> list[Case]:
                 for _ in range(4)]  # fmt: skip
 
     moved = 2 * int((used + 1).sum()) * kv_heads * size * (2 if gpu else 4)
-    providers = {"SDPA, dense mask": _no_grad(_dense), "mmlm_fast": _no_grad(_ours)}
+    providers = {"SDPA, repeated keys, dense mask": _no_grad(_dense), "mmlm_fast": _no_grad(_ours)}
     source = "Qwen2.5-7B" if gpu else "Qwen2.5-0.5B"
     return [
         Case(

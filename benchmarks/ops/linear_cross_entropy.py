@@ -1,3 +1,5 @@
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
@@ -5,9 +7,11 @@ from mmlm_benchmarks.harness import Case
 from mmlm_benchmarks.ops import op_case
 from mmlm_fast.ops import linear_cross_entropy
 
+MOST_CHECKED = 1024  # tokens whose logits of 152k classes, several times in float64, fit beside everything else
 # name, where the shape is from, tokens, hidden size, vocabulary, share of tokens that count, options
 SIZES = {
     "cpu": [("50k classes", "a 768-wide decoder, GPT-2's vocabulary", 2048, 768, 50_000, 1.0, {})],
+    "tiny": [("50 classes", "none", 9, 24, 50, 0.5, {})],
     "cuda": [
         ("152k classes", "Qwen2.5-7B width 4096", 8192, 4096, 152_064, 1.0, {"ignore_index": None}),
         ("152k classes, ignore_index", "the same, rows compacted", 8192, 4096, 152_064, 1.0, {}),
@@ -49,9 +53,9 @@ FULL = {
 }
 
 
-def cases(device: str) -> list[Case]:
+def cases(device: str, sizes: str | None = None) -> list[Case]:
     """The training step alone: without gradients nobody asks for a loss often."""
-    return made_of(SIZES[device], device, peers(device) if device == "cuda" else {})
+    return made_of(SIZES[sizes or device], device, peers(device) if device == "cuda" else {})
 
 
 def full_cases(device: str) -> list[Case]:
@@ -78,6 +82,7 @@ def made_of(sizes: list[tuple], device: str, others: dict) -> list[Case]:
             source,
             device,
             draw,
+            draw_check=None if tokens <= MOST_CHECKED or device == "cpu" else partial(draw, tokens=MOST_CHECKED),
             reference=eager,
             fast=fast,
             peers=others if share == 1 else None,

@@ -10,14 +10,15 @@ from mmlm_fast.ops.merge_embeddings import scatter_features_ref
 # where the shape is from, vocabulary, batch, tokens, hidden size, feature rows a sample, dtype
 SIZES = {
     "cpu": [("LLaVA-1.5 over Qwen2.5-0.5B", 32000, 4, 1024, 896, 576, torch.float32)],
+    "tiny": [("none", 50, 2, 24, 16, 4, torch.bfloat16)],
     "cuda": [("Qwen2.5-VL-7B", 152064, 2, 8192, 3584, 5120, torch.bfloat16)],
 }
 IMAGE = 7
 
 
-def cases(device: str) -> list[Case]:
+def cases(device: str, sizes: str | None = None) -> list[Case]:
     made = []
-    for source, vocabulary, batch, tokens, size, rows, dtype in SIZES[device]:
+    for source, vocabulary, batch, tokens, size, rows, dtype in SIZES[sizes or device]:
 
         def ids(vocabulary=vocabulary, batch=batch, tokens=tokens, rows=rows):
             ids = torch.randint(8, vocabulary, (batch, tokens), device=device)

@@ -13,6 +13,7 @@ SIZES = {
         ("pixel shuffle + layer norm", "InternVL3-1B", 4, 32, 1024, 2, True, torch.float32),
         ("pixel shuffle", "SmolVLM-256M", 4, 32, 768, 4, False, torch.float32),
     ],
+    "tiny": [("pixel shuffle + layer norm", "none", 1, 4, 16, 2, True, torch.bfloat16)],
     "cuda": [
         ("pixel shuffle + layer norm", "InternVL3-8B", 32, 32, 1024, 2, True, torch.bfloat16),
         ("pixel shuffle", "SmolVLM-256M", 64, 32, 768, 4, False, torch.bfloat16),
@@ -29,9 +30,9 @@ def eager(x, *parameters, factor):
     return F.layer_norm(x, x.shape[-1:], *parameters, 1e-5) if parameters else x
 
 
-def cases(device: str) -> list[Case]:
+def cases(device: str, sizes: str | None = None) -> list[Case]:
     made = []
-    for name, source, batch, side, size, factor, norm, dtype in SIZES[device]:
+    for name, source, batch, side, size, factor, norm, dtype in SIZES[sizes or device]:
 
         def draw(dtype, batch=batch, side=side, size=size, factor=factor, norm=norm):
             x = torch.randn(batch, side, side, size, device=device, dtype=dtype)

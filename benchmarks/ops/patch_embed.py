@@ -14,6 +14,7 @@ SIZES = {
         ("CLIP-L/14-336", 2, 336, 14, 0, 1024, torch.float32),
         ("Qwen2.5-VL vision", 1, 448, 14, 2, 1280, torch.float32),
     ],
+    "tiny": [("none", 1, 28, 14, 0, 8, torch.bfloat16)],
     "cuda": [
         ("CLIP-L/14-336", 64, 336, 14, 0, 1024, torch.bfloat16),
         ("Qwen2.5-VL vision", 16, 896, 14, 2, 1280, torch.bfloat16),
@@ -21,9 +22,9 @@ SIZES = {
 }
 
 
-def cases(device: str) -> list[Case]:
+def cases(device: str, sizes: str | None = None) -> list[Case]:
     made = []
-    for source, batch, side, patch, frames, width, dtype in SIZES[device]:
+    for source, batch, side, patch, frames, width, dtype in SIZES[sizes or device]:
         patches, values = batch * (side // patch) ** 2, batch * 3 * side**2
 
         def pixels(batch=batch, side=side):

@@ -16,6 +16,7 @@ SIZES = {
         ("rope, vision head of 80", "Qwen2.5-VL vision", 1, 1024, 16, 16, 80, False, torch.float32),
         ("qk_norm + rope", "Qwen3-VL-2B", 1, 2048, 16, 8, 128, True, torch.bfloat16),
     ],
+    "tiny": [("qk_norm + rope", "none", 1, 5, 4, 2, 16, True, torch.bfloat16)],
     "cuda": [
         ("rope", "Qwen2.5-VL-7B", 2, 8192, 28, 4, 128, False, torch.bfloat16),
         ("rope, vision head of 80", "Qwen2.5-VL vision", 1, 16384, 16, 16, 80, False, torch.bfloat16),
@@ -50,9 +51,9 @@ def tables(tokens: int, size: int, device: str, dtype: torch.dtype) -> tuple[tup
     return half, tuple(torch.cat((t, t), dim=-1) for t in half)
 
 
-def cases(device: str) -> list[Case]:
+def cases(device: str, sizes: str | None = None) -> list[Case]:
     made = []
-    for name, source, batch, tokens, heads, kv_heads, size, norm, dtype in SIZES[device]:
+    for name, source, batch, tokens, heads, kv_heads, size, norm, dtype in SIZES[sizes or device]:
         held: dict[str, tuple] = {}
 
         def draw(dtype, batch=batch, tokens=tokens, heads=heads, kv_heads=kv_heads, size=size, norm=norm, held=held):

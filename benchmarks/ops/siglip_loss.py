@@ -1,12 +1,14 @@
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
 from mmlm_benchmarks.harness import Case
 from mmlm_benchmarks.ops import op_case
-from mmlm_benchmarks.ops.contrastive import ceiling_case, draw_features
+from mmlm_benchmarks.ops.contrastive import MOST_CHECKED, ceiling_case, draw_features
 from mmlm_fast.ops import siglip_loss
 
-SIZES = {"cpu": [(4096, 512)], "cuda": [(16384, 768), (32768, 768)]}
+SIZES = {"cpu": [(4096, 512)], "tiny": [(9, 16)], "cuda": [(16384, 768), (32768, 768)]}
 
 
 def eager(image_features, text_features, logit_scale, logit_bias):
@@ -17,9 +19,9 @@ def eager(image_features, text_features, logit_scale, logit_bias):
     return -F.logsigmoid(signs * logits).sum(dim=-1).mean()
 
 
-def cases(device: str) -> list[Case]:
+def cases(device: str, sizes: str | None = None) -> list[Case]:
     made = []
-    for num, size in SIZES[device]:
+    for num, size in SIZES[sizes or device]:
 
         def draw(dtype, num=num, size=size):
             scalars = (torch.tensor(v, device=device) for v in (10.0, -10.0))
@@ -31,6 +33,7 @@ def cases(device: str) -> list[Case]:
             f"{size} features",
             device,
             draw,
+            draw_check=None if num <= MOST_CHECKED else partial(draw, num=MOST_CHECKED),
             reference=eager,
             fast=siglip_loss,
             values_moved=2 * num * size,

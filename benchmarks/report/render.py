@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -167,18 +168,22 @@ def _inputs_section() -> str:
     picture, caption = load_image()
     buffer = io.BytesIO()
     picture.resize((224, 224)).save(buffer, "PNG")
-    rows = "".join(
-        f"<tr><td>{s.language}</td><td>{len(s.waveform) / s.sampling_rate:.1f} s</td>"
-        f"<td>{html.escape(s.text)}</td></tr>"
-        for s in load_speech()
-    )
+    speech = features = ""
+    if find_spec("soundfile"):  # jobs without audio are reported without it
+        rows = "".join(
+            f"<tr><td>{s.language}</td><td>{len(s.waveform) / s.sampling_rate:.1f} s</td>"
+            f"<td>{html.escape(s.text)}</td></tr>"
+            for s in load_speech()
+        )
+        speech = f"<table><tr><th>speech</th><th>length</th><th>transcript</th></tr>{rows}</table>"
+        speech += "<p>Speech: Asterisk core sounds, CC-BY-SA-3.0. Prompts:</p>"
+        features = _figure(plots.features(sample_features()), "Log-mel features from the native core, and their error")
     return (
         "<h2>The input</h2><p>Real speech, a real picture and real text, shipped with the package.</p>"
         + _figure(buffer.getvalue(), f"{caption} (NASA, public domain)")
-        + f"<table><tr><th>speech</th><th>length</th><th>transcript</th></tr>{rows}</table>"
-        + "<p>Speech: Asterisk core sounds, CC-BY-SA-3.0. Prompts:</p>"
+        + (speech or "<p>Prompts (soundfile, which reads the speech, is not installed):</p>")
         + _list(load_prompts())
-        + _figure(plots.features(sample_features()), "Log-mel features from the native core, and their error")
+        + features
     )
 
 

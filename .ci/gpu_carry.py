@@ -1,0 +1,46 @@
+#!/usr/bin/env python3
+"""Fill .whl with what benchmarks/gpu_suite.sh needs on the GPU machine: mmlm-fast's wheel and packages it lacks.
+
+Beside the wheels lie `commit`, which the facts will name, and `csrc.sha256`, what the native core was built from.
+"""
+
+import shutil
+import subprocess
+
+from bootstrap import run, say
+from gpu_env import PYTHON, ROOT, WHEELS
+
+FOLDER = ROOT / ".whl"
+LACKING = ["soundfile==0.14.0", "cffi==2.1.1", "pycparser==3.12"]
+MACHINE = ["--python-version", "3.12", "--implementation", "cp"]
+MACHINE += [part for n in ("_2_28", "_2_17", "2014") for part in ("--platform", f"manylinux{n}_x86_64")]
+PEERS = ["liger-kernel"]  # compared with where it is to be had
+LARGEST_MIB = 60  # what may be carried, working tree included, is 64
+
+
+def output(*command: str) -> str:
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def main() -> None:
+    """Fill the folder anew."""
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    FOLDER.mkdir()
+    for wheel in WHEELS.glob("*.whl"):
+        shutil.copy(wheel, FOLDER)
+    download = [PYTHON, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", FOLDER, *MACHINE]
+    run(*download, *LACKING)
+    for name in PEERS:
+        if subprocess.run([str(part) for part in (*download, name)], check=False).returncode:
+            say(f"not carried: {name}")
+    commit = output("git", "describe", "--always", "--dirty", "--exclude=*")
+    (FOLDER / "commit").write_text(commit + "\n")
+    (FOLDER / "csrc.sha256").write_text(output("bash", "benchmarks/gpu_suite.sh", "digest") + "\n")
+    files = sorted(FOLDER.iterdir())
+    size = sum(path.stat().st_size for path in files) / 2**20
+    assert size < LARGEST_MIB, f"{size:.1f} MiB in {FOLDER}, more than {LARGEST_MIB}"
+    say(f"{FOLDER.name}: {', '.join(path.name for path in files)}; {size:.1f} MiB")
+
+
+if __name__ == "__main__":
+    main()
