@@ -2,7 +2,8 @@
 
 The interpreter keeps bf16 as uint16: casts truncate, `tl.dot` and arithmetic work on the bit patterns (triton-lang
 issues 10945 and 11585). Here casts round to nearest even, dots widen first, and bf16 arithmetic raises, so that a
-kernel that forgets `.to(tl.float32)` fails instead of passing by luck.
+kernel that forgets `.to(tl.float32)` fails instead of passing by luck. And Triton 3.6 with a numpy of after it is
+repaired, which is what a machine with a GPU may have.
 """
 
 import numpy as np
@@ -45,7 +46,14 @@ def _refuse_bf16(name: str) -> None:
     setattr(interpreter.InterpreterBuilder, name, guarded)
 
 
+def _patch_lang_tensor(tensor, scope, _original=interpreter._patch_lang_tensor) -> None:
+    """A scalar is an array of one number, of which numpy 2.4 and later make no int: Triton 3.6's loop bounds."""
+    _original(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+
 def install() -> None:
+    interpreter._patch_lang_tensor = _patch_lang_tensor
     interpreter._convert_float = _convert_float
     interpreter.InterpreterBuilder.create_dot = _dot
     for name in ("binary_op", "unary_op", "ternary_op"):
