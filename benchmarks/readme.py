@@ -22,6 +22,8 @@ COLUMNS = (
     "peak MiB, theirs / ours",
     "error, theirs / ours",
 )
+# On a GPU errors are facts of their own, and what the host needs for a call is apart from the kernels' time.
+GPU_COLUMNS = (*COLUMNS[:-1], "of the card's limit", "host µs, theirs / ours")
 
 
 def newest(device_type: str, having: str = "rows") -> tuple[str, dict[str, Any]] | None:
@@ -46,10 +48,17 @@ def lines(results: dict[str, Any]) -> list[tuple[str, ...]]:
                     f"{other['ours_faster']:.2f}×",
                     f"{other['ours_faster_p20']:.2f} – {other['ours_faster_p80']:.2f}",
                     f"{_or_dash(other['peak_mib'], '.1f')} / {_or_dash(ours['peak_mib'], '.1f')}",
-                    f"{_or_dash(other['relative_error'], '.1e')} / {_or_dash(ours['relative_error'], '.1e')}",
+                    *_last_columns(ours, other, results["environment"]["device_type"]),
                 )
             )
     return out
+
+
+def _last_columns(ours: dict[str, Any], other: dict[str, Any], device_type: str) -> tuple[str, ...]:
+    if device_type == "cuda":
+        host = f"{_or_dash(other.get('host_us'), '.0f')} / {_or_dash(ours.get('host_us'), '.0f')}"
+        return _or_dash(ours.get("fraction_of_limit"), ".0%"), host
+    return (f"{_or_dash(other['relative_error'], '.1e')} / {_or_dash(ours['relative_error'], '.1e')}",)
 
 
 def _or_dash(value: float | None, form: str) -> str:
@@ -67,7 +76,7 @@ def table(device_type: str) -> str:
         f"{e['device']}, {e['cores']} cores, {e['threads']} threads (audio: one), {e['isa']}, load {e['load_average']} "
         f"at the start; {e['date']}, commit {e['commit']}; {packages}. From `benchmarks/results/{name}`."
     )
-    return f"{told}\n\n{markdown_table(COLUMNS, lines(results))}"
+    return f"{told}\n\n{markdown_table(COLUMNS if device_type == 'cpu' else GPU_COLUMNS, lines(results))}"
 
 
 def memory_curve() -> str:
