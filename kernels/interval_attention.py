@@ -23,11 +23,16 @@ from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 RANGE_BLOCK = 1024
 DECODE_ROWS = 64  # at most so many rows (queries × heads that share keys) are split over the keys
 MIN_SPLIT_KEYS = 256
 MAX_SPLITS = 64
 PROGRAMS_WANTED = 2 * 132  # two for each multiprocessor of a large GPU
+# No integer is specialised: lengths and strides change with every batch and every token, and UNIT says what they are
+# multiples of (tests/test_kernel_variants.py).
+INTEGERS = [f"{name}_stride_{axis}" for name in ("q", "k", "v", "grad", "out", "dq", "dk", "dv") for axis in "bhs"]
+INTEGERS += ["out_stride_split", "mask_stride", "range_stride", "num_tiles", "num_rows", "B", "Sq", "Skv"]
 
 
 @triton.jit
@@ -164,12 +169,33 @@ def _statistics(m, denominator):
 
 
 @triton.jit
-def _normaliser(largest_ptr, total_ptr, index, mask):
-    """What `_weights` takes: the largest score in units of log 2, and one over the total, 0 for a row without keys."""
-    largest = tl.load(largest_ptr + index, mask=mask, other=0.0)
-    total = tl.load(total_ptr + index, mask=mask, other=0.0)
-    alive = total != 0.0
-    return tl.where(alive, largest * LOG2E, 0.0), tl.where(alive, 1.0 / tl.where(alive, total, 1.0), 0.0)
+def _load_rows(ptr, index, mask, other, AS_COLUMN: tl.constexpr):
+    """One number a row. With AS_COLUMN by the sum over a column of one, which costs a barrier.
+
+    Before 3.9 Triton loads a vector in the layout of the scores it meets: up to 130 registers of pointers a thread,
+    where scores are not in wgmma's layout, and that spills. It does not look through a sum along another axis.
+    """
+    if AS_COLUMN:
+        return tl.sum(tl.load((ptr + index)[:, None], mask=mask[:, None], other=other), axis=1)
+    else:
+        return tl.load(ptr + index, mask=mask, other=other)
+
+
+@triton.jit
+def _load_normaliser(shift_ptr, factor_ptr, index, mask, EXACT: tl.constexpr, AS_COLUMN: tl.constexpr):
+    """What `_delta_kernel` left of these rows; where masked out, what makes weights of 0."""
+    shift = _load_rows(shift_ptr, index, mask, float("inf"), AS_COLUMN)
+    factor = shift
+    if EXACT:
+        factor = _load_rows(factor_ptr, index, mask, 0.0, AS_COLUMN)
+    return shift, factor
+
+
+@triton.jit
+def _weights(s, shift, factor, EXACT: tl.constexpr):
+    """Softmax from scores in units of log 2; shift and factor can be broadcast to them."""
+    p = tl.exp2(s - shift)
+    return p * factor if EXACT else p
 
 
 @triton.jit
@@ -215,7 +241,7 @@ def _attend(acc1, acc2, acc3, m, denominator, q1, q2, q3, k_ptr, v_ptr, start, s
     return acc1, acc2, acc3, m, denominator
 
 
-@triton.jit(do_not_specialize=["Sq", "Skv", "num_tiles", "mask_stride"])
+@triton.jit(do_not_specialize=INTEGERS)
 def _fwd_kernel(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, sinks_ptr, out_ptr, largest_ptr, total_ptr,
                 q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s,
                 v_stride_b, v_stride_h, v_stride_s, out_stride_split, out_stride_b, out_stride_h, out_stride_s,
@@ -284,8 +310,8 @@ def _fwd_kernel(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, sinks_ptr, out_ptr, largest
     else:  # of this part, in units of log 2
         largest = tl.where(alive, m, float("-inf"))
         total = tl.where(alive, denominator, 0.0)
-    out_ptr += split.to(tl.int64) * out_stride_split + b * out_stride_b
-    out_offset = query.to(tl.int64) * out_stride_s + heads * out_stride_h
+    out_ptr += split.to(tl.int64) * out_stride_split * UNIT + b * out_stride_b * UNIT
+    out_offset = query.to(tl.int64) * out_stride_s * UNIT + heads * out_stride_h * UNIT
     acc1, acc2, acc3 = _select_rows(alive, acc1, acc2, acc3, V2, V3)
     _store_pieces(out_ptr, out_offset, 1, there, acc1, acc2, acc3, V1, V2, V3, DV)
     row = ((split.to(tl.int64) * B + b) * H + heads) * Sq + query
@@ -293,10 +319,10 @@ def _fwd_kernel(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, sinks_ptr, out_ptr, largest
     tl.store(total_ptr + row, total, mask=there)
 
 
-@triton.jit(do_not_specialize=["num_rows", "Sq"])
+@triton.jit(do_not_specialize=INTEGERS)
 def _combine_kernel(partial_ptr, partial_largest_ptr, partial_total_ptr, sinks_ptr, out_ptr, largest_ptr, total_ptr,
                     out_stride_b, out_stride_h, out_stride_s, num_rows, Sq,
-                    H: tl.constexpr, HAS_SINKS: tl.constexpr, SPLITS: tl.constexpr,
+                    H: tl.constexpr, UNIT: tl.constexpr, HAS_SINKS: tl.constexpr, SPLITS: tl.constexpr,
                     SPLITS_POW2: tl.constexpr, DV: tl.constexpr, DV_POW2: tl.constexpr):  # fmt: skip
     """One row: the parts' sums, each shifted from its own largest score to that of all. partial [SPLITS, rows, DV]."""
     row = tl.program_id(0).to(tl.int64)
@@ -321,35 +347,48 @@ def _combine_kernel(partial_ptr, partial_largest_ptr, partial_total_ptr, sinks_p
         offset = (split * num_rows.to(tl.int64) + row) * DV
         acc += weight * tl.load(partial_ptr + offset + columns, mask=columns < DV, other=0.0)
     acc = tl.where(alive, acc / tl.where(alive, denominator, 1.0), 0.0)
-    out_ptr += row // (Sq * H) * out_stride_b + head * out_stride_h + row % Sq * out_stride_s
+    out_ptr += (row // (Sq * H) * out_stride_b + head * out_stride_h + row % Sq * out_stride_s) * UNIT
     tl.store(out_ptr + columns, acc.to(out_ptr.dtype.element_ty), mask=columns < DV)
     largest, total = _statistics(shift, denominator)
     tl.store(largest_ptr + row, tl.where(alive, largest, float("-inf")))
     tl.store(total_ptr + row, tl.where(alive, total, 0.0))
 
 
-@triton.jit(do_not_specialize=["Sq", "num_rows"])
-def _delta_kernel(grad_ptr, out_ptr, grad_lse_ptr, delta_ptr, grad_stride_b, grad_stride_h, grad_stride_s,
-                  out_stride_b, out_stride_h, out_stride_s, num_rows, Sq,
-                  H: tl.constexpr, DV: tl.constexpr, DV_POW2: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
-                  ROWS: tl.constexpr):  # fmt: skip
-    """delta = Σ_d dO·O − dLSE, what dP is measured from."""
+@triton.jit(do_not_specialize=INTEGERS)
+def _delta_kernel(grad_ptr, out_ptr, grad_lse_ptr, largest_ptr, total_ptr, delta_ptr, shift_ptr, factor_ptr,
+                  grad_stride_b, grad_stride_h, grad_stride_s, out_stride_b, out_stride_h, out_stride_s, num_rows, Sq,
+                  H: tl.constexpr, UNIT: tl.constexpr, DV: tl.constexpr, DV_POW2: tl.constexpr,
+                  HAS_GRAD_LSE: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    """delta = Σ_d dO·O − dLSE, what dP is measured from; and what the weights are made from again.
+
+    A row's weights are exp2(score − shift), with EXACT times a factor: in float32 the rounding of a log-sum-exp, which
+    is one number, would be more than the reference's error. A row without keys has the shift that makes them 0.
+    """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = rows < num_rows
     columns = tl.arange(0, DV_POW2)
     mask = there[:, None] & (columns < DV)[None, :]
     b, head, query = rows // (Sq * H), rows // Sq % H, rows % Sq
-    grad_offset = b * grad_stride_b + head * grad_stride_h + query * grad_stride_s
-    out_offset = b * out_stride_b + head * out_stride_h + query * out_stride_s
+    grad_offset = (b * grad_stride_b + head * grad_stride_h + query * grad_stride_s) * UNIT
+    out_offset = (b * out_stride_b + head * out_stride_h + query * out_stride_s) * UNIT
     grad = tl.load(grad_ptr + grad_offset[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     out = tl.load(out_ptr + out_offset[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     delta = tl.sum(grad * out, axis=1)
     if HAS_GRAD_LSE:
         delta -= tl.load(grad_lse_ptr + rows, mask=there, other=0.0)
     tl.store(delta_ptr + rows, delta, mask=there)
+    total = tl.load(total_ptr + rows, mask=there, other=1.0)
+    alive = total != 0.0
+    total = tl.where(alive, total, 1.0)
+    shift = tl.load(largest_ptr + rows, mask=there, other=0.0) * LOG2E
+    if EXACT:
+        tl.store(factor_ptr + rows, 1.0 / total, mask=there)
+    else:
+        shift += tl.log2(total)
+    tl.store(shift_ptr + rows, tl.where(alive, shift, float("inf")), mask=there)
 
 
-@triton.jit(do_not_specialize=["Sq", "Skv", "num_tiles"])
+@triton.jit(do_not_specialize=INTEGERS)
 def _ranges_kernel(lo_ptr, hi_ptr, ranges_ptr, num_tiles, Sq, Skv, N: tl.constexpr, BLOCK: tl.constexpr):
     """For each tile of N keys: [first, last) queries that see some of it; [inner, outer) that see all of it.
 
@@ -386,26 +425,29 @@ def _ranges_kernel(lo_ptr, hi_ptr, ranges_ptr, num_tiles, Sq, Skv, N: tl.constex
 
 @triton.jit
 def _dkv_loop(dk1, dk2, dk3, dv1, dv2, dv3, k1, k2, k3, v1, v2, v3, q_ptr, grad_ptr, lo_ptr, hi_ptr,
-              largest_ptr, total_ptr, delta_ptr, start, stop, q_stride, grad_stride, keys, Sq, Skv, scale, softcap,
-              MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
+              shift_ptr, factor_ptr, delta_ptr, start, stop, q_stride, grad_stride, keys, scale, softcap,
+              SOFTCAP: tl.constexpr, EXACT: tl.constexpr, AS_COLUMN: tl.constexpr,
               D: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr,
               DV: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr, V3: tl.constexpr,
               PRECISION: tl.constexpr, M: tl.constexpr):  # fmt: skip
+    """Every tile is masked: three loops, of which one is not, spill under Triton 3.6 where heads share keys.
+
+    Bounds are not cut to the keys there are: what is beyond them is not stored.
+    """
     for begin in range(start, stop, M):
         query = begin + tl.arange(0, M)
         there = query < stop
         rows = query.to(tl.int64)
         q1, q2, q3 = _load_pieces(q_ptr, rows, q_stride, there, P1, P2, P3, D)
-        largest, factor = _normaliser(largest_ptr, total_ptr, query, there)
+        shift, factor = _load_normaliser(shift_ptr, factor_ptr, query, there, EXACT, AS_COLUMN)
         s = _scores(_dot_transposed(k1, k2, k3, q1, q2, q3, P2, P3, PRECISION), scale, softcap, SOFTCAP)  # [N, M]
-        p = tl.exp2(s - largest[None, :]) * factor[None, :]
-        if MASKED:
-            lo, hi = _bounds(lo_ptr, hi_ptr, query, there, Skv)
-            p = tl.where((keys[:, None] >= lo[None, :]) & (keys[:, None] < hi[None, :]), p, 0.0)
+        p = _weights(s, shift[None, :], factor[None, :], EXACT)
+        lo, hi = _load_rows(lo_ptr, query, there, 0, AS_COLUMN), _load_rows(hi_ptr, query, there, 0, AS_COLUMN)
+        p = tl.where((keys[:, None] >= lo[None, :]) & (keys[:, None] < hi[None, :]), p, 0.0)
         g1, g2, g3 = _load_pieces(grad_ptr, rows, grad_stride, there, V1, V2, V3, DV)
         dv1, dv2, dv3 = _accumulate(dv1, dv2, dv3, p.to(g1.dtype), g1, g2, g3, V2, V3, PRECISION)
         dp = _dot_transposed(v1, v2, v3, g1, g2, g3, V2, V3, PRECISION)
-        delta = tl.load(delta_ptr + query, mask=there, other=0.0)
+        delta = _load_rows(delta_ptr, query, there, 0.0, AS_COLUMN)
         ds = p * (dp - delta[None, :])
         if SOFTCAP:
             ds = ds * _softcap_grad(s, softcap)
@@ -413,14 +455,15 @@ def _dkv_loop(dk1, dk2, dk3, dv1, dv2, dv3, k1, k2, k3, v1, v2, v3, q_ptr, grad_
     return dk1, dk2, dk3, dv1, dv2, dv3
 
 
-@triton.jit(do_not_specialize=["Sq", "Skv", "num_tiles", "mask_stride", "range_stride"])
-def _dkv_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, ranges_ptr, largest_ptr, total_ptr, delta_ptr,
+@triton.jit(do_not_specialize=INTEGERS)
+def _dkv_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, ranges_ptr, shift_ptr, factor_ptr, delta_ptr,
                 dk_ptr, dv_ptr,
                 grad_stride_b, grad_stride_h, grad_stride_s, q_stride_b, q_stride_h, q_stride_s,
                 k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
                 dk_stride_b, dk_stride_h, dk_stride_s, dv_stride_b, dv_stride_h, dv_stride_s,
                 mask_stride, range_stride, num_tiles, Sq, Skv, scale, softcap,
-                H: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, SOFTCAP: tl.constexpr,
+                H: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, SOFTCAP: tl.constexpr, EXACT: tl.constexpr,
+                AS_COLUMN: tl.constexpr,
                 D: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr,
                 DV: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr, V3: tl.constexpr,
                 PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr):  # fmt: skip
@@ -436,10 +479,6 @@ def _dkv_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, ranges_ptr, large
     rows = keys.to(tl.int64)
     ranges_ptr += b * range_stride + tile * 4
     first, last = tl.load(ranges_ptr), tl.load(ranges_ptr + 1)
-    inner, outer = tl.load(ranges_ptr + 2), tl.load(ranges_ptr + 3)
-    inner = tl.minimum(tl.maximum(inner, first), last)
-    inner = tl.minimum(first + (inner - first + M - 1) // M * M, last)  # tiles of queries start at first
-    outer = inner + tl.maximum(tl.minimum(outer, last) - inner, 0) // M * M
 
     k_ptr += b * k_stride_b * UNIT + kv_head * k_stride_h * UNIT
     v_ptr += b * v_stride_b * UNIT + kv_head * v_stride_h * UNIT
@@ -450,31 +489,28 @@ def _dkv_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, ranges_ptr, large
     for g in range(GROUP):
         head = kv_head * GROUP + g
         row = (b * H + head) * Sq
-        for part in tl.static_range(3):
-            start = first if part == 0 else (inner if part == 1 else outer)
-            stop = inner if part == 0 else (outer if part == 1 else last)
-            dk1, dk2, dk3, dv1, dv2, dv3 = _dkv_loop(
-                dk1, dk2, dk3, dv1, dv2, dv3, k1, k2, k3, v1, v2, v3,
-                q_ptr + b * q_stride_b * UNIT + head * q_stride_h * UNIT,
-                grad_ptr + b * grad_stride_b * UNIT + head * grad_stride_h * UNIT,
-                lo_ptr + b * mask_stride, hi_ptr + b * mask_stride, largest_ptr + row, total_ptr + row,
-                delta_ptr + row, start, stop, q_stride_s * UNIT, grad_stride_s * UNIT, keys, Sq, Skv, scale, softcap,
-                part != 1, SOFTCAP, D, P1, P2, P3, DV, V1, V2, V3, PRECISION, M,
-            )  # fmt: skip
+        dk1, dk2, dk3, dv1, dv2, dv3 = _dkv_loop(
+            dk1, dk2, dk3, dv1, dv2, dv3, k1, k2, k3, v1, v2, v3,
+            q_ptr + b * q_stride_b * UNIT + head * q_stride_h * UNIT,
+            grad_ptr + b * grad_stride_b * UNIT + head * grad_stride_h * UNIT,
+            lo_ptr + b * mask_stride, hi_ptr + b * mask_stride, shift_ptr + row, factor_ptr + row, delta_ptr + row,
+            first, last, q_stride_s * UNIT, grad_stride_s * UNIT, keys, scale, softcap,
+            SOFTCAP, EXACT, AS_COLUMN, D, P1, P2, P3, DV, V1, V2, V3, PRECISION, M,
+        )  # fmt: skip
     dk1 = dk1 * scale
     if P2 > 0:
         dk2 = dk2 * scale
     if P3 > 0:
         dk3 = dk3 * scale
-    dk_ptr += b * dk_stride_b + kv_head * dk_stride_h
-    dv_ptr += b * dv_stride_b + kv_head * dv_stride_h
-    _store_pieces(dk_ptr, rows, dk_stride_s, there, dk1, dk2, dk3, P1, P2, P3, D)
-    _store_pieces(dv_ptr, rows, dv_stride_s, there, dv1, dv2, dv3, V1, V2, V3, DV)
+    dk_ptr += b * dk_stride_b * UNIT + kv_head * dk_stride_h * UNIT
+    dv_ptr += b * dv_stride_b * UNIT + kv_head * dv_stride_h * UNIT
+    _store_pieces(dk_ptr, rows, dk_stride_s * UNIT, there, dk1, dk2, dk3, P1, P2, P3, D)
+    _store_pieces(dv_ptr, rows, dv_stride_s * UNIT, there, dv1, dv2, dv3, V1, V2, V3, DV)
 
 
 @triton.jit
-def _dq_loop(dq1, dq2, dq3, q1, q2, q3, g1, g2, g3, k_ptr, v_ptr, largest, factor, delta, lo, hi, start, stop,
-             k_stride, v_stride, Skv, scale, softcap, MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
+def _dq_loop(dq1, dq2, dq3, q1, q2, q3, g1, g2, g3, k_ptr, v_ptr, shift, factor, delta, lo, hi, start, stop,
+             k_stride, v_stride, Skv, scale, softcap, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, EXACT: tl.constexpr,
              D: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr,
              DV: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr, V3: tl.constexpr,
              PRECISION: tl.constexpr, N: tl.constexpr):  # fmt: skip
@@ -484,7 +520,7 @@ def _dq_loop(dq1, dq2, dq3, q1, q2, q3, g1, g2, g3, k_ptr, v_ptr, largest, facto
         rows = keys.to(tl.int64)
         k1, k2, k3 = _load_pieces(k_ptr, rows, k_stride, there, P1, P2, P3, D)
         s = _scores(_dot_transposed(q1, q2, q3, k1, k2, k3, P2, P3, PRECISION), scale, softcap, SOFTCAP)
-        p = tl.exp2(s - largest[:, None]) * factor[:, None]
+        p = _weights(s, shift[:, None], factor[:, None], EXACT)
         if MASKED:
             p = tl.where((keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None]), p, 0.0)
         v1, v2, v3 = _load_pieces(v_ptr, rows, v_stride, there, V1, V2, V3, DV)
@@ -496,12 +532,12 @@ def _dq_loop(dq1, dq2, dq3, q1, q2, q3, g1, g2, g3, k_ptr, v_ptr, largest, facto
     return dq1, dq2, dq3
 
 
-@triton.jit(do_not_specialize=["Sq", "Skv", "num_tiles", "mask_stride"])
-def _dq_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, largest_ptr, total_ptr, delta_ptr, dq_ptr,
+@triton.jit(do_not_specialize=INTEGERS)
+def _dq_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, shift_ptr, factor_ptr, delta_ptr, dq_ptr,
                grad_stride_b, grad_stride_h, grad_stride_s, q_stride_b, q_stride_h, q_stride_s,
                k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
                dq_stride_b, dq_stride_h, dq_stride_s, mask_stride, num_tiles, Sq, Skv, scale, softcap,
-               H: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, SOFTCAP: tl.constexpr,
+               H: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, SOFTCAP: tl.constexpr, EXACT: tl.constexpr,
                D: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr,
                DV: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr, V3: tl.constexpr,
                PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr):  # fmt: skip
@@ -524,15 +560,15 @@ def _dq_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, largest_ptr, total
     g1, g2, g3 = _load_pieces(grad_ptr, rows, grad_stride_s * UNIT, there, V1, V2, V3, DV)
     row = (b * H + head) * Sq
     alive = there & (hi > lo)
-    largest, factor = _normaliser(largest_ptr + row, total_ptr + row, query, alive)
+    shift, factor = _load_normaliser(shift_ptr + row, factor_ptr + row, query, alive, EXACT, False)
     delta = tl.load(delta_ptr + row + query, mask=there, other=0.0)
     dq1, dq2, dq3 = _zeros(M, P1, P2, P3)
     for part in tl.static_range(3):
         start = first if part == 0 else (inner if part == 1 else outer)
         stop = inner if part == 0 else (outer if part == 1 else last)
         dq1, dq2, dq3 = _dq_loop(
-            dq1, dq2, dq3, q1, q2, q3, g1, g2, g3, k_ptr, v_ptr, largest, factor, delta, lo, hi, start, stop,
-            k_stride_s * UNIT, v_stride_s * UNIT, Skv, scale, softcap, part != 1, SOFTCAP,
+            dq1, dq2, dq3, q1, q2, q3, g1, g2, g3, k_ptr, v_ptr, shift, factor, delta, lo, hi, start, stop,
+            k_stride_s * UNIT, v_stride_s * UNIT, Skv, scale, softcap, part != 1, SOFTCAP, EXACT,
             D, P1, P2, P3, DV, V1, V2, V3, PRECISION, N,
         )  # fmt: skip
     dq1 = dq1 * scale
@@ -541,22 +577,35 @@ def _dq_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, largest_ptr, total
     if P3 > 0:
         dq3 = dq3 * scale
     dq1, dq2, dq3 = _select_rows(alive, dq1, dq2, dq3, P2, P3)
-    dq_ptr += b * dq_stride_b + head * dq_stride_h
-    _store_pieces(dq_ptr, rows, dq_stride_s, there, dq1, dq2, dq3, P1, P2, P3, D)
+    dq_ptr += b * dq_stride_b * UNIT + head * dq_stride_h * UNIT
+    _store_pieces(dq_ptr, rows, dq_stride_s * UNIT, there, dq1, dq2, dq3, P1, P2, P3, D)
 
 
 # ---- launchers -----------------------------------------------------------------------------------------------------
 
-# Padded head size up to which a row holds; M, N, warps, stages. Chosen so that no main loop spills on sm_80,
-# sm_90 and sm_100 and shared memory stays below 99 KB (sm_120); not tuned on a GPU yet.
-FWD = {2: [(64, 128, 64, 4, 3), (128, 128, 64, 8, 2), (256, 64, 32, 8, 2), (512, 32, 16, 8, 2)],
-       4: [(64, 32, 32, 4, 2), (128, 16, 32, 4, 2)]}  # fmt: skip
-DKV = {2: [(64, 32, 64, 4, 2), (80, 32, 64, 8, 2), (112, 16, 64, 8, 2), (128, 32, 64, 8, 2), (256, 32, 32, 8, 1),
-           (512, 16, 16, 8, 1)],
-       4: [(64, 32, 32, 8, 1), (128, 16, 16, 8, 1)]}  # fmt: skip
-DKV_SM100 = {**DKV, 2: [(64, 32, 64, 8, 2), (112, 16, 64, 8, 2), (128, 32, 32, 8, 2), *DKV[2][-2:]]}
-DQ = {2: [(64, 64, 64, 4, 2), (80, 64, 32, 8, 2), (128, 64, 32, 4, 2), (256, 32, 32, 8, 1), (512, 16, 16, 8, 1)],
-      4: [(64, 32, 32, 4, 1), (128, 16, 32, 8, 1)]}  # fmt: skip
+# Padded head size up to which a row holds; M, N, warps, stages. By bytes of a number, and architecture where another
+# row than the first architecture's is better: 80 stands for all without wgmma and tcgen05. Chosen so that no main loop
+# spills under Triton 3.6 and 3.9, and shared memory stays below 99 KB on 80 (which is sm_120's, too). A warpgroup's
+# wgmma takes 64 rows of the row operand: with 8 warps and 64 rows both compute the same. Not tuned on a GPU yet.
+TILES = {
+    ("fwd", 2, 80): [(64, 128, 64, 4, 3), (128, 128, 64, 8, 2), (256, 64, 32, 8, 2), (512, 32, 16, 8, 2)],
+    ("fwd", 2, 90): [(64, 128, 64, 4, 3), (128, 128, 64, 8, 2), (256, 64, 32, 4, 2), (512, 32, 16, 8, 2)],
+    ("fwd", 4, 80): [(64, 32, 32, 4, 2), (128, 16, 32, 4, 2)],
+    ("dkv", 2, 80): [(64, 32, 64, 4, 2), (96, 32, 64, 8, 2), (112, 16, 64, 8, 2), (128, 32, 64, 8, 2),
+                     (256, 32, 32, 8, 1), (320, 16, 32, 8, 1), (512, 16, 16, 8, 1)],
+    ("dkv", 2, 90): [(80, 32, 64, 4, 2), (96, 32, 64, 4, 1), (112, 16, 64, 4, 2), (128, 32, 64, 4, 1),
+                     (256, 32, 32, 8, 1), (320, 16, 32, 8, 1), (512, 16, 16, 8, 1)],
+    ("dkv", 2, 100): [(64, 32, 64, 4, 2), (96, 32, 64, 8, 2), (112, 16, 64, 8, 2), (128, 32, 64, 4, 1),
+                      (256, 32, 32, 8, 1), (320, 16, 32, 8, 1), (512, 16, 16, 8, 1)],
+    ("dkv", 4, 80): [(64, 32, 32, 8, 1), (128, 16, 16, 8, 1)],
+    ("dq", 2, 80): [(64, 64, 64, 4, 2), (80, 64, 32, 8, 2), (128, 64, 32, 4, 2), (256, 32, 32, 8, 1),
+                    (512, 16, 16, 8, 1)],
+    ("dq", 2, 90): [(112, 64, 64, 4, 2), (128, 64, 32, 4, 2), (256, 128, 32, 8, 2), (512, 16, 16, 8, 1)],
+    ("dq", 4, 80): [(64, 32, 32, 4, 1), (128, 16, 32, 8, 1)],
+    ("dq", 4, 100): [(64, 32, 32, 8, 1), (128, 16, 32, 8, 1)],
+}  # fmt: skip
+if OLD_TRITON:
+    TILES["dkv", 2, 80] = [(112, 16, 64, 4, 2), *TILES["dkv", 2, 80][3:]]
 
 
 def _pieces(size: int, dtype: torch.dtype) -> tuple[int, int, int]:
@@ -580,16 +629,23 @@ def _pieces(size: int, dtype: torch.dtype) -> tuple[int, int, int]:
     return tuple(widths + [0] * (3 - len(widths)))  # type: ignore[return-value]
 
 
-def _blocks(table: dict, x: Tensor, *head_sizes: int) -> tuple[int, int, int, int]:
+def _blocks(kernel: str, x: Tensor, *head_sizes: int) -> tuple[int, int, int, int]:
     padded = max(sum(_pieces(size, x.dtype)) for size in head_sizes)
-    rows = table[2 if x.element_size() == 2 else 4]
+    rows = TILES.get((kernel, x.element_size(), _arch()), TILES[kernel, x.element_size(), 80])
     return next((row[1:] for row in rows if padded <= row[0]), rows[-1][1:])
 
 
 def _arch() -> int:
+    """80, 90 or 100: which kind of matrix instructions there is."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         return 90
-    return triton.runtime.driver.active.get_current_target().arch
+    arch = triton.runtime.driver.active.get_current_target().arch
+    return 90 if arch == 90 else 100 if 100 <= arch < 120 else 80
+
+
+def _loads_as_columns() -> bool:
+    """See `_load_rows`."""
+    return OLD_TRITON and _arch() != 90
 
 
 def _rows_aligned(x: Tensor) -> Tensor:
@@ -629,6 +685,11 @@ def _mask_options(
     return lo, hi, 0 if lo.shape[0] == 1 else lo.shape[1]
 
 
+def _registers(dtype: torch.dtype) -> dict[str, int]:
+    """In float32 ptxas rather spills than has fewer programs on a multiprocessor, unless it is told a limit."""
+    return {"maxnreg": 255} if dtype == torch.float32 else {}
+
+
 def _sizes(head_size: int, value_size: int, dtype: torch.dtype) -> dict[str, int]:
     names = ("P1", "P2", "P3", "V1", "V2", "V3")
     values = (*_pieces(head_size, dtype), *_pieces(value_size, dtype))
@@ -651,8 +712,8 @@ def interval_attention_fwd(
     if out.numel() == 0:
         return out, largest, total
     query, key, value = (_rows_aligned(x) for x in (query, key, value))
-    group, unit = heads // kv_heads, _unit(query, key, value)
-    block_m, block_n, warps, stages = _blocks(FWD, query, size, value_size)
+    group, unit = heads // kv_heads, _unit(query, key, value, out)
+    block_m, block_n, warps, stages = _blocks("fwd", query, size, value_size)
     if softcap:
         warps = 8  # the polynomial needs registers too
     pack, splits = 1, 1
@@ -663,7 +724,7 @@ def interval_attention_fwd(
         splits = max(1, min(MAX_SPLITS, kv_len // MIN_SPLIT_KEYS, triton.cdiv(PROGRAMS_WANTED, programs)))
         splits = triton.next_power_of_2(splits)  # few variants to compile
         warps = 4 if max(size, value_size) <= 128 else 8
-        block_n = min(block_n, 32 if _pieces(size, query.dtype)[2] else block_n)
+        block_n = min(block_n, 32 if sum(_pieces(size, query.dtype)[1:]) > 16 else block_n)
     num_tiles = triton.cdiv(pack * q_len, block_m)
     lo, hi, mask_stride = _mask_options(lo, hi, q_len, kv_len, query)
     target, statistics = out, (largest, total)
@@ -674,17 +735,16 @@ def interval_attention_fwd(
     _fwd_kernel[(splits * num_tiles * batch * (heads // pack),)](
         query, key, value, lo, hi, sinks.contiguous() if has_sinks else query, target, *statistics,
         *_strides(query, unit), *_strides(key, unit), *_strides(value, unit),
-        *(target.stride()[:4] if splits > 1 else (0, *_strides(target))),
+        *((s // unit for s in target.stride()[:4]) if splits > 1 else (0, *_strides(target, unit))),
         mask_stride, num_tiles, batch, q_len, kv_len, scale, softcap if softcap else 1.0,
         H=heads, GROUP=group, PACK=pack, SPLITS=splits, UNIT=unit, HAS_SINKS=has_sinks,
         SOFTCAP=bool(softcap), **_sizes(size, value_size, query.dtype), PRECISION=_precision(query.dtype),
-        M=block_m, N=block_n,
-        num_warps=warps, num_stages=stages,
+        M=block_m, N=block_n, num_warps=warps, num_stages=stages, **_registers(query.dtype),
     )  # fmt: skip
     if splits > 1:
         _combine_kernel[(batch * heads * q_len,)](
-            target, *statistics, sinks.contiguous() if has_sinks else query, out, largest, total, *_strides(out),
-            batch * heads * q_len, q_len, H=heads, HAS_SINKS=has_sinks, SPLITS=splits,
+            target, *statistics, sinks.contiguous() if has_sinks else query, out, largest, total,
+            *_strides(out, unit), batch * heads * q_len, q_len, H=heads, UNIT=unit, HAS_SINKS=has_sinks, SPLITS=splits,
             SPLITS_POW2=triton.next_power_of_2(splits), DV=value_size, DV_POW2=triton.next_power_of_2(value_size),
         )  # fmt: skip
     return out, largest, total
@@ -713,33 +773,38 @@ def interval_attention_bwd(
         delta = delta.zero_() if grad_lse is None else -grad_lse
         return dq.zero_(), dk.zero_(), dv.zero_(), delta
     grad, query, key, value = (_rows_aligned(x) for x in (grad, query, key, value))
-    group, unit = heads // kv_heads, _unit(grad, query, key, value)
+    group, unit = heads // kv_heads, _unit(grad, query, key, value, out, dq, dk, dv)
     lo, hi, mask_stride = _mask_options(lo, hi, q_len, kv_len, query)
+    exact = query.dtype == torch.float32
+    shift = torch.empty_like(delta)
+    factor = torch.empty_like(delta) if exact else shift
     num_rows, rows = batch * heads * q_len, 16
     _delta_kernel[(triton.cdiv(num_rows, rows),)](
-        grad, out, query if grad_lse is None else grad_lse.contiguous(), delta, *_strides(grad), *_strides(out),
-        num_rows, q_len, H=heads, DV=value_size, DV_POW2=triton.next_power_of_2(value_size),
-        HAS_GRAD_LSE=grad_lse is not None, ROWS=rows,
+        grad, out, query if grad_lse is None else grad_lse.contiguous(), largest, total, delta, shift, factor,
+        *_strides(grad, unit), *_strides(out, unit), num_rows, q_len, H=heads, UNIT=unit, DV=value_size,
+        DV_POW2=triton.next_power_of_2(value_size), HAS_GRAD_LSE=grad_lse is not None, EXACT=exact, ROWS=rows,
     )  # fmt: skip
-    shared = {"H": heads, "GROUP": group, "UNIT": unit, "SOFTCAP": bool(softcap)}
+    shared = {"H": heads, "GROUP": group, "UNIT": unit, "SOFTCAP": bool(softcap), "EXACT": exact}
     shared |= {"PRECISION": _precision(query.dtype), **_sizes(size, value_size, query.dtype)}
+    shared |= _registers(query.dtype)
     inputs = (*_strides(grad, unit), *_strides(query, unit), *_strides(key, unit), *_strides(value, unit))
     softcap = softcap if softcap else 1.0
 
-    block_m, block_n, warps, stages = _blocks(DKV_SM100 if _arch() >= 100 else DKV, query, size, value_size)
+    block_m, block_n, warps, stages = _blocks("dkv", query, size, value_size)
     num_tiles = triton.cdiv(kv_len, block_n)
     ranges = torch.empty(lo.shape[0], num_tiles, 4, dtype=torch.int32, device=query.device)
     _ranges_kernel[(num_tiles, lo.shape[0])](lo, hi, ranges, num_tiles, q_len, kv_len, N=block_n, BLOCK=RANGE_BLOCK)
     _dkv_kernel[(num_tiles * batch * kv_heads,)](
-        grad, query, key, value, lo, hi, ranges, largest, total, delta, dk, dv, *inputs, *_strides(dk), *_strides(dv),
+        grad, query, key, value, lo, hi, ranges, shift, factor, delta, dk, dv, *inputs, *_strides(dk, unit),
+        *_strides(dv, unit),
         mask_stride, 4 * num_tiles if mask_stride else 0, num_tiles, q_len, kv_len, scale, softcap,
-        **shared, M=block_m, N=block_n, num_warps=warps, num_stages=stages,
+        **shared, AS_COLUMN=_loads_as_columns(), M=block_m, N=block_n, num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
-    block_m, block_n, warps, stages = _blocks(DQ, query, size, value_size)
+    block_m, block_n, warps, stages = _blocks("dq", query, size, value_size)
     num_tiles = triton.cdiv(q_len, block_m)
     _dq_kernel[(num_tiles * batch * heads,)](
-        grad, query, key, value, lo, hi, largest, total, delta, dq, *inputs, *_strides(dq),
+        grad, query, key, value, lo, hi, shift, factor, delta, dq, *inputs, *_strides(dq, unit),
         mask_stride, num_tiles, q_len, kv_len, scale, softcap,
         **shared, M=block_m, N=block_n, num_warps=warps, num_stages=stages,
     )  # fmt: skip
