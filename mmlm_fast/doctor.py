@@ -24,6 +24,7 @@ def doctor() -> str:
     import mmlm_fast.audio
     import mmlm_fast.ops
     from mmlm_fast import _C
+    from mmlm_fast.audio.cuda import why_plain
 
     build, cuda = json.loads(_C.build_info_json()), _C.cuda_status()
     lines = [
@@ -55,12 +56,13 @@ def doctor() -> str:
     )
     lines.append(f"torch's CUDA devices: {reason}")
     lines.append("ops:")
-    lines += [f"  {name}: {path}" for name, path in op_paths(gpu, cuda["compiled"]).items()]
+    reasons = [why_plain(i) for i in range(torch.cuda.device_count())] if gpu else []
+    lines += [f"  {name}: {path}" for name, path in op_paths(gpu, next(filter(None, reasons), "")).items()]
     return "\n".join(lines)
 
 
-def op_paths(gpu: bool, native_cuda: bool) -> dict[str, str]:
-    """Op name -> the path its tensors take on this machine."""
+def op_paths(gpu: bool, why_plain: str) -> dict[str, str]:
+    """Op name -> the path its tensors take on this machine; `why_plain`: why the core's CUDA code does not run."""
     from mmlm_fast.ops._registry import REGISTERED
 
     has_triton = find_spec("triton") is not None
@@ -81,7 +83,7 @@ def op_paths(gpu: bool, native_cuda: bool) -> dict[str, str]:
         if not gpu:
             on_cuda = "CUDA unused, no device"
         elif native:
-            on_cuda = "CUDA kernel of the native core" if native_cuda else "CUDA plain PyTorch, core built without nvcc"
+            on_cuda = f"CUDA plain PyTorch, {why_plain}" if why_plain else "CUDA kernel of the native core"
         elif in_audio:
             on_cuda = "CUDA plain PyTorch"
         else:

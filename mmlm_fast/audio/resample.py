@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mmlm_fast import _C
+from mmlm_fast.audio.tables import kept_tables
 from mmlm_fast.audio.waveforms import Clips, as_float, clips_of, native_format
 from mmlm_fast.ops._registry import register_op, using_reference
 
@@ -77,7 +78,8 @@ def resample_ref(
         return waveform
     old, new = _coprime(orig_freq, new_freq)
     filters, before = sinc_kernel(old, new, width, rolloff, method, beta)
-    kernel = torch.tensor(filters, dtype=waveform.dtype, device=waveform.device)[:, None]
+    key = "resample", old, new, width, rolloff, method, beta
+    kernel = kept_tables(key, lambda: [filters], waveform.dtype, waveform)[0][:, None]
     num_samples = waveform.shape[-1]
     wanted = num_resampled(num_samples, orig_freq, new_freq)
     rows = waveform.reshape(math.prod(waveform.shape[:-1]), 1, num_samples)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mmlm_fast import _C
 from mmlm_fast.audio.resample import native_resampler, num_resampled, resample_ref
+from mmlm_fast.audio.tables import kept_tables
 from mmlm_fast.audio.waveforms import SAMPLE_TYPES, Clips, as_float, native_format
 from mmlm_fast.ops._registry import register_op, using_reference
 
@@ -222,17 +223,17 @@ def spectral_ref(spec: SpectralSpec, waveform: Tensor, num_frames: int) -> Tenso
 def spectrum_ref(spec: SpectralSpec, frames: Tensor) -> Tensor:
     """Features ``[*batch, num_frames, num_out]`` of frames ``[*batch, num_frames, frame_length]``."""
     o = spec.options
-    dtype, device = frames.dtype, frames.device
+    dtype = frames.dtype
 
-    def table(array: np.ndarray) -> Tensor:
-        return torch.tensor(array, dtype=dtype, device=device)
+    def table(name: str, array: np.ndarray) -> Tensor:
+        return kept_tables((spec.key, name), lambda: [array], dtype, frames)[0]
 
     if o.get("remove_dc_offset"):
         frames = frames - frames.mean(-1, keepdim=True)
     raw = frames
     if emphasis := o.get("frame_preemphasis", 0.0):
         frames = frames - emphasis * torch.cat([frames[..., :1], frames[..., :-1]], -1)
-    windowed = frames * table(spec.window)
+    windowed = frames * table("window", spec.window)
     spectrum = torch.fft.rfft(windowed, n=spec.n_fft)
     if o.get("round_spectrum") and dtype == torch.float64:
         spectrum = spectrum.to(torch.complex64).to(torch.complex128)
@@ -247,7 +248,7 @@ def spectrum_ref(spec: SpectralSpec, frames: Tensor) -> Tensor:
         power = torch.where(power > 0, power, 1).sqrt() * (power > 0)
     elif exponent != 2:
         power = power.pow(exponent / 2)
-    out = power if spec.filters is None else power @ table(spec.filters.T)
+    out = power if spec.filters is None else power @ table("filters", spec.filters.T)
     if "add" in o:
         out = out + o["add"]
     if "floor" in o:
@@ -256,7 +257,7 @@ def spectrum_ref(spec: SpectralSpec, frames: Tensor) -> Tensor:
         out = out.log() if o["log"] == "natural" else out.log10()
     out = out * o.get("multiply", 1.0) + o.get("shift", 0.0)
     if spec.dct is not None:
-        out = out @ table(spec.dct.T)
+        out = out @ table("dct", spec.dct.T)
     if o.get("energy", "none") != "none":
         energy = (raw if o.get("raw_energy", True) else windowed).square().sum(-1, keepdim=True)
         energy = energy.clamp(min=max(o.get("energy_floor", 0.0), 1.1920928955078125e-07)).log()
