@@ -18,7 +18,16 @@ TRAIN_NEEDS = {
     "PIL": "pillow",
     "soundfile": "soundfile",
 }
-REPORT_NEEDS = {"matplotlib": "matplotlib", "soundfile": "soundfile", "PIL": "pillow"}
+REPORT_NEEDS = {"matplotlib": "matplotlib", "PIL": "pillow"}
+HEARS = {
+    "log_mel",
+    "kaldi",
+    "mel_spectrogram",
+    "resample",
+    "streaming",
+    "model",
+    "learning",
+}  # jobs that read recordings
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -93,7 +102,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
+    if args.threads is not None and args.threads < 1:
+        args.parser.error(f"--threads must be at least 1, got {args.threads}")
     needs = REPORT_NEEDS | (TRAIN_NEEDS if args.ops is None or "learning" in args.ops else {})
+    needs |= {"soundfile": "soundfile"} if args.ops is None or HEARS & set(args.ops) else {}
     missing = [package for module, package in needs.items() if find_spec(module) is None]
     if missing:
         print(f"mmlm-fast report needs {', '.join(missing)}: pip install 'mmlm-fast[report]'", file=sys.stderr)
@@ -106,8 +118,6 @@ def _report(args: argparse.Namespace) -> int:
     unknown = sorted(set(args.ops or ()) - set(known))
     if unknown:
         args.parser.error(f"--ops must be among {', '.join(known)}, got {', '.join(unknown)}")
-    if args.threads is not None and args.threads < 1:
-        args.parser.error(f"--threads must be at least 1, got {args.threads}")
     if args.device == "cuda" and not torch.cuda.is_available():
         args.parser.error("--device cuda, but torch finds no CUDA device (see mmlm-fast doctor)")
     if args.threads is not None:

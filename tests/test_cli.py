@@ -137,6 +137,36 @@ def test_usage_errors(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_report_needs_soundfile_only_for_sound(monkeypatch, tmp_path, capsys):
+    audio = importlib.import_module("mmlm_benchmarks.audio").AUDIO
+    assert set(audio) < mmlm_fast.cli.HEARS
+    collect = importlib.import_module("mmlm_benchmarks.report.collect")
+    render = importlib.import_module("mmlm_benchmarks.report.render")
+    monkeypatch.setattr(collect, "_steps", lambda *args: [])
+
+    def found(name):
+        return None if name == "soundfile" else importlib.util.find_spec(name)
+
+    for module in (mmlm_fast.cli, render):
+        monkeypatch.setattr(module, "find_spec", found)
+    for jobs in (["--ops", "glu", "kaldi"], ["--ops", "model"], []):
+        if all(map(importlib.util.find_spec, mmlm_fast.cli.TRAIN_NEEDS)) or jobs:
+            assert main(["report", *jobs, "--out", str(tmp_path), "--quiet"]) == 2
+            assert "mmlm-fast report needs soundfile: pip install" in capsys.readouterr().err
+    assert main(["report", "--ops", "glu", "--out", str(tmp_path), "--quiet"]) == 0
+    assert "今天天气很好" in (tmp_path / "index.html").read_text(encoding="utf-8")
+
+
+def test_commit_without_git(monkeypatch):
+    from mmlm_benchmarks import harness
+
+    monkeypatch.setenv("MMLM_COMMIT", "0123abc")
+    assert harness.commit() == "0123abc"
+    monkeypatch.delenv("MMLM_COMMIT")
+    monkeypatch.setenv("PATH", "")
+    assert harness.commit() is None
+
+
 def test_installed_command():
     command = Path(sys.executable).with_name("mmlm-fast")
     done = subprocess.run([command, "--version"], capture_output=True, text=True, check=True)
