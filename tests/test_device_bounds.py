@@ -7,7 +7,10 @@ import importlib
 
 import pytest
 import torch
+from test_device_masks import look, prompt, step
 
+from mmlm_fast.hf import attention as attention_module
+from mmlm_fast.hf import looks
 from mmlm_fast.masks import IntervalMask
 from mmlm_fast.ops import interval_attention
 
@@ -78,9 +81,9 @@ def test_prompts_of_400_lengths_get_no_plan(hopper):
 
 
 def test_training_gets_its_plan(hopper):
-    for step in range(100):
+    for passed in range(1, 101):
         attend(1024, 1024, layers=32)
-        assert bool(hopper.plans) == (step >= 128 // 32 - 1)
+        assert bool(hopper.plans) == (32 * passed >= module.CUDNN_CALLS)
     assert len(hopper.plans) == 1
     assert set(hopper.names[128:]) == {"_scaled_dot_product_cudnn_attention"}
 
@@ -90,3 +93,46 @@ def test_plans_are_bounded(hopper):
     for length in range(600, 1000):
         attend(length, length, layers=200)
     assert 0 < len(hopper.plans) <= module.PLANNED_SHAPES
+
+
+@pytest.fixture
+def hf(monkeypatch):
+    """Masks of transformers as on a GPU; everything that is kept forgotten."""
+    monkeypatch.setattr(looks, "looking_is_free", lambda device: False)
+    monkeypatch.setattr(looks, "_state", looks._State())
+    monkeypatch.setattr(attention_module, "_masks", attention_module._Masks())
+    attention_module._kept_causal.cache_clear()
+    yield
+    attention_module._kept_causal.cache_clear()
+
+
+def test_300_tokens_are_one_look(hf):
+    mask = torch.ones(2, 20, dtype=torch.bool)
+    mask[0, :7] = False
+    looked = look(**prompt(mask))[1]
+    for _ in range(300):
+        mask = torch.cat([mask, mask.new_ones(2, 1)], 1)
+        for _kind_of_layer in range(2):
+            looked += look(**step(mask.clone()))[1]
+    assert looked == 1
+    assert len(looks._state.answers) == 0, "of tensors that are gone"
+
+
+def test_400_prompts_keep_nothing(hf):
+    """A look each; masks, cu_seqlens and what is known of them go with the tensors; 16 causal masks stay."""
+    looked = 0
+    ids = torch.full((1, 1000), -1)
+    for length in range(600, 1000):
+        mask = torch.ones(1, length, dtype=torch.bool)
+        mask[0, : length % 5] = False
+        for _kind_of_layer in range(2):
+            looked += look(**prompt(mask))[1]
+        attention_module._causal(length, length, torch.device("cpu"))
+        attention_module._packed(torch.tensor([0, 9, length]), None, length, length, False)
+        looks.Questions("cpu", 2)._remember(ids, (length,), (True,))
+    assert looked == 400
+    del mask
+    assert len(looks._state.answers) == 1
+    assert len(looks._state.answers[ids]) <= looks.MAX_ANSWERS
+    assert len(attention_module._masks.packed) == 0
+    assert attention_module._kept_causal.cache_info().currsize == 16

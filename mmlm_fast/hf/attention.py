@@ -5,11 +5,14 @@ clips lie packed in one sequence then hand over ``cu_seqlens`` in one call, inst
 """
 
 import inspect
+import threading
+import weakref
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -70,13 +73,7 @@ def attention(
     if intervals is not None:
         mask: IntervalMask | None = intervals
     elif cu_seqlens is not None:
-        mask = IntervalMask.packed(
-            cu_seqlens,
-            query.shape[2],
-            is_causal=bool(is_causal),
-            cu_seqlens_k=kwargs.get("cu_seq_lens_k"),
-            kv_len=key.shape[2],
-        )
+        mask = _packed(cu_seqlens, kwargs.get("cu_seq_lens_k"), query.shape[2], key.shape[2], bool(is_causal))
     else:
         if query.shape[0] == 1:
             _ask_for_packed_calls(module)
@@ -109,16 +106,65 @@ def _why_dense(
     return None
 
 
+# ---- masks that all layers of a forward pass share -------------------------------------------------------------------
+
+MAX_MASKS = 8  # of one cu_seqlens
+
+
+class _Masks(threading.local):
+    def __init__(self) -> None:
+        self.packed = WeakTensorKeyDictionary()
+
+
+_masks = _Masks()
+
+
+def _may_keep(device: torch.device) -> bool:
+    """Not what a compiler traces, nor what a CUDA graph fills only when it is replayed."""
+    if torch.compiler.is_compiling():
+        return False
+    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
+def _stream(device: torch.device) -> int:
+    """Nothing orders what one stream makes before what another reads."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
 @lru_cache(maxsize=16)
-def _kept_causal(q_len: int, kv_len: int, device: torch.device) -> IntervalMask:
-    return IntervalMask.causal(q_len, kv_len, device=device)
+def _kept_causal(q_len: int, kv_len: int, device: torch.device, stream: int) -> IntervalMask:
+    with torch.inference_mode(False):  # else training could not use it later
+        return IntervalMask.causal(q_len, kv_len, device=device)
 
 
 def _causal(q_len: int, kv_len: int, device: torch.device) -> IntervalMask:
-    """One for all layers; under compile and in inference mode, whose tensors must not be kept, a fresh one."""
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+    if not _may_keep(device):
         return IntervalMask.causal(q_len, kv_len, device=device)
-    return _kept_causal(q_len, kv_len, device)
+    return _kept_causal(q_len, kv_len, device, _stream(device))
+
+
+def _packed(cu_q: Tensor, cu_k: Tensor | None, q_len: int, kv_len: int, is_causal: bool) -> IntervalMask:
+    """`IntervalMask.packed`, made once of tensors that have not changed since: a dozen launches, in each layer."""
+    tensors = [cu_q] if cu_k is None else [cu_q, cu_k]
+    # Of inference tensors changes are not counted; fakes and other subclasses end with what made them.
+    if not _may_keep(cu_q.device) or any(type(t) is not Tensor or t.is_inference() for t in tensors):
+        return IntervalMask.packed(cu_q, q_len, is_causal=is_causal, cu_seqlens_k=cu_k, kv_len=kv_len)
+    kept = _masks.packed.setdefault(cu_q, {})
+    key = q_len, kv_len, is_causal, _stream(cu_q.device), None if cu_k is None else id(cu_k)
+    state = [t._version for t in tensors]
+    if key in kept:
+        known, of_keys, mask = kept[key]
+        if known == state and (of_keys is None or of_keys() is cu_k):
+            return mask
+    with torch.inference_mode(False):
+        mask = IntervalMask.packed(cu_q, q_len, is_causal=is_causal, cu_seqlens_k=cu_k, kv_len=kv_len)
+    if len(kept) >= MAX_MASKS:
+        kept.clear()
+    kept[key] = state, None if cu_k is None else weakref.ref(cu_k), mask
+    return mask
+
+
+# ---- towers that cut their packed sequence into pieces ---------------------------------------------------------------
 
 
 @lru_cache(maxsize=256)

@@ -8,6 +8,7 @@ tensor.
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import masking_utils
 
+from mmlm_fast.hf.looks import Questions, Shape, is_run
 from mmlm_fast.masks import _each_id_runs_once, _runs
 
 # Models that compute with the mask that the interface returns, so that it must be the dense one.
@@ -25,6 +27,11 @@ READ_THEIR_MASK = frozenset(
      "minimax_m3_vl", "granite_speech5", "swin"]
 )  # fmt: skip
 Bounds = tuple[Tensor, Tensor]
+_HOLES, _TWO_PLACES = "padding with holes", "an image that stands in two places"
+_ASSERTED = (
+    "mmlm_fast: the attention_mask of a decoding step must be that of the last step and a column of ones; with another "
+    "one, use set_attn_implementation('sdpa')"
+)
 
 
 class _NotAnInterval(Exception):
@@ -68,32 +75,42 @@ def interval_mask(
         return _by_evaluation(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, device
         )
+    questions = Questions(device, q_length)
+    everything = kv_offset, kv_offset + kv_length
     try:
-        padding = _padding(attention_mask, kv_length, kv_offset, device)
-        plain = padding is None and isinstance(q_offset, int)
-        if plain and allow_is_causal_skip and mask_function is masking_utils.causal_mask_function:
-            if q_length == kv_length and q_offset == kv_offset:
+        padding = _padding(attention_mask, kv_length, kv_offset, questions)
+        skips_causal = allow_is_causal_skip and mask_function is masking_utils.causal_mask_function
+        skips_all = allow_is_bidirectional_skip and mask_function is masking_utils.bidirectional_mask_function
+        if isinstance(q_offset, int) and (
+            skips_all or (skips_causal and _is_plain(q_length, kv_length, q_offset, kv_offset))
+        ):
+            questions.read()
+            if padding is None or padding.is_full:
                 return None
-            if q_length == 1 and q_offset + 1 >= kv_offset + kv_length:
-                return None
-        if plain and allow_is_bidirectional_skip and mask_function is masking_utils.bidirectional_mask_function:
-            return None
         position = torch.arange(q_length, device=device) + q_offset
-        everything = kv_offset, kv_offset + kv_length
-        lo, hi = _walk(mask_function, position[None].expand(batch_size, -1), everything)
+        lo, hi = _walk(mask_function, position[None].expand(batch_size, -1), everything, questions)
+        questions.read()
     except _NotAnInterval as error:
         say_once(f"mmlm_fast: {error}: no interval of keys a query; torch's attention runs with a dense mask")
         return _dense(arguments)
     lo, hi = lo.clamp(*everything), hi.clamp(*everything)
-    if padding is not None:
-        lo, hi = torch.maximum(lo, padding[0]), torch.minimum(hi, padding[1])
+    if padding is not None and not padding.is_full:
+        lo, hi = torch.maximum(lo, padding.lo), torch.minimum(hi, padding.hi)
     return _as_tensor(lo - kv_offset, hi - kv_offset, batch_size)
 
 
+def _is_plain(q_length: int, kv_length: int, q_offset: int, kv_offset: int) -> bool:
+    """Whether a causal mask is the one that attention knows by its name, or hides nothing from the one last query."""
+    if q_length == kv_length and q_offset == kv_offset:
+        return True
+    return q_length == 1 and q_offset + 1 >= kv_offset + kv_length
+
+
 def _as_tensor(lo: Tensor, hi: Tensor, batch_size: int) -> Tensor:
+    """``[B, 1, Q, 2]`` with all `lo` and then all `hi` in memory: each a contiguous view, which no layer copies."""
     hi = hi.clamp(min=0)
-    bounds = torch.stack([torch.minimum(lo.clamp(min=0), hi), hi], dim=-1).to(torch.int32)
-    return bounds.expand(batch_size, -1, -1)[:, None].contiguous()
+    bounds = torch.stack([torch.minimum(lo.clamp(min=0), hi), hi]).to(torch.int32)
+    return bounds.expand(-1, batch_size, -1).contiguous().permute(1, 2, 0)[:, None]
 
 
 def _dense(arguments: dict[str, Any]) -> Tensor:
@@ -108,9 +125,13 @@ def _closure(function: Callable) -> dict[str, Any]:
     return {name: cell.cell_contents for name, cell in zip(function.__code__.co_freevars, cells, strict=True)}
 
 
-def _walk(function: Callable, position: Tensor, everything: tuple[int, int]) -> Bounds:
+def _name(function: Callable) -> str:
+    return getattr(function, "__qualname__", repr(function)).partition(".")[0]
+
+
+def _walk(function: Callable, position: Tensor, everything: tuple[int, int], questions: Questions) -> Bounds:
     """Bounds ``[B, Q]`` of the keys that `function` allows the queries at `position` ``[B, Q]``."""
-    name = getattr(function, "__qualname__", repr(function)).partition(".")[0]
+    name = _name(function)
     lowest, highest = (torch.full_like(position, bound) for bound in everything)
     if function is masking_utils.causal_mask_function:
         return lowest, position + 1
@@ -122,11 +143,13 @@ def _walk(function: Callable, position: Tensor, everything: tuple[int, int]) -> 
     if name == "and_masks":
         lo, hi = lowest, highest
         for part in closed["mask_functions"]:
-            part_lo, part_hi = _walk(part, position, everything)
+            part_lo, part_hi = _walk(part, position, everything, questions)
             lo, hi = torch.maximum(lo, part_lo), torch.minimum(hi, part_hi)
         return lo, hi
     if name == "or_masks":
-        return _union([_walk(part, position, everything) for part in closed["mask_functions"]])
+        parts = closed["mask_functions"]
+        bounds = [_walk(part, position, everything, questions) for part in parts]
+        return _union(bounds, questions, has_no_gap=all(map(_holds_its_own_key, parts)))
     if name == "sliding_window_overlay":
         return position - closed["sliding_window"] + 1, highest
     if name == "sliding_window_bidirectional_overlay":
@@ -136,14 +159,14 @@ def _walk(function: Callable, position: Tensor, everything: tuple[int, int]) -> 
         begin = torch.div(position - start, size, rounding_mode="floor") * size + start
         return begin, begin + size
     if name == "blockwise_overlay":
-        return _block(closed["block_sequence_ids"].to(position.device), position)
+        return _block(closed["block_sequence_ids"].to(position.device), position, questions)
     if name == "packed_sequence_mask_function":
         begin, end = _runs(closed["packed_sequence_mask"].to(position.device))
         return _at(begin, position), _at(end, position)
     if name == "remap_positions_for_packed_sequence":
         # The inner function sees positions inside each sequence: the same interval, shifted to where the sequence is.
         inside = _at(closed["position_ids"].to(position.device), position)
-        lo, hi = _walk(closed["mask_function"], inside, (0, everything[1]))
+        lo, hi = _walk(closed["mask_function"], inside, (0, everything[1]), questions)
         return lo + position - inside, hi + position - inside
     raise _NotAnInterval(f"transformers' mask function {name}")
 
@@ -153,45 +176,107 @@ def _at(values: Tensor, position: Tensor) -> Tensor:
     return values.gather(1, position.clamp(0, values.shape[1] - 1))
 
 
-def _block(ids: Tensor, position: Tensor) -> Bounds:
+def _holds_its_own_key(function: Callable) -> bool:
+    """Whether the query's own position is among the keys it sees, if it sees any: unions of such have no gap."""
+    name = _name(function)
+    if function is masking_utils.causal_mask_function:
+        return True
+    if getattr(function, "__module__", None) != masking_utils.__name__:
+        return False
+    if name in ("and_masks", "or_masks"):
+        return all(map(_holds_its_own_key, _closure(function)["mask_functions"]))
+    return name in (
+        "sliding_window_overlay",
+        "sliding_window_bidirectional_overlay",
+        "chunked_overlay",
+        "blockwise_overlay",
+    )
+
+
+def _block(ids: Tensor, position: Tensor, questions: Questions) -> Bounds:
     """Runs of one id ≥ 0; text, and what lies behind the ids (tokens generated since), sees nothing here."""
-    if not bool(_each_id_runs_once(ids)):
-        raise _NotAnInterval("an image that stands in two places")
-    begin, end = _runs(ids)
     inside = (_at(ids, position) >= 0) & (position < ids.shape[1])
+    if questions.are_unwanted:  # generated text sees none of the images, however these stand
+        torch._assert_async(_each_id_runs_once(ids) | ~inside.any(), f"mmlm_fast: {_TWO_PLACES}")
+    else:
+        questions.ask(lambda: [_each_id_runs_once(ids)], _refuse_unless(_TWO_PLACES), ids, ("runs once",))
+    begin, end = _runs(ids)
     return torch.where(inside, _at(begin, position), 0), torch.where(inside, _at(end, position), 0)
 
 
-def _union(parts: list[Bounds]) -> Bounds:
+def _refuse_unless(reason: str) -> Callable[[bool], None]:
+    def then(holds: bool) -> None:
+        if not holds:
+            raise _NotAnInterval(reason)
+
+    return then
+
+
+def _union(parts: list[Bounds], questions: Questions, has_no_gap: bool) -> Bounds:
     lo, hi = parts[0]
     for part_lo, part_hi in parts[1:]:
         mine, theirs = hi > lo, part_hi > part_lo
         both = mine & theirs
-        if bool((both & (torch.maximum(lo, part_lo) > torch.minimum(hi, part_hi))).any()):
-            raise _NotAnInterval("a union with a gap")
+        if not has_no_gap:
+            apart = both & (torch.maximum(lo, part_lo) > torch.minimum(hi, part_hi))
+            questions.ask(lambda apart=apart: [~apart.any()], _refuse_unless("a union with a gap"))  # type: ignore[misc]
         joined = torch.minimum(lo, part_lo), torch.maximum(hi, part_hi)
         lo = torch.where(both, joined[0], torch.where(mine, lo, part_lo))
         hi = torch.where(both, joined[1], torch.where(mine, hi, part_hi))
     return lo, hi
 
 
-def _padding(attention_mask: Tensor | None, kv_length: int, kv_offset: int, device: Any) -> Bounds | None:
-    """Bounds ``[B, 1]`` of the keys that are not padding; None where all are there. One look at the mask."""
+@dataclass
+class _Padding:
+    """Bounds ``[B, 1]`` of the keys that are not padding; whether all are there is known when it was read."""
+
+    lo: Tensor
+    hi: Tensor
+    is_full: bool = False
+
+
+def _padding(
+    attention_mask: Tensor | None, kv_length: int, kv_offset: int, questions: Questions
+) -> _Padding | None:  # fmt: skip
     if attention_mask is None:
         return None
-    there = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
-    there = there[:, kv_offset : kv_offset + kv_length].to(device=device, dtype=torch.bool)
-    count = there.sum(1)
-    first = there.int().argmax(1)
-    last = there.shape[1] - there.flip(1).int().argmax(1)
-    holes, full = torch.stack([((last - first != count) & (count > 0)).any(), there.all()]).tolist()
-    if holes:
-        raise _NotAnInterval("padding with holes")
-    if full:
+    mask = attention_mask.to(device=questions.device, dtype=torch.bool)
+    there = masking_utils.prepare_padding_mask(mask, kv_length, kv_offset)[:, kv_offset : kv_offset + kv_length]
+    shape = questions.expected(mask)
+    if shape == Shape.HOLES:
+        raise _NotAnInterval(_HOLES)
+    if shape == Shape.FULL and mask.shape[0] == 1 and kv_offset + kv_length <= mask.shape[1]:
+        # A batch of one ends where its sample does; in larger ones a caller may mask the steps of a sample that has
+        # ended, which the bounds below take as they come.
+        torch._assert_async(there.all(), _ASSERTED)
         return None
+    count, first = there.sum(1), there.int().argmax(1)
+    last = there.shape[1] - there.flip(1).int().argmax(1)
     empty = count == 0
     lo, hi = first.masked_fill(empty, 0) + kv_offset, last.masked_fill(empty, 0) + kv_offset
-    return lo[:, None], hi[:, None]
+    padding = _Padding(lo[:, None], hi[:, None])
+    no_holes = ((last - first == count) | empty).all()
+    if shape is not None:
+        torch._assert_async(no_holes, _ASSERTED)
+        return padding
+
+    def facts() -> list[Tensor]:
+        if questions.are_free:
+            return [no_holes, there.all()]
+        ends_with_ones = mask[:, -1:].all()
+        return [no_holes, there.all(), mask.all(), is_run(mask), ends_with_ones]
+
+    def then(no_holes: bool, is_full: bool, *whole: bool) -> None:
+        padding.is_full = is_full
+        if whole:
+            all_there, run, ends_with_ones = whole
+            shapes = Shape.FULL if all_there else Shape.LEFT if run and ends_with_ones else Shape.RUN
+            questions.saw(mask, shapes if run else Shape.HOLES)
+        if not no_holes:
+            raise _NotAnInterval(_HOLES)
+
+    questions.ask(facts, then, attention_mask, ("padding", kv_length, kv_offset))
+    return padding
 
 
 # ---- by evaluation, where Dynamo cannot look into closures ---------------------------------------------------------
