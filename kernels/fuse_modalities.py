@@ -7,6 +7,8 @@ gradients written (attention adds one pass over the features for the query's gra
 Legend: R rows (batch × tokens), K modalities, H hidden size.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -154,11 +156,12 @@ def _gate(logits_ptr, present_ptr, offsets, mask, H, HAS_PRESENT: tl.constexpr):
     return gate
 
 
-@triton.jit(do_not_specialize=["R"])
-def _mix_fwd_kernel(first_ptr, second_ptr, logits_ptr, present_ptr, out_ptr, gate_ptr, R, H,
-                    HAS_PRESENT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["units"])
+def _mix_fwd_kernel(first_ptr, second_ptr, logits_ptr, present_ptr, out_ptr, gate_ptr, units, H,
+                    UNIT: tl.constexpr, HAS_PRESENT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """There are `units` times UNIT numbers, so that the mask is known to end where wide loads do."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offsets < tl.cast(R, tl.int64) * H  # H carries the alignment
+    mask = offsets < tl.cast(units, tl.int64) * UNIT
     gate = _gate(logits_ptr, present_ptr, offsets, mask, H, HAS_PRESENT)
     first = tl.load(first_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(second_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -167,11 +170,11 @@ def _mix_fwd_kernel(first_ptr, second_ptr, logits_ptr, present_ptr, out_ptr, gat
     tl.store(gate_ptr + offsets, gate.to(gate_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["R"])
+@triton.jit(do_not_specialize=["units"])
 def _mix_bwd_kernel(grad_ptr, first_ptr, second_ptr, logits_ptr, present_ptr, dfirst_ptr, dsecond_ptr, dlogits_ptr,
-                    R, H, HAS_PRESENT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                    units, H, UNIT: tl.constexpr, HAS_PRESENT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offsets < tl.cast(R, tl.int64) * H  # H carries the alignment
+    mask = offsets < tl.cast(units, tl.int64) * UNIT
     gate = _gate(logits_ptr, present_ptr, offsets, mask, H, HAS_PRESENT)
     grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     first = tl.load(first_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -302,11 +305,11 @@ def _pair_rows(present: Tensor | None, anything: Tensor) -> Tensor:
 def gated_mix_fwd(first: Tensor, second: Tensor, logits: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
     first, second, logits = first.contiguous(), second.contiguous(), logits.contiguous()
     out, gate = torch.empty_like(logits), torch.empty_like(logits)
-    numel = logits.numel()
+    numel, unit = logits.numel(), math.gcd(logits.shape[-1], 16)
     if numel:
         _mix_fwd_kernel[(triton.cdiv(numel, BLOCK_MIX),)](
-            first, second, logits, _pair_rows(present, logits), out, gate, numel // logits.shape[-1], logits.shape[-1],
-            HAS_PRESENT=present is not None, BLOCK=BLOCK_MIX,
+            first, second, logits, _pair_rows(present, logits), out, gate, numel // unit, logits.shape[-1],
+            UNIT=unit, HAS_PRESENT=present is not None, BLOCK=BLOCK_MIX,
         )  # fmt: skip
     return out, gate
 
@@ -316,10 +319,10 @@ def gated_mix_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad, first, second, logits = (t.contiguous() for t in (grad, first, second, logits))
     dfirst, dsecond, dlogits = (torch.empty_like(logits) for _ in range(3))
-    numel = logits.numel()
+    numel, unit = logits.numel(), math.gcd(logits.shape[-1], 16)
     if numel:
         _mix_bwd_kernel[(triton.cdiv(numel, BLOCK_MIX),)](
             grad, first, second, logits, _pair_rows(present, logits), dfirst, dsecond, dlogits,
-            numel // logits.shape[-1], logits.shape[-1], HAS_PRESENT=present is not None, BLOCK=BLOCK_MIX,
+            numel // unit, logits.shape[-1], UNIT=unit, HAS_PRESENT=present is not None, BLOCK=BLOCK_MIX,
         )  # fmt: skip
     return dfirst, dsecond, dlogits

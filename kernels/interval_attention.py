@@ -390,37 +390,24 @@ def _delta_kernel(grad_ptr, out_ptr, grad_lse_ptr, largest_ptr, total_ptr, delta
 
 @triton.jit(do_not_specialize=INTEGERS)
 def _ranges_kernel(lo_ptr, hi_ptr, ranges_ptr, num_tiles, Sq, Skv, N: tl.constexpr, BLOCK: tl.constexpr):
-    """For each tile of N keys: [first, last) queries that see some of it; [inner, outer) that see all of it.
-
-    The latter is empty where the queries that see all of it are not one run.
-    """
+    """For each tile of N keys: [first, last), in which all queries are that see some of it."""
     tile = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
     begin = tile * N
     end = tl.minimum(begin + N, Skv)
     first = Sq
     last = 0
-    inner = Sq
-    outer = 0
-    count = 0
     for start in range(0, Sq, BLOCK):
         rows = start + tl.arange(0, BLOCK)
         there = rows < Sq
         lo = tl.load(lo_ptr + b * Sq + rows, mask=there, other=0)
         hi = tl.load(hi_ptr + b * Sq + rows, mask=there, other=0)
         some = there & (hi > lo) & (lo < end) & (hi > begin)
-        whole = some & (lo <= begin) & (hi >= end)
         first = tl.minimum(first, tl.min(tl.where(some, rows, Sq), axis=0))
         last = tl.maximum(last, tl.max(tl.where(some, rows + 1, 0), axis=0))
-        inner = tl.minimum(inner, tl.min(tl.where(whole, rows, Sq), axis=0))
-        outer = tl.maximum(outer, tl.max(tl.where(whole, rows + 1, 0), axis=0))
-        count += tl.sum(whole.to(tl.int32), axis=0)
-    outer = tl.where(outer - inner == count, outer, inner)
-    ranges_ptr += (b * num_tiles + tile) * 4
+    ranges_ptr += (b * num_tiles + tile) * 2
     tl.store(ranges_ptr, first)
     tl.store(ranges_ptr + 1, tl.maximum(first, last))
-    tl.store(ranges_ptr + 2, inner)
-    tl.store(ranges_ptr + 3, outer)
 
 
 @triton.jit
@@ -477,7 +464,7 @@ def _dkv_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, ranges_ptr, shift
     keys = tile * N + tl.arange(0, N)
     there = keys < Skv
     rows = keys.to(tl.int64)
-    ranges_ptr += b * range_stride + tile * 4
+    ranges_ptr += b * range_stride + tile * 2
     first, last = tl.load(ranges_ptr), tl.load(ranges_ptr + 1)
 
     k_ptr += b * k_stride_b * UNIT + kv_head * k_stride_h * UNIT
@@ -792,12 +779,12 @@ def interval_attention_bwd(
 
     block_m, block_n, warps, stages = _blocks("dkv", query, size, value_size)
     num_tiles = triton.cdiv(kv_len, block_n)
-    ranges = torch.empty(lo.shape[0], num_tiles, 4, dtype=torch.int32, device=query.device)
+    ranges = torch.empty(lo.shape[0], num_tiles, 2, dtype=torch.int32, device=query.device)
     _ranges_kernel[(num_tiles, lo.shape[0])](lo, hi, ranges, num_tiles, q_len, kv_len, N=block_n, BLOCK=RANGE_BLOCK)
     _dkv_kernel[(num_tiles * batch * kv_heads,)](
         grad, query, key, value, lo, hi, ranges, shift, factor, delta, dk, dv, *inputs, *_strides(dk, unit),
         *_strides(dv, unit),
-        mask_stride, 4 * num_tiles if mask_stride else 0, num_tiles, q_len, kv_len, scale, softcap,
+        mask_stride, 2 * num_tiles if mask_stride else 0, num_tiles, q_len, kv_len, scale, softcap,
         **shared, AS_COLUMN=_loads_as_columns(), M=block_m, N=block_n, num_warps=warps, num_stages=stages,
     )  # fmt: skip
 

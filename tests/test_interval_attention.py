@@ -18,8 +18,8 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HEAD_SIZES = [16, 64, 72, 80, 88, 96, 104, 128, 256]
 BATCH = 2
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# What the kernels may err in float32 on a GPU, beside what the accuracy rule allows. A product there is three of tf32 on
-# tensor cores, which add towards zero: each of D/8 steps loses up to 2⁻²³ of the sum, always the same way, where the
+# What the kernels may err in float32 on a GPU, beside what the accuracy rule allows. A product there is three of tf32
+# on tensor cores, which add towards zero: each of D/8 steps loses up to 2⁻²³ of the sum, always the same way, where the
 # reference's sums round to nearest, by 2⁻²⁴ either way. The interpreter computes plain float32. With all of it emulated
 # (truncated sums, approximate exp2 and division) dq of 3 tests of 23 erred 1.02 to 1.13 times what is allowed.
 GPU_FLOAT32_FACTOR = 2.0
@@ -330,17 +330,15 @@ def test_kernel_ranges_are_exact(device, kernel):
         if mask is None:
             continue
         lo, hi = mask.lo.to(device), mask.hi.to(device)
-        ranges = torch.empty(lo.shape[0], 6, 4, dtype=torch.int32, device=device)
+        ranges = torch.empty(lo.shape[0], 6, 2, dtype=torch.int32, device=device)
         kernel._ranges_kernel[(6, lo.shape[0])](lo, hi, ranges, 6, 77, 90, N=16, BLOCK=32)
         dense = mask.dense(90)
         for b in range(lo.shape[0]):
             for tile in range(6):
                 seen = dense[b, :, 16 * tile : 16 * (tile + 1)]
-                some, whole = seen.any(-1).nonzero().flatten().tolist(), seen.all(-1).nonzero().flatten().tolist()
-                first, last, inner, outer = ranges[b, tile].tolist()
+                some = seen.any(-1).nonzero().flatten().tolist()
+                first, last = ranges[b, tile].tolist()
                 assert (first, last) == (some[0], some[-1] + 1) if some else last == first
-                assert set(range(inner, outer)) <= set(whole)
-                assert name == "not_monotone" or list(range(inner, outer)) == whole
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
