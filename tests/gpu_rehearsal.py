@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 CRASHES, HANGS = "norm_pixel_shuffle", "gated_add"
-JOB_SECONDS = 60  # of one job here, where eight of them share two cores
+JOB_SECONDS = 45  # of one job here, where eight of them share two cores
 
 
 def without_network() -> list[str]:
@@ -56,7 +56,7 @@ def whole(out: Path) -> None:
     """All stages, with an op that crashes and one that hangs."""
     broken = {"MMLM_REHEARSAL_CRASH": CRASHES, "MMLM_REHEARSAL_HANG": HANGS}
     selected = "test_kernel_masks or test_launches or empty"
-    status = suite(out, "--seconds", "230", "--tests", selected, **broken).wait()
+    status = suite(out, "--seconds", "260", "--tests", selected, **broken).wait()
     facts = facts_of(out)
     ended = {(f["stage"], f["job"]): f["status"] for f in facts if f["kind"] == "job"}
     assert status == 1, f"something broke on purpose, yet the suite ended with status {status}"
@@ -65,11 +65,7 @@ def whole(out: Path) -> None:
     # What was known before the crash and the hang is there.
     for job in (CRASHES, HANGS):
         assert any(f["kind"] == "check" and f["job"] == job and f["ok"] for f in facts), f"no fact of {job} survived"
-    others = {
-        key: text
-        for key, text in ended.items()
-        if text not in ("done", "not done: neither compute-sanitizer nor ncu is here")
-    }
+    others = {key: text for key, text in ended.items() if text != "done"}
     assert not others, f"these did not end well: {others}"
     stages = {stage for stage, _ in ended}
     assert {"probe", "check", "time", "tests", "candidates"} <= stages, stages

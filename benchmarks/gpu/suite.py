@@ -135,7 +135,7 @@ class Suite:
                     "--target-processes", "all", "-f", "-o", str(self.out / f"ncu-{name}"))  # fmt: skip
             (job,) = self.jobs("time", [name], limit)
         else:
-            self.facts.write("job", job="inspect", status="not done: neither compute-sanitizer nor ncu is here")
+            self.facts.write("not inspected", reason="neither compute-sanitizer nor ncu is here")
             return
         self.runner.run(
             [Job("inspect", job.name, (*tool, *job.command), limit, 0, job.environment)], 1, self.limit(stage)

@@ -67,7 +67,9 @@ def concat_linear(
         check_like("bias", bias, inputs[0], (num_out,))
     if using_reference():
         return concat_linear_ref(inputs, weight, bias, activation)
-    return _ConcatLinear.apply(activation, weight, bias, *inputs)
+    # Not asked of the context in forward: Dynamo gives it none where nothing needs a gradient.
+    keeps = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (weight, bias, *inputs))
+    return _ConcatLinear.apply(activation, keeps, weight, bias, *inputs)
 
 
 def _segments(inputs: Sequence[Tensor], num_tokens: int) -> tuple[list[tuple[Tensor, int]], list[tuple[Tensor, int]]]:
@@ -180,8 +182,11 @@ _bwd = register_op(
 
 class _ConcatLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, activation, weight, bias, *inputs):
-        out, preactivation = _fwd(list(inputs), weight, bias, activation, any(ctx.needs_input_grad))
+    # `*args` for all: without gradients Dynamo takes a call with as many arguments as forward has names, `ctx` among
+    # them, for one of the form without a context.
+    def forward(ctx, *args):
+        activation, keeps, weight, bias, *inputs = args
+        out, preactivation = _fwd(list(inputs), weight, bias, activation, keeps)
         ctx.activation = activation
         ctx.save_for_backward(weight, preactivation, *inputs)
         return out
@@ -190,6 +195,6 @@ class _ConcatLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         weight, preactivation, *inputs = ctx.saved_tensors
-        needed = list(ctx.needs_input_grad[1:])
+        needed = list(ctx.needs_input_grad[2:])
         grads = _bwd(grad, inputs, weight, preactivation, ctx.activation, needed)
-        return None, *(g if needs else None for g, needs in zip(grads, needed, strict=True))
+        return None, None, *(g if needs else None for g, needs in zip(grads, needed, strict=True))

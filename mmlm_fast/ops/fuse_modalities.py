@@ -263,7 +263,10 @@ _bwd = register_op(
 
 class _FuseModalities(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, mode, weight, present, *features):
+    # `*args` for all: without gradients Dynamo takes a call with as many arguments as forward has names, `ctx` among
+    # them, for one of the form without a context.
+    def forward(ctx, *args):
+        mode, weight, present, *features = args
         out, weights = _fwd(list(features), mode, weight, present)
         ctx.mode, ctx.has_weight, ctx.has_present = mode, weight is not None, present is not None
         optional = [t for t in (weight, present) if t is not None]
@@ -274,10 +277,12 @@ class _FuseModalities(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _grad_weights):
-        weights, *rest = ctx.saved_tensors
-        weight = rest.pop(0) if ctx.has_weight else None
-        present = rest.pop(0) if ctx.has_present else None
-        dweight, *dfeatures = _bwd(grad, rest, weight, weights, present, ctx.mode)
+        saved = ctx.saved_tensors
+        after_weight = 1 + ctx.has_weight
+        weight = saved[1] if ctx.has_weight else None
+        present = saved[after_weight] if ctx.has_present else None
+        features = list(saved[after_weight + ctx.has_present :])
+        dweight, *dfeatures = _bwd(grad, features, weight, saved[0], present, ctx.mode)
         return None, dweight if ctx.has_weight else None, None, *dfeatures
 
 

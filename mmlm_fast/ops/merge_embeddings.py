@@ -252,7 +252,10 @@ _bwd = register_op(
 
 class _MergeEmbeddings(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, mode, scale, unused, source, base, *features):
+    # `*args` for all: without gradients Dynamo takes a call with as many arguments as forward has names, `ctx` among
+    # them, for one of the form without a context.
+    def forward(ctx, *args):
+        mode, scale, unused, source, base, *features = args
         ctx.mode, ctx.scale, ctx.unused, ctx.base_rows = mode, scale, unused, base.shape[0]
         ctx.shapes = [f.shape for f in features]
         ctx.save_for_backward(source)
