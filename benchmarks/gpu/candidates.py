@@ -5,7 +5,7 @@ The names of jobs end in ``:compile`` or ``:time``. The first fills Triton's cac
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from typing import Any
 
@@ -15,6 +15,7 @@ from mmlm_benchmarks import harness
 from mmlm_benchmarks.gpu.correctness import raise_if_lost
 from mmlm_benchmarks.gpu.device import Device
 from mmlm_benchmarks.gpu.facts import Facts
+from mmlm_benchmarks.gpu.timing import turn
 from mmlm_fast.masks import IntervalMask
 
 Row = tuple[int, int, int, int]  # block of queries, block of keys, warps, stages
@@ -22,22 +23,22 @@ Row = tuple[int, int, int, int]  # block of queries, block of keys, warps, stage
 # compiled code: a warpgroup's product takes 64 rows, so that eight warps want 128 of the operand that has rows.
 ROWS: dict[str, dict[int, list[Row]]] = {
     "fwd": {
-        64: [(128, 64, 4, 3), (128, 128, 4, 3), (128, 64, 4, 2), (128, 128, 8, 2)],
-        80: [(128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 4, 2)],
-        128: [(128, 64, 8, 2), (128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2)],
-        256: [(64, 32, 8, 2), (64, 32, 4, 2), (128, 64, 8, 2), (128, 32, 8, 2)],
+        64: [(128, 128, 4, 3), (128, 64, 4, 2), (128, 128, 8, 2)],
+        80: [(64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 4, 2)],
+        128: [(128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2)],
+        256: [(64, 32, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2)],
     },
     "dkv": {
-        64: [(32, 64, 4, 2), (32, 128, 8, 2), (64, 64, 4, 2)],
-        80: [(32, 64, 4, 2), (32, 64, 8, 2), (32, 128, 8, 2)],
-        128: [(32, 64, 4, 1), (32, 64, 4, 2), (32, 64, 8, 2), (32, 128, 8, 1)],
-        256: [(32, 32, 8, 1), (64, 64, 8, 1), (32, 64, 8, 1)],
+        64: [(32, 128, 8, 2), (64, 64, 4, 2), (32, 64, 4, 1)],
+        80: [(32, 64, 4, 1), (32, 64, 8, 2), (32, 128, 8, 2)],
+        128: [(32, 64, 4, 2), (32, 64, 8, 2), (32, 128, 8, 1)],
+        256: [(64, 64, 8, 1), (32, 64, 8, 1)],
     },
     "dq": {
-        64: [(64, 64, 4, 2), (128, 64, 8, 2), (128, 64, 4, 2)],
-        80: [(64, 64, 4, 2), (64, 32, 8, 2), (128, 64, 8, 2)],
-        128: [(64, 32, 4, 2), (128, 64, 8, 2), (128, 32, 8, 2)],
-        256: [(32, 32, 8, 1), (128, 32, 8, 2), (64, 32, 4, 1)],
+        64: [(128, 64, 8, 2), (128, 64, 4, 2)],
+        80: [(64, 32, 8, 2), (128, 64, 8, 2)],
+        128: [(128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2)],
+        256: [(32, 32, 8, 1), (64, 32, 4, 1), (64, 32, 8, 1)],
     },
 }
 SECONDS = 0.1
@@ -46,31 +47,37 @@ SECONDS = 0.1
 def run(name: str, device: Device, facts: Facts, left: Callable[[], float]) -> bool:
     """Compile or time the candidates of one kernel and head size; those that fail are facts as well."""
     job, _, what = name.partition(":")
-    kernel, _, size_text = job.partition("_")
-    size = int(size_text)
-    call, args, flops = step(kernel, size, device)
-    rows: list[Row | None] = [None, *ROWS[kernel][size]]  # None: the row that is shipped
-    for row in rows[:2] if device.is_stand_in else rows:
-        if left() < 3:
-            break
-        told: dict[str, Any] = {"kernel": kernel, "head_size": size, "row": row}
-        begin = time.perf_counter()
-        try:
-            with chosen(kernel, row):
-                call(*args)
-                device.synchronize()
-                compile_seconds = time.perf_counter() - begin
-                if what != "compile":
-                    times = [harness.timed(call, args) for _ in range(3)]
-                    while time.perf_counter() - begin < compile_seconds + SECONDS:
-                        times.append(harness.timed(call, args))
-                    median, low, high = harness.spread(times)
-                    facts.write("candidate", **told, median_ms=1e3 * median, p20_ms=1e3 * low, p80_ms=1e3 * high,
-                                tflops=flops / median / 1e12, compile_seconds=compile_seconds)  # fmt: skip
-        except Exception as error:  # too much shared memory, say
-            facts.write("candidate", **told, failed=f"{type(error).__name__}: {error}"[:500])
-            raise_if_lost(error)
-    return True
+    kernel, _, size = job.partition("_")
+    call, args, flops = step(kernel, int(size), device)
+    rows: list[Row | None] = [None, *ROWS[kernel][int(size)]]  # None: the row that is shipped
+    good = True  # while the shipped row works
+    with turn() if what == "time" else nullcontext():
+        for row in rows[:2] if device.is_stand_in else rows:
+            if left() < 3:
+                break
+            told: dict[str, Any] = {"kernel": kernel, "head_size": int(size), "row": row}
+            begin = time.perf_counter()
+            try:
+                with chosen(kernel, row):
+                    call(*args)
+                    device.synchronize()
+                    told["compile_seconds"] = time.perf_counter() - begin
+                    if what == "time":
+                        facts.write("candidate", **told, **measured(call, args, flops))
+            except Exception as error:  # too much shared memory, say
+                facts.write("candidate", **told, failed=f"{type(error).__name__}: {error}"[:500])
+                raise_if_lost(error)
+                good &= row is not None
+    return good
+
+
+def measured(call: Callable, args: tuple, flops: int) -> dict[str, float]:
+    times = [harness.timed(call, args) for _ in range(3)]
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < SECONDS:
+        times.append(harness.timed(call, args))
+    median, low, high = harness.spread(times)
+    return {"median_ms": 1e3 * median, "p20_ms": 1e3 * low, "p80_ms": 1e3 * high, "tflops": flops / median / 1e12}
 
 
 def step(kernel: str, size: int, device: Device) -> tuple[Callable, tuple, int]:
@@ -101,15 +108,12 @@ def step(kernel: str, size: int, device: Device) -> tuple[Callable, tuple, int]:
 
 @contextmanager
 def chosen(kernel: str, row: Row | None) -> Iterator[None]:
-    """All of a kernel's tile tables hold this row alone; None leaves them."""
-    launchers = import_module("mmlm_kernels.interval_attention")
-    kept = {name: table for name, table in vars(launchers).items() if name.startswith(kernel.upper())}
-    assert kept, f"kernels/interval_attention.py has no table {kernel.upper()}"
+    """Give a kernel's tile tables for 16-bit types this row alone; None leaves them."""
+    tiles = import_module("mmlm_kernels.interval_attention").TILES
+    kept = dict(tiles)
     if row is not None:
-        for name, table in kept.items():
-            setattr(launchers, name, {**table, 2: [(512, *row)]})
+        tiles.update({key: [(512, *row)] for key in kept if key[:2] == (kernel, 2)})
     try:
         yield
     finally:
-        for name, table in kept.items():
-            setattr(launchers, name, table)
+        tiles.update(kept)

@@ -112,11 +112,13 @@ class Suite:
 
     def candidates(self) -> None:
         stage, _ = LIMITS["candidates"]
-        self.runner.run(self._candidates("time"), 1, self.limit(stage))
+        turn = (self.logs / "candidates-turn").resolve()
+        jobs = self._candidates("time", **{one_job.TURN: str(turn)})
+        self.runner.run(jobs, 2, self.limit(stage), turn=turn)
 
-    def _candidates(self, what: str, nice: int = 0) -> list[Job]:
+    def _candidates(self, what: str, nice: int = 0, **environment: str) -> list[Job]:
         names = [f"{name}:{what}" for name in self.wanted(list(CANDIDATES))]
-        return self.jobs("candidates", names, LIMITS["candidates"][1], nice)
+        return self.jobs("candidates", names, LIMITS["candidates"][1], nice, **environment)
 
     def inspect(self) -> None:
         """A job that died, again under the sanitizer; else one kernel under the profiler."""
