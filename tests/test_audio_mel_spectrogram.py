@@ -191,12 +191,20 @@ def test_gradients_of_batches_and_lists():
         assert not mel_spectrogram(batch).requires_grad
 
 
-def test_compiles():
-    compiled = torch.compile(
-        lambda x: mel_spectrogram(x, n_fft=512, log="dB"), fullgraph=True, dynamic=True, backend="aot_eager"
-    )
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: mel_spectrogram(x, n_fft=512, log="dB"),
+        lambda x: spectrogram(x, n_fft=512),
+        mel_mfcc,
+        lambda x: mel_mfcc(x, log_mels=True, lifter=22.0),
+    ],
+    ids=["mel", "spectrogram", "mfcc", "mfcc of logarithms"],
+)
+def test_compiles(call):
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
     for n in (8000, 9001):
-        assert torch.equal(compiled(SIGNALS["noise"][:n]), mel_spectrogram(SIGNALS["noise"][:n], n_fft=512, log="dB"))
+        assert torch.equal(compiled(SIGNALS["noise"][:n]), call(SIGNALS["noise"][:n]))
 
 
 @pytest.mark.parametrize(

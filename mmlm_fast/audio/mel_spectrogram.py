@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmlm_fast.audio.filters import cosine_matrix, lifter, mel_filters, window_of
 from mmlm_fast.audio.resample import resample
-from mmlm_fast.audio.spectral import dtype_name, family, features_of, plain_float
+from mmlm_fast.audio.spectral import constant_in_graphs, dtype_name, family, features_of, plain_float
 from mmlm_fast.audio.waveforms import as_float, clips_of
 
 _EDGES = {"reflect": "reflect", "constant": "zero", "symmetric": "mirror"}
@@ -127,6 +127,11 @@ def _scaled_dct(
     """librosa's lifter: 1 + Q / 2 sin(pi (i + 1) / Q)."""
     scale = lifter(num_ceps + 1, lifter_coefficient)[1:] if lifter_coefficient else np.ones(num_ceps)
     return cosine_matrix(num_ceps, num_mel_bins, norm, dtype) * scale[:, None]
+
+
+@constant_in_graphs
+def _dct_rows(*arguments: Any) -> tuple[tuple[float, ...], ...]:
+    return tuple(map(tuple, _scaled_dct(*arguments).tolist()))
 
 
 @lru_cache(maxsize=64)
@@ -427,7 +432,7 @@ def mel_mfcc(
             **melkwargs,
         )
         table_dtype = getattr(torch, defaults["table_dtype"])
-        matrix = torch.tensor(_scaled_dct(n_mfcc, n_mels, dct_norm, plain_float(lifter), table_dtype), dtype=dtype)
+        matrix = torch.tensor(_dct_rows(n_mfcc, n_mels, dct_norm, plain_float(lifter), table_dtype), dtype=dtype)
         if isinstance(mel, Tensor):
             return matrix.to(mel.device) @ mel
         return [matrix.to(m.device) @ m for m in mel]
