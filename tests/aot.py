@@ -1,19 +1,27 @@
 """Compile every kernel, at every configuration its launchers ship, for one architecture; no GPU needed.
 
-    python tests/aot.py 90              # what CI compiles
-    python tests/aot.py 90 all          # every head size and option as well
-    python tests/aot.py 90 concat_linear fuse_modalities
+    python tests/aot.py 90                    # every op, at the configurations that need most
+    python tests/aot.py 90 all                # every head size and option as well
+    python tests/aot.py 90 concat_linear glu  # these ops
+    python tests/aot.py 90 --table            # what CI runs: compile what changed, read the rest from aot_tables/
+    python tests/aot.py 90 all --write        # compile, and write the table
 
 The launchers run on CPU tensors with Triton's launch replaced by a compilation for the target, so what is checked is
-what would be launched. Prints registers, stack, spills and shared memory; exits 1 on a spill or too much memory.
+what would be launched. Prints registers, stack, spills and shared memory; exits 1 on a kernel that does not compile, on
+a spill or on too much memory. A table holds what was found under one version of Triton, with a fingerprint of each op's
+sources; one op is compiled all the same, and must give what its table says.
 """
 
+import hashlib
+import inspect
+import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -24,7 +32,11 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.jit import JITFunction
 
-SHARED_MEMORY_LIMIT_KIB = {80: 163, 90: 227, 100: 227, 120: 99}
+HERE = Path(__file__).parent
+TABLES = HERE / "aot_tables"
+SHARED_MEMORY_LIMIT_KIB = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
+KINDS_OF_INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "cp.async")
+CHECKED = "gated_add"  # compiled even where the table has it: few binaries, quick
 label = ""  # of what is being compiled, for the table
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -173,7 +185,7 @@ def patch_embed(dtype):
     patchify(pixels.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2), [1.0] * 3, [0.0] * 3, 14, 1, 1, dtype)
 
 
-HEAD_SIZES = (64, 72, 80, 88, 96, 104, 128, 256)
+HEAD_SIZES = (64, 72, 80, 88, 96, 104, 128, 192, 256, 320, 512)
 
 
 def interval_attention(dtype, every=False):
@@ -194,7 +206,7 @@ def interval_attention(dtype, every=False):
             interval_attention_bwd(out, None, q, k, k, bounds, bounds, out, *statistics, 0.1, softcap)
 
     quick = {torch.bfloat16: (80, 104, 256), torch.float16: (), torch.float32: (64,)}[dtype]
-    sizes = [size for size in HEAD_SIZES if size <= (128 if dtype == torch.float32 else 256)] if every else quick
+    sizes = [size for size in HEAD_SIZES if size <= (128 if dtype == torch.float32 else 512)] if every else quick
     for size in sizes:
         compile_one(size)
     if dtype == torch.bfloat16:
@@ -289,39 +301,127 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {key: int(re.search(rf"{key}:(\d+)", text).group(1)) for key in ("REG", "STACK", "LOCAL")}
 
 
-def main() -> int:
-    arch, wanted = int(sys.argv[1]), sys.argv[2:]
-    every, wanted = "all" in wanted, [name for name in wanted if name != "all"]
-    triton.runtime.driver.set_active(CompileOnlyDriver(arch))
+def row_of(name: str, kernel) -> list:
+    """Name, registers, stack, spilled bytes, shared memory, warps, kinds of instructions."""
+    used, ptx = resources(kernel.asm["cubin"]), kernel.asm["ptx"]
+    kinds = " ".join(kind for kind in KINDS_OF_INSTRUCTIONS if kind in ptx)
+    memory = kernel.metadata.shared
+    return [name, used["REG"], used["STACK"], used["LOCAL"], memory, kernel.metadata.num_warps, kinds]
+
+
+def compile_op(case, every: bool) -> tuple[list[list], list[str]]:
+    """Rows of what compiled, and messages of what did not."""
     global label
-    compiled, launch = {}, JITFunction.run
+    rows, failed, launch = {}, {}, JITFunction.run
 
     def compile_instead(self, *args, grid, warmup, **kwargs):
-        kernel = launch(self, *args, grid=grid, warmup=True, enable_fp_fusion=True, **kwargs)
-        compiled.setdefault(kernel.hash, (f"{label} {self.__name__}", kernel))
+        name = f"{label} {self.__name__}"
+        try:
+            kernel = launch(self, *args, grid=grid, warmup=True, enable_fp_fusion=True, **kwargs)
+        except Exception as error:  # of any kind: the others are compiled all the same
+            while error.__cause__ is not None:
+                error = error.__cause__
+            blocks = {key: value for key, value in kwargs.items() if key.startswith("BLOCK") or key in ("M", "N")}
+            failed[f"{name} {blocks}: {str(error).strip().splitlines()[-1][:200]}"] = None
+        else:
+            if kernel.hash not in rows:
+                rows[kernel.hash] = row_of(name, kernel)
 
     JITFunction.run = compile_instead
-    start = time.perf_counter()
-    for case in CASES:
-        if wanted and case.__name__ not in wanted:
-            continue
+    try:
         for dtype in DTYPES:
             if dtype != torch.bfloat16 and not every and case in MEMORY_BOUND:
                 continue  # one kernel for all: what is loaded and stored differs
             label = f"{case.__name__} {str(dtype).removeprefix('torch.')}"
-            case(dtype, every=True) if every and case is interval_attention else case(dtype)
-    failures = 0
+            try:
+                case(dtype, every=True) if every and case is interval_attention else case(dtype)
+            except Exception as error:  # of a launcher
+                failed[f"{label}: {error!r}"] = None
+    finally:
+        JITFunction.run = launch
+    return list(rows.values()), list(failed)
+
+
+# ---- what determines an op's binaries ------------------------------------------------------------------------------
+
+
+def _kernel_modules(name: str, seen: set[str]) -> set[str]:
+    """Files of kernels/ that a text imports, and those that they import."""
+    for module in re.findall(r"mmlm_kernels[.\s]+(?:import\s+)?(\w+)", name):
+        if module not in seen:
+            seen.add(module)
+            _kernel_modules((HERE.parent / "kernels" / f"{module}.py").read_text(), seen)
+    return seen
+
+
+def _case_source(thing, seen: set[str]) -> str:
+    """A case, and what of this file it uses."""
+    source = inspect.getsource(thing)
+    for name in sorted(set(re.findall(r"\w+", source)) & set(globals()) - seen - {"label"}):
+        seen.add(name)
+        value = globals()[name]
+        if isinstance(value, types.FunctionType):
+            source += _case_source(value, seen)
+        elif not isinstance(value, types.ModuleType):
+            source += f"{name} = {value!r}\n"
+    return source
+
+
+def fingerprint(case, every: bool) -> str:
+    source = _case_source(case, set())
+    digest = hashlib.sha256(f"{triton.__version__} {every} {KINDS_OF_INSTRUCTIONS}\n{source}".encode())
+    for module in sorted(_kernel_modules(source, set())):
+        digest.update((HERE.parent / "kernels" / f"{module}.py").read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def table_path(arch: int, every: bool) -> Path:
+    return TABLES / f"triton-{triton.__version__}-sm_{arch}{'-all' if every else ''}.json"
+
+
+def write_table(path: Path, ops: dict) -> None:
+    """One line a kernel, so that a change reads as one."""
+    path.parent.mkdir(exist_ok=True)
+    lines = []
+    for name, op in sorted(ops.items()):
+        rows = ",\n".join(f"  {json.dumps(row)}" for row in op["kernels"])
+        lines.append(f'"{name}": {{"fingerprint": "{op["fingerprint"]}", "kernels": [\n{rows}\n]}}')
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def main() -> int:
+    arch, options = int(sys.argv[1]), sys.argv[2:]
+    every, use_table, write = (option in options for option in ("all", "--table", "--write"))
+    wanted = [option for option in options if option != "all" and not option.startswith("-")]
+    triton.runtime.driver.set_active(CompileOnlyDriver(arch))
+    start, path = time.perf_counter(), table_path(arch, every)
+    table = json.loads(path.read_text()) if path.exists() and (use_table or write) else {}
+    failures, compiled, total, ops = [], 0, 0, dict(table) if write and wanted else {}
     print(f"{'sm_' + str(arch):<72}{'regs':>5}{'stack':>6}{'spill':>6}{'shared':>8}{'warps':>6}  instructions")
-    for name, kernel in compiled.values():
-        used, shared = resources(kernel.asm["cubin"]), kernel.metadata.shared
-        bad = used["LOCAL"] > 0 or used["STACK"] > 0 or shared > SHARED_MEMORY_LIMIT_KIB[arch] * 1024
-        failures += bad
-        kinds = [k for k in ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "cp.async") if k in kernel.asm["ptx"]]
-        print(f"{name:<72}{used['REG']:>5}{used['STACK']:>6}{used['LOCAL']:>6}{shared:>8}"
-              f"{kernel.metadata.num_warps:>6}  {' '.join(kinds)} {'FAIL' if bad else ''}")  # fmt: skip
+    for case in CASES:
+        name, key = case.__name__, fingerprint(case, every)
+        if wanted and name not in wanted:
+            continue
+        known = table[name]["kernels"] if use_table and table.get(name, {}).get("fingerprint") == key else None
+        rows, failed = compile_op(case, every) if known is None or name == CHECKED else (known, [])
+        compiled += len(rows) if rows is not known else 0
+        if known is not None and rows != known and json.loads(json.dumps(rows)) != known:
+            failed = [*failed, f"{name}: {path.name} does not give what is compiled here; make it anew with --write"]
+        ops[name] = {"fingerprint": key, "kernels": rows}
+        total += len(rows)
+        failures += failed
+        for row in rows:
+            bad = row[2] > 0 or row[3] > 0 or row[4] > SHARED_MEMORY_LIMIT_KIB[arch] * 1024
+            failures += [f"{row[0]}: over a limit"] * bad
+            print("{:<72}{:>5}{:>6}{:>6}{:>8}{:>6}  {}".format(*row), "FAIL" if bad else "", flush=True)
     seconds = time.perf_counter() - start
-    print(f"{len(compiled)} binaries, {failures} failures, {seconds:.0f} s, triton {triton.__version__}")
-    return int(failures > 0 or not compiled)
+    print(
+        f"{total} binaries, {compiled} compiled, {len(failures)} failures, {seconds:.0f} s, triton {triton.__version__}"
+    )
+    print("\n".join(failures))
+    if write and not failures:
+        write_table(path, ops)
+    return int(bool(failures) or not total)
 
 
 if __name__ == "__main__":
