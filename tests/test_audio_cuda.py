@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from speech import WAVEFORMS
 
 import mmlm_fast.audio as audio
 from mmlm_fast import _C
@@ -11,9 +12,8 @@ from mmlm_fast.audio.cuda import device_plan, is_covered
 from mmlm_fast.audio.log_mel import checked_key
 from mmlm_fast.audio.mel_spectrogram import _key
 from mmlm_fast.audio.spectral import spec_of, spectral_ref
-from mmlm_fast.data import load_speech
 
-SPEECH = [torch.from_numpy(s.waveform) for s in load_speech()]
+SPEECH = [torch.from_numpy(w) for w in WAVEFORMS]
 
 
 def mel_key(**given):

@@ -7,6 +7,7 @@ import pytest
 import tiny_models
 import torch
 import transformers
+from speech import need_recordings
 from transformers import LlamaConfig, masking_utils
 from transformers.cache_utils import DynamicCache, StaticCache
 
@@ -402,6 +403,7 @@ def test_tokens_behind_the_image_ids_are_text():
 def test_the_thin_model():
     from mmlm_benchmarks.models.thin import build
 
+    need_recordings()
     model, _, batch = build("merge", "cpu", num_hidden_layers=1)
     with torch.no_grad():
         before = model(**batch).logits
