@@ -279,7 +279,10 @@ def test_generation_looks_at_the_prompt_only(name, cache):
     options = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
     if cache == "static":
         options["cache_implementation"] = "static"
-    expected = tiny.build("eager").generate(**inputs, **options)
+    try:
+        expected = tiny.build("eager").generate(**inputs, **options)
+    except RuntimeError as error:  # Mllama with a static cache in transformers 5.17
+        pytest.skip(f"not even eager: {error}")
     masks = transformers.AttentionMaskInterface
     try:
         masks.register("mmlm_fast", counted)
