@@ -361,7 +361,7 @@ def attention_dead(device: str, tiny: bool) -> Checks:
 def attention_full(device: str, tiny: bool) -> Checks:
     """Without a mask, where torch's kernels are called: shapes that only its math path takes, too."""
     length = 37 if tiny else 515
-    for size, heads, kv_heads in ((64, 4, 4), (128, 8, 2), (512, 4, 1)) if not tiny else ((16, 4, 2),):
+    for size, heads, kv_heads in ((64, 4, 4), (128, 8, 2), (80, 8, 2), (512, 4, 1)) if not tiny else ((16, 4, 2),):
         for label, mask in (("full", None), ("causal", IntervalMask.causal(length).to(device))):
             check = _attention(
                 f"{label}, heads of {size}, {heads}/{kv_heads}",
