@@ -13,12 +13,15 @@ MMLM_FAST_CUDA_ARCHS     what the wheel's CUDA is compiled for (default 90)
 MMLM_FAST_GPU_VENV       where to make the environment (default .venv-gpu)
 """
 
+import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from bootstrap import can, create_venv, pip_of, run, say
@@ -73,6 +76,19 @@ class Stamp:
         self.path.write_text(self.wanted)
 
 
+@contextmanager
+def locked(how: int) -> Iterator[None]:
+    """No wheel is installed while tests run from another: Triton's interpreter reads the sources as it goes."""
+    VENV.mkdir(parents=True, exist_ok=True)
+    with (VENV / ".mmlm_fast_lock").open("w") as file:
+        try:
+            fcntl.flock(file, how | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"waiting for another process that uses {VENV}")
+            fcntl.flock(file, how)
+        yield
+
+
 def install_pins(pip: list[object]) -> None:
     index = os.environ.get("MMLM_FAST_TORCH_INDEX")
     if index and not can(PYTHON, "import torch"):
@@ -102,6 +118,11 @@ def make() -> None:
     package = Stamp("package", digest_of(*(ROOT / name for name in PACKAGED), also=f"{pins.wanted} {ROOT} {arches}"))
     if pins.fits() and package.fits():
         return
+    with locked(fcntl.LOCK_EX):
+        _make(pins, package)
+
+
+def _make(pins: Stamp, package: Stamp) -> None:
     if not PYTHON.exists():
         say(f"virtual environment in {VENV}")
         create_venv(VENV, python_312())
@@ -144,7 +165,7 @@ def test(arguments: list[str]) -> int:
     if arguments:
         del commands["kernels for sm_90"]
     failed = []
-    with tempfile.TemporaryDirectory() as folder:
+    with locked(fcntl.LOCK_SH), tempfile.TemporaryDirectory() as folder:
         environment["PATH"] = path_without_git(Path(folder))
         assert shutil.which("git", path=environment["PATH"]) is None
         for name, command in commands.items():
