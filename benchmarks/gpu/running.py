@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 
 from mmlm_benchmarks.gpu.facts import Facts
 
@@ -72,7 +73,12 @@ class Runner:
     def __init__(self, facts: Facts, folder: Path, deadline: float) -> None:
         self.facts, self.folder, self.deadline = facts, folder, deadline
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.stopped_by: signal.Signals | None = None
         self._live: list[_Running] = []
+
+    def stop(self, number: int, frame: FrameType | None = None) -> None:
+        """Handle a signal: what is running is killed at the next look, not in the middle of starting a job."""
+        self.stopped_by = signal.Signals(number)
 
     def run(
         self, jobs: Sequence[Job], width: int, limit_seconds: float = float("inf"), turn: Path | None = None
@@ -85,7 +91,7 @@ class Runner:
         stop = min(self.deadline, time.monotonic() + limit_seconds)
         waiting = list(jobs)
         try:
-            while waiting or self._live:
+            while (waiting or self._live) and self.stopped_by is None:
                 now = time.monotonic()
                 while waiting and len(self._live) < width and now < stop:
                     job = waiting.pop(0)

@@ -13,7 +13,6 @@ import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 
 from mmlm_benchmarks.gpu import job as one_job
 from mmlm_benchmarks.gpu import summary
@@ -47,18 +46,15 @@ class Suite:
     def run(self) -> int:
         """Run the chosen stages; returns 1 if a check, a test or a job failed."""
         self.facts.write("suite", stages=self.options.stages, seconds=self.options.seconds, argv=sys.argv[1:])
-        signal.signal(signal.SIGTERM, self._terminated)
-        signal.signal(signal.SIGINT, self._terminated)
+        signal.signal(signal.SIGTERM, self.runner.stop)
+        signal.signal(signal.SIGINT, self.runner.stop)
         for stage in STAGES:
-            if stage in self.options.stages:
+            if stage in self.options.stages and self.runner.stopped_by is None:
                 getattr(self, stage)()
-        self.facts.write("suite ended")
-        return summarise(self.path)
-
-    def _terminated(self, number: int, frame: FrameType | None) -> None:
-        self.runner.kill()
-        self.facts.write("suite ended", reason=signal.Signals(number).name)
-        sys.exit(128 + number)
+        stopped = self.runner.stopped_by
+        self.facts.write("suite ended", reason=stopped.name if stopped else "done")
+        status = summarise(self.path)
+        return 128 + stopped if stopped else status
 
     def wanted(self, names: list[str]) -> list[str]:
         ops = self.options.ops
