@@ -13,6 +13,7 @@ from torch import Tensor
 
 TILE_VALUES = 2048  # values a program holds of short rows
 MAX_PROGRAMS = 256  # of the backward pass: each makes one row of partial sums; two waves on 132 multiprocessors
+MAX_REGISTERS = 128  # unless told so, ptxas stops earlier for sm_100 and spills
 
 
 @triton.jit
@@ -133,6 +134,9 @@ def add_norm_bwd(
     dx = torch.empty_like(total)
     hidden_size = total.shape[-1]
     rows, tile = total.numel() // hidden_size, _tile(hidden_size)
+    if total.dtype == torch.float32 and hidden_size > 4096:  # what a thread of 16 warps holds spills
+        tile["num_warps"] = 32
+    tile["maxnreg"] = min(MAX_REGISTERS, 2**16 // (32 * tile["num_warps"]))
     rows_per_program = max(tile["ROWS"], triton.cdiv(rows, MAX_PROGRAMS))
     programs = triton.cdiv(rows, rows_per_program)
     shape = (programs, hidden_size)

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 1024  # columns of one step along a row
+MAX_REGISTERS = 128  # unless told so, ptxas stops earlier for sm_100 and spills
 COLUMNS, ROWS = 32, 64  # of a step along columns: few columns a program, or a tile would occupy too few processors
 DIAGONAL, IDS, WEIGHTS = 0, 1, 2
 
@@ -163,7 +164,7 @@ def clip_loss_statistics(
     num_columns_, stride_d, stride_w = num_columns // unit, dots.stride(0) // unit, stride_w // unit
     _rows_kernel[(num_rows,)](
         dots, scale, rows, *pointers, num_columns_, stride_d, rows.stride(0), stride_w, offset, UNIT=unit, KIND=kind,
-        BLOCK=BLOCK, num_warps=4,
+        BLOCK=BLOCK, num_warps=4, maxnreg=MAX_REGISTERS,
     )  # fmt: skip
     _columns_kernel[(triton.cdiv(num_columns, COLUMNS),)](
         dots, scale, columns, *pointers, num_rows, num_columns_, stride_d, columns.stride(0) // unit, stride_w, offset,

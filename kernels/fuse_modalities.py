@@ -20,6 +20,7 @@ TILE_VALUES = 2048  # values of one modality a program holds
 MAX_ROW_SPLITS = 128  # of the reduction over rows in the query's gradient
 ROWS_QUERY_GRAD = 32
 BLOCK_MIX = 1024
+MAX_REGISTERS = 128  # unless told so, ptxas stops at 56 for sm_80 and spills
 
 
 @triton.jit
@@ -232,6 +233,7 @@ def fuse_modalities_fwd(
             MODE=MODES[mode],
             KP=triton.next_power_of_2(len(features)),
             ROWS=p.rows,
+            maxnreg=MAX_REGISTERS,
             **p.options,
         )
     return out, weights
@@ -261,6 +263,7 @@ def fuse_modalities_bwd(
             MODE=MODES[mode],
             KP=triton.next_power_of_2(len(features)),
             ROWS=p.rows,
+            maxnreg=MAX_REGISTERS,
             **p.options,
         )
     if mode == "attention":

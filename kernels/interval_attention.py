@@ -575,8 +575,10 @@ def _dq_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, shift_ptr, factor_
 # spills under Triton 3.6 and 3.9, and shared memory stays below 99 KB on 80 (which is sm_120's, too). A warpgroup's
 # wgmma takes 64 rows of the row operand: with 8 warps and 64 rows both compute the same. Not tuned on a GPU yet.
 TILES = {
-    ("fwd", 2, 80): [(64, 128, 64, 4, 3), (128, 128, 64, 8, 2), (256, 64, 32, 8, 2), (512, 32, 16, 8, 2)],
-    ("fwd", 2, 90): [(64, 128, 64, 4, 3), (128, 128, 64, 8, 2), (256, 64, 32, 4, 2), (512, 32, 16, 8, 2)],
+    ("fwd", 2, 80): [(64, 128, 64, 4, 3), (128, 128, 64, 8, 2), (192, 32, 32, 4, 2), (256, 64, 32, 8, 2),
+                     (512, 32, 16, 8, 2)],
+    ("fwd", 2, 90): [(64, 128, 64, 4, 3), (128, 128, 64, 8, 2), (256, 128, 32, 8, 2), (512, 32, 16, 8, 2)],
+    ("fwd", 2, 100): [(64, 128, 64, 4, 3), (128, 128, 64, 8, 2), (256, 64, 32, 8, 2), (512, 32, 16, 8, 2)],
     ("fwd", 4, 80): [(64, 32, 32, 4, 2), (128, 16, 32, 4, 2)],
     ("dkv", 2, 80): [(64, 32, 64, 4, 2), (96, 32, 64, 8, 2), (112, 16, 64, 8, 2), (128, 32, 64, 8, 2),
                      (256, 32, 32, 8, 1), (320, 16, 32, 8, 1), (512, 16, 16, 8, 1)],
@@ -591,8 +593,11 @@ TILES = {
     ("dq", 4, 80): [(64, 32, 32, 4, 1), (128, 16, 32, 8, 1)],
     ("dq", 4, 100): [(64, 32, 32, 8, 1), (128, 16, 32, 8, 1)],
 }  # fmt: skip
-if OLD_TRITON:
+if OLD_TRITON:  # it needs more registers for mma.sync
+    TILES["dq", 2, 100] = TILES["dq", 2, 80]
+    TILES["fwd", 2, 80] = [(64, 128, 64, 4, 2), *TILES["fwd", 2, 80][1:]]
     TILES["dkv", 2, 80] = [(112, 16, 64, 4, 2), *TILES["dkv", 2, 80][3:]]
+    TILES["dq", 2, 80] = [*TILES["dq", 2, 80][:2], (112, 64, 32, 8, 2), *TILES["dq", 2, 80][2:]]
 
 
 def _pieces(size: int, dtype: torch.dtype) -> tuple[int, int, int]:
@@ -672,9 +677,9 @@ def _mask_options(
     return lo, hi, 0 if lo.shape[0] == 1 else lo.shape[1]
 
 
-def _registers(dtype: torch.dtype) -> dict[str, int]:
-    """In float32 ptxas rather spills than has fewer programs on a multiprocessor, unless it is told a limit."""
-    return {"maxnreg": 255} if dtype == torch.float32 else {}
+def _registers(is_large: bool) -> dict[str, int]:
+    """For some tiles ptxas rather spills than has fewer programs on a multiprocessor, unless it is told a limit."""
+    return {"maxnreg": 255} if is_large else {}
 
 
 def _sizes(head_size: int, value_size: int, dtype: torch.dtype) -> dict[str, int]:
@@ -703,7 +708,7 @@ def interval_attention_fwd(
     block_m, block_n, warps, stages = _blocks("fwd", query, size, value_size)
     if softcap:
         warps = 8  # the polynomial needs registers too
-    pack, splits = 1, 1
+    pack, splits, (_, second_piece, third_piece) = 1, 1, _pieces(size, query.dtype)
     if group * q_len <= DECODE_ROWS:
         pack = group
         block_m = max(16, min(block_m, triton.next_power_of_2(group * q_len)))
@@ -711,7 +716,7 @@ def interval_attention_fwd(
         splits = max(1, min(MAX_SPLITS, kv_len // MIN_SPLIT_KEYS, triton.cdiv(PROGRAMS_WANTED, programs)))
         splits = triton.next_power_of_2(splits)  # few variants to compile
         warps = 4 if max(size, value_size) <= 128 else 8
-        block_n = min(block_n, 32 if sum(_pieces(size, query.dtype)[1:]) > 16 else block_n)
+        block_n = min(block_n, 16 if third_piece else 32 if second_piece else 64)  # more pieces need more registers
     num_tiles = triton.cdiv(pack * q_len, block_m)
     lo, hi, mask_stride = _mask_options(lo, hi, q_len, kv_len, query)
     target, statistics = out, (largest, total)
@@ -726,7 +731,8 @@ def interval_attention_fwd(
         mask_stride, num_tiles, batch, q_len, kv_len, scale, softcap if softcap else 1.0,
         H=heads, GROUP=group, PACK=pack, SPLITS=splits, UNIT=unit, HAS_SINKS=has_sinks,
         SOFTCAP=bool(softcap), **_sizes(size, value_size, query.dtype), PRECISION=_precision(query.dtype),
-        M=block_m, N=block_n, num_warps=warps, num_stages=stages, **_registers(query.dtype),
+        M=block_m, N=block_n, num_warps=warps, num_stages=stages,
+        **_registers(query.dtype == torch.float32 or max(size, value_size) > 128 or third_piece > 0),
     )  # fmt: skip
     if splits > 1:
         _combine_kernel[(batch * heads * q_len,)](
@@ -773,7 +779,7 @@ def interval_attention_bwd(
     )  # fmt: skip
     shared = {"H": heads, "GROUP": group, "UNIT": unit, "SOFTCAP": bool(softcap), "EXACT": exact}
     shared |= {"PRECISION": _precision(query.dtype), **_sizes(size, value_size, query.dtype)}
-    shared |= _registers(query.dtype)
+    shared |= _registers(exact or _pieces(size, query.dtype)[1] > 16)
     inputs = (*_strides(grad, unit), *_strides(query, unit), *_strides(key, unit), *_strides(value, unit))
     softcap = softcap if softcap else 1.0
 
