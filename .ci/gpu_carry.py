@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Fill .whl with what benchmarks/gpu_suite.sh needs on the GPU machine: mmlm-fast's wheel and packages it lacks.
 
-Beside the wheels lie `commit`, which the facts will name, and `csrc.sha256`, what the native core was built from.
+Beside the wheels lie `commit`, which the facts will name, `csrc.sha256`, of what the native core was built from, and
+`tree.sha256`, of what that commit held.
 """
 
 import shutil
@@ -35,7 +36,9 @@ def main() -> None:
             say(f"not carried: {name}")
     commit = output("git", "describe", "--always", "--dirty", "--exclude=*")
     (FOLDER / "commit").write_text(commit + "\n")
-    (FOLDER / "csrc.sha256").write_text(output("bash", "benchmarks/gpu_suite.sh", "digest") + "\n")
+    core, tree = output("bash", "benchmarks/gpu_suite.sh", "digest").split()
+    (FOLDER / "csrc.sha256").write_text(core + "\n")
+    (FOLDER / "tree.sha256").write_text(tree + "\n")
     files = sorted(FOLDER.iterdir())
     size = sum(path.stat().st_size for path in files) / 2**20
     assert size < LARGEST_MIB, f"{size:.1f} MiB in {FOLDER}, more than {LARGEST_MIB}"

@@ -6,9 +6,10 @@
 # Nothing is set up there: `make gpu-carry` has put what the machine lacks into .whl/. See benchmarks/GPU.md.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-digest() { find csrc setup.py -type f -print0 | LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum | cut -d' ' -f1; }
-if [ "${1:-}" = digest ]; then # of what the native core is built from
-  digest
+digest() { find "$@" -type f ! -name '*.so' ! -path '*/__pycache__/*' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum | cut -d' ' -f1; }
+if [ "${1:-}" = digest ]; then # of what the native core is built from, and of all that is run
+  digest csrc setup.py
+  digest csrc setup.py kernels mmlm_fast benchmarks
   exit
 fi
 OUT=$(realpath -m "${OUT:-gpu_out}")
@@ -18,32 +19,38 @@ export MMLM_GPU_START=${MMLM_GPU_START:-$(date +%s.%N)}
 export PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} CUBLAS_WORKSPACE_CONFIG=:4096:8 HF_HUB_OFFLINE=1
 WORK=$(mktemp -d)
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$WORK/triton} TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$WORK/inductor}
-[ -n "${MMLM_COMMIT:-}" ] || export MMLM_COMMIT=$(cat .whl/commit 2>/dev/null || git describe --always --dirty --exclude='*' 2>/dev/null)
+# The commit is carried: that machine has no git. It is told apart where the tree has changed since.
+if [ -z "${MMLM_COMMIT:-}" ]; then
+  MMLM_COMMIT=$(git describe --always --dirty --exclude='*' 2>/dev/null || cat .whl/commit 2>/dev/null || echo unknown)
+  git rev-parse >/dev/null 2>&1 || [ "$(digest csrc setup.py kernels mmlm_fast benchmarks)" = "$(cat .whl/tree.sha256 2>/dev/null)" ] || MMLM_COMMIT+=-changed
+fi
+export MMLM_COMMIT
 
 # The package: its native core from the carried wheel, its Python from this tree, which may be newer.
 site=$WORK/site
 mkdir -p "$site"
-if ls .whl/*.whl >/dev/null 2>&1; then
+for wheel in .whl/*.whl; do # one by one: a peer that does not install must not cost the native core
+  [ -e "$wheel" ] || continue
   "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --disable-pip-version-check \
-    --target "$site" .whl/*.whl || echo "the carried wheels do not install here"
-fi
+    --target "$site" "$wheel" >>"$OUT/build.log" 2>&1 || echo "does not install here: $wheel"
+done
 for pair in mmlm_fast:mmlm_fast kernels:mmlm_kernels benchmarks:mmlm_benchmarks; do
   mkdir -p "$site/${pair#*:}"
   (cd "${pair%%:*}" && tar cf - --exclude='*.so' --exclude=__pycache__ .) | tar xf - -C "$site/${pair#*:}"
 done
 export PYTHONPATH=$site
-if [ "$(cat .whl/csrc.sha256 2>/dev/null)" != "$(digest)" ] || ! "$PYTHON" -c 'import mmlm_fast._C' 2>/dev/null; then
+if [ "$(cat .whl/csrc.sha256 2>/dev/null)" != "$(digest csrc setup.py)" ] || ! "$PYTHON" -c 'import mmlm_fast._C' 2>>"$OUT/build.log"; then
   echo "the native core is not the carried one: building it for this card"
   MMLM_FAST_CUDA_ARCHS=${MMLM_FAST_CUDA_ARCHS:-90} timeout 90 "$PYTHON" setup.py -q build_ext --build-lib "$WORK/lib" --build-temp "$WORK/build" \
-    >"$OUT/build.log" 2>&1 && cp "$WORK"/lib/mmlm_fast/_C*.so "$site/mmlm_fast/" || tail -n 5 "$OUT/build.log"
+    >>"$OUT/build.log" 2>&1 && cp "$WORK"/lib/mmlm_fast/_C*.so "$site/mmlm_fast/" || tail -n 5 "$OUT/build.log"
 fi
 
 if [ "${1:-}" = profile ]; then
   set -- --stages inspect --ops "${2:?usage: gpu_suite.sh profile OP}"
 fi
-"$PYTHON" -P -m mmlm_benchmarks.gpu.suite --out "$OUT" "$@" 2>&1 | tee "$OUT/suite.log"
+"$PYTHON" -P -m mmlm_benchmarks.gpu.suite --out "$OUT" --logs "$WORK/logs" "$@" 2>&1 | tee "$OUT/suite.log"
 status=${PIPESTATUS[0]}
-# Of the logs, those of jobs that did not end well stand in the facts already.
-tar czf "$OUT/logs.tar.gz" -C "$OUT" logs 2>/dev/null && rm -rf "$OUT/logs"
+# Few files, with plain names: what comes back from a lent machine is counted. The ends of bad jobs' logs are facts.
+tar czf "$OUT/logs.tar.gz" -C "$WORK" logs 2>/dev/null
 rm -rf "$WORK"
 exit "$status"

@@ -13,13 +13,15 @@ from mmlm_benchmarks.report.collect import RESULTS
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns 0, or 1 where something broke on the GPU, or 2 where the facts cannot be used."""
     parser = argparse.ArgumentParser(prog="python -m mmlm_benchmarks.gpu", description=__doc__)
-    parser.add_argument("facts", type=Path, help="facts.jsonl as the suite wrote it")
+    parser.add_argument(
+        "facts", type=Path, nargs="+", help="facts.jsonl as the suite wrote it; of several calls, in their order"
+    )
     parser.add_argument("--only-mend", action="store_true", help="print what to mend; write nothing")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
     parser.add_argument("--readme", type=Path, default=readme.README, help="whose GPU table is made anew")
     options = parser.parse_args(argv)
     try:
-        facts = read(options.facts)
+        facts = summary.merged([read(path) for path in options.facts])
         lines, good = summary.what_to_mend(facts)
         print("\n".join(lines))
         if not options.only_mend:

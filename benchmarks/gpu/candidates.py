@@ -5,17 +5,17 @@ The names of jobs end in ``:compile`` or ``:time``. The first fills Triton's cac
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
 import torch
 
 from mmlm_benchmarks import harness
-from mmlm_benchmarks.gpu.correctness import raise_if_lost
+from mmlm_benchmarks.gpu.correctness import described, raise_if_lost
 from mmlm_benchmarks.gpu.device import Device
 from mmlm_benchmarks.gpu.facts import Facts
-from mmlm_benchmarks.gpu.timing import turn
+from mmlm_benchmarks.gpu.timing import take_turn
 from mmlm_fast.masks import IntervalMask
 
 Row = tuple[int, int, int, int]  # block of queries, block of keys, warps, stages
@@ -51,31 +51,33 @@ def run(name: str, device: Device, facts: Facts, left: Callable[[], float]) -> b
     call, args, flops = step(kernel, int(size), device)
     rows: list[Row | None] = [None, *ROWS[kernel][int(size)]]  # None: the row that is shipped
     good = True  # while the shipped row works
-    with turn() if what == "time" else nullcontext():
-        for row in rows[:2] if device.is_stand_in else rows:
-            if left() < 3:
-                break
-            told: dict[str, Any] = {"kernel": kernel, "head_size": int(size), "row": row}
-            begin = time.perf_counter()
-            try:
-                with chosen(kernel, row):
-                    call(*args)
-                    device.synchronize()
-                    told["compile_seconds"] = time.perf_counter() - begin
-                    if what == "time":
-                        facts.write("candidate", **told, **measured(call, args, flops))
-            except Exception as error:  # too much shared memory, say
-                facts.write("candidate", **told, failed=f"{type(error).__name__}: {error}"[:500])
-                raise_if_lost(error)
-                good &= row is not None
+    if what == "time":
+        take_turn()
+    for row in rows[:2] if device.is_stand_in else rows:
+        if left() < 3:
+            break
+        told: dict[str, Any] = {"kernel": kernel, "head_size": int(size), "row": row}
+        begin = time.perf_counter()
+        try:
+            with chosen(kernel, row):
+                call(*args)
+                device.synchronize()
+                told["compile_seconds"] = time.perf_counter() - begin
+                if what == "time":
+                    facts.write("candidate", **told, **measured(call, args, flops))
+        except Exception as error:  # too much shared memory, say
+            facts.write("candidate", **told, failed=described(error, 500))
+            raise_if_lost(error)
+            good &= row is not None
     return good
 
 
 def measured(call: Callable, args: tuple, flops: int) -> dict[str, float]:
-    times = [harness.timed(call, args) for _ in range(3)]
+    lead = harness.lead_seconds(call, args)
+    times = [harness.timed(call, args, lead) for _ in range(3)]
     begin = time.perf_counter()
     while time.perf_counter() - begin < SECONDS:
-        times.append(harness.timed(call, args))
+        times.append(harness.timed(call, args, lead))
     median, low, high = harness.spread(times)
     return {"median_ms": 1e3 * median, "p20_ms": 1e3 * low, "p80_ms": 1e3 * high, "tflops": flops / median / 1e12}
 

@@ -1,6 +1,7 @@
 """Stage `check`: every op against float64, forward and backward, and in the ways in which models call it."""
 
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,10 +17,15 @@ from mmlm_fast.testing import difference, gradients
 
 
 def run(name: str, device: Device, facts: Facts) -> bool:
-    """Run the checks of one job; a fact each. Returns whether all hold."""
+    """Run the checks of one job; a fact each. Returns whether all hold.
+
+    Forward and backward of everything come first, the CUDA graphs last: a capture that fails may leave the device of
+    this process in a state in which nothing else is to be believed.
+    """
     launched = recorded_launches()
-    good = True
+    checks, good = [], True
     for check in JOBS[name](device.type, device.is_stand_in):
+        checks.append(check)
         for dtype in check.dtypes:
             launched.clear()
             good &= forward_and_backward(check, dtype, facts)
@@ -28,11 +34,23 @@ def run(name: str, device: Device, facts: Facts) -> bool:
             told = {"check": check.name, "dtype": str(dtype).removeprefix("torch."), "mode": "launched kernels"}
             facts.write("check", **told, ok=bool(kernels) or not check.has_kernel, kernels=kernels)
             good &= bool(kernels) or not check.has_kernel
-        if check.modes:
-            for mode, call in MODES.items():
-                if device.has(mode):
-                    good &= guarded(facts, check.name, torch.bfloat16, mode, lambda c=call, k=check: c(k, device))
+    for mode, call in MODES.items():
+        for check in checks:
+            if check.modes and device.has(mode):
+                holds = guarded(facts, check.name, torch.bfloat16, mode, lambda c=call, k=check: c(k, device))
+                good &= holds
+                if mode == "CUDA graph" and not holds:
+                    return False
     return good
+
+
+def run_one_step(name: str, device: Device) -> bool:
+    """Run forward and backward of a job's first check, once: something for a profiler to look at."""
+    check = next(iter(JOBS[name](device.type, device.is_stand_in)))
+    args = drawn(check, torch.bfloat16)
+    gradients(check.fast, args, [torch.randn_like(out) for out in pytree.tree_leaves(check.fast(*args))])
+    device.synchronize()
+    return True
 
 
 def recorded_launches() -> set[str]:
@@ -51,17 +69,20 @@ def recorded_launches() -> set[str]:
 
 
 def forward_and_backward(check: Check, dtype: torch.dtype, facts: Facts) -> bool:
-    torch.manual_seed(0)
-    args = check.draw(dtype)
-
     def forward() -> dict[str, Any]:
+        args = drawn(check, dtype)
         return against_float64(check.fast(*args), check.reference(*args), check.reference(*double(args)))
 
     with poisoned():
         good = guarded(facts, check.name, dtype, "forward", forward)
         if check.grads:
-            good &= guarded(facts, check.name, dtype, "backward", lambda: backward(check, args))
+            good &= guarded(facts, check.name, dtype, "backward", lambda: backward(check, drawn(check, dtype)))
     return good
+
+
+def drawn(check: Check, dtype: torch.dtype) -> tuple:
+    torch.manual_seed(0)
+    return check.draw(dtype)
 
 
 def backward(check: Check, args: tuple) -> dict[str, Any]:
@@ -91,7 +112,8 @@ def guarded(facts: Facts, name: str, dtype: torch.dtype, mode: str, call: Callab
     try:
         found = call()
     except Exception as error:  # whatever it is, the other checks go on
-        text = f"{type(error).__name__}: {error}".strip()[:1500]
+        traceback.print_exc()
+        text = described(error)
         facts.write("check", **told, ok=False, seconds=time.perf_counter() - start, message=text)
         raise_if_lost(error)
         return False
@@ -105,9 +127,16 @@ class ContextLostError(RuntimeError):
 
 def raise_if_lost(error: Exception) -> None:
     text = str(error)
-    lost = ("illegal memory access", "device-side assert", "misaligned address", "unspecified launch failure")
-    if any(words in text for words in lost):
+    harmless = ("out of memory", "captur", "invalid argument", "invalid configuration")
+    if "CUDA error" in text and not any(words in text for words in harmless):
         raise ContextLostError(text) from error
+
+
+def described(error: BaseException, length: int = 1200) -> str:
+    """The exception, and the one it came from: the first to fail in a capture is told by the second."""
+    origin = error.__cause__ or error.__context__
+    first = f"{type(error).__name__}: {error}".strip()[:length]
+    return first if origin is None else f"{first}\nfrom {type(origin).__name__}: {origin}"[: 2 * length]
 
 
 @contextmanager
@@ -208,7 +237,7 @@ def no_sync(check: Check, device: Device) -> dict[str, Any]:
 MODES: dict[str, Callable[[Check, Device], dict[str, Any]]] = {
     "autocast": autocast,
     "side stream": side_stream,
-    "CUDA graph": graph,
     "no sync": no_sync,
     "compile": compiled,
+    "CUDA graph": graph,
 }

@@ -16,7 +16,7 @@ TURN = "MMLM_GPU_TURN"  # the file whose lock is the right to use the device alo
 def main(argv: list[str] | None = None) -> int:
     """Run a job; returns 0 if all it checked holds, 1 if something failed, 70 if the CUDA context was lost."""
     parser = argparse.ArgumentParser(prog="mmlm_benchmarks.gpu.job", description=__doc__)
-    parser.add_argument("stage", choices=["probe", "check", "warm", "time", "candidates"])
+    parser.add_argument("stage", choices=["probe", "check", "warm", "time", "candidates", "profile"])
     parser.add_argument("name")
     args = parser.parse_args(argv)
     # A rehearsal's file makes kernels run without a GPU; it must come before any of them is imported.
@@ -55,7 +55,9 @@ def run(stage: str, name: str, device: Any, facts: Any) -> int:
             good = systems.JOBS[name](device, facts)
         elif stage == "check":
             good = correctness.run(name, device, facts)
-        elif stage == "candidates":
+        elif stage == "profile":
+            good = correctness.run_one_step(name, device)
+        elif stage == "candidates" or ":" in name:
             from mmlm_benchmarks.gpu import candidates
 
             good = candidates.run(name, device, facts, left)

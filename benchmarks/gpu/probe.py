@@ -17,31 +17,33 @@ SMI = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,clocks.mem,tempe
 
 def run(device: Device, facts: Facts) -> bool:
     """Write facts about the machine; returns whether the native core loads there."""
-    start = time.perf_counter()
-    import torch
-    import transformers  # noqa: F401  its pages are cold here and warm for everybody after
-
     facts.write(
         "probe",
-        import_seconds=time.perf_counter() - start,
         stand_in=device.is_stand_in,
         python=sys.version.split()[0],
         modules={name: find_spec(name) is not None for name in MODULES},
         programs={name: shutil.which(name) is not None for name in PROGRAMS},
     )
+    start = time.perf_counter()
+    import torch
+
     if device.type == "cuda":
         facts.write("card", smi=output("nvidia-smi", f"--query-gpu={SMI}", "--format=csv"), torch=card(torch))
     facts.write("environment", **harness.environment(device.type))
     from mmlm_fast import _C
-    from mmlm_fast.doctor import doctor
 
-    facts.write("doctor", text=doctor())
     status = _C.cuda_status()
     facts.write("native core", **status)
     machine = harness.measure_machine(device.type)
     facts.write(
         "machine", copy_gb_per_s=machine.bytes_per_second / 1e9, matmul_gflop_per_s=machine.flops_per_second / 1e9
     )
+    import transformers  # noqa: F401  its pages are cold here and warm for everybody after
+
+    facts.write("imports", seconds=time.perf_counter() - start)
+    from mmlm_fast.doctor import doctor
+
+    facts.write("doctor", text=doctor())
     return device.is_stand_in or (bool(status["compiled"]) and status["num_devices"] > 0)
 
 

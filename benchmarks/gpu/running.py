@@ -26,7 +26,7 @@ class Job:
     command: tuple[str, ...]
     limit_seconds: float
     nice: int = 0
-    environment: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 class _Running:
@@ -81,31 +81,40 @@ class Runner:
         self.stopped_by = signal.Signals(number)
 
     def run(
-        self, jobs: Sequence[Job], width: int, limit_seconds: float = float("inf"), turn: Path | None = None
+        self,
+        jobs: Sequence[Job],
+        width: int,
+        limit_seconds: float = float("inf"),
+        turn: Path | None = None,
+        beside: Sequence[Job] = (),
+        beside_width: int = 0,
     ) -> None:
         """Run `jobs` in their order, at most `width` at a time, all within `limit_seconds`.
 
-        What does not get its turn, or is running when the time is over, is a fact as well. With `turn` a job's own
+        `beside` is a queue with places of its own, which takes none from `jobs`. What does not get its turn, or is
+        running when the time is over, is a fact as well. With `turn` a job's own
         limit begins when it makes the file ``{turn}.{its process}``: what it waits for others is not its fault.
         """
         stop = min(self.deadline, time.monotonic() + limit_seconds)
-        waiting = list(jobs)
+        queues = [(list(jobs), width, set(jobs)), (list(beside), beside_width, set(beside))]
         try:
-            while (waiting or self._live) and self.stopped_by is None:
-                now = time.monotonic()
-                while waiting and len(self._live) < width and now < stop:
-                    job = waiting.pop(0)
-                    self.facts.write("start", stage=job.stage, job=job.name)
-                    self._live.append(_Running(job, self.folder, turn))
-                if now >= stop:
-                    for job in waiting:
-                        self.facts.write("job", stage=job.stage, job=job.name, status="no time")
-                    waiting = []
+            while (self._live or any(queue for queue, _, _ in queues)) and self.stopped_by is None:
+                for queue, most, members in queues:
+                    while queue and len(members & self._jobs()) < most and time.monotonic() < stop:
+                        job = queue.pop(0)
+                        self.facts.write("start", stage=job.stage, job=job.name)
+                        self._live.append(_Running(job, self.folder, turn))
+                    if time.monotonic() >= stop:
+                        for job in queue:
+                            self.facts.write("job", stage=job.stage, job=job.name, status="no time")
+                        queue.clear()
                 self._collect(stop)
-                if self._live:
-                    time.sleep(POLL_SECONDS)
+                time.sleep(POLL_SECONDS)
         finally:
             self.kill()
+
+    def _jobs(self) -> set[Job]:
+        return {running.job for running in self._live}
 
     def _collect(self, stop: float) -> None:
         for running in list(self._live):

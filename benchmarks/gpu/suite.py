@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from mmlm_benchmarks.gpu import job as one_job
 from mmlm_benchmarks.gpu import summary
@@ -33,7 +34,7 @@ class Suite:
         os.environ.setdefault(START, str(time.time()))
         self.path = self.out / "facts.jsonl"
         self.facts = Facts(self.path, stage="suite")
-        self.logs = self.out / "logs"
+        self.logs = options.logs or self.out / "logs"
         left = options.seconds - (time.time() - float(os.environ[START]))
         self.runner = Runner(self.facts, self.logs, time.monotonic() + left)
         self.environment = {
@@ -60,85 +61,82 @@ class Suite:
         ops = self.options.ops
         return [n for n in names if not ops or any(n == op or n.startswith(f"{op}_") for op in ops)]
 
-    def limit(self, seconds: float) -> float:
-        """Of a stage; a rehearsal on few cores is bound by --seconds alone."""
-        return float("inf") if self.options.stand_in else seconds
-
-    def jobs(self, stage: str, names: list[str], limit: float, nice: int = 0, **environment: str) -> list[Job]:
+    def jobs(self, stage: str, names: list[str], nice: int = 0, **environment: str) -> list[Job]:
         command = (sys.executable, "-P", "-m", "mmlm_benchmarks.gpu.job", stage)
         surroundings = self.environment | environment
-        limit = self.options.job_seconds or limit
+        limit = self.options.job_seconds or LIMITS.get(stage, (0, None))[1] or float("inf")
         return [Job(stage, name, (*command, name), limit, nice, surroundings) for name in names]
 
+    def run_stage(self, stage: str, jobs: list[Job], width: int, **more: Any) -> None:
+        # A rehearsal on few cores is bound by --seconds alone.
+        limit = float("inf") if self.options.stand_in else LIMITS[stage][0]
+        self.runner.run(jobs, width, limit, **more)
+
     def probe(self) -> None:
-        stage, limit = LIMITS["probe"]
-        self.runner.run(self.jobs("probe", ["machine"], limit), 1, self.limit(stage))
+        self.run_stage("probe", self.jobs("probe", ["machine"]), 1)
 
     def check(self) -> None:
         """All ops side by side; beside them, behind in priority, what the timing compares with is compiled."""
-        stage, limit = LIMITS["check"]
-        jobs = self.jobs("check", self.wanted([*CHECKS, *SYSTEMS]), limit)
         warm: list[Job] = []
         if "time" in self.options.stages and not self.options.stand_in:
             names = [name for name, (_, compiled, _) in TIMES.items() if compiled]
-            warm = self.jobs("warm", self.wanted(names), limit, nice=10, OMP_NUM_THREADS="2")
-        # Warming up never delays a check: it has processes of its own.
-        width = self.options.width
-        self.runner.run([*jobs[:width], *warm, *jobs[width:]], width + (WARM_WIDTH if warm else 0), self.limit(stage))
+            warm = self.jobs(
+                "warm", self.wanted(names), nice=10, OMP_NUM_THREADS="2", TORCHINDUCTOR_COMPILE_THREADS="2"
+            )
+        # Else every job's Inductor would start as many processes as there are cores.
+        jobs = self.jobs("check", self.wanted([*CHECKS, *SYSTEMS]), TORCHINDUCTOR_COMPILE_THREADS="1")
+        self.run_stage("check", jobs, self.options.width, beside=warm, beside_width=WARM_WIDTH)
 
     def time(self) -> None:
         """One job after the other; the next one imports what it needs meanwhile and waits for its turn."""
-        stage, limit = LIMITS["time"]
         turn = (self.logs / "turn").resolve()
-        jobs = self.jobs("time", self.wanted(list(TIMES)), limit, **{one_job.TURN: str(turn)})
-        self.runner.run(jobs, 2, self.limit(stage), turn=turn)
+        jobs = self.jobs("time", self.wanted(list(TIMES)), **{one_job.TURN: str(turn)})
+        self.run_stage("time", jobs, 2, turn=turn)
 
     def tests(self) -> None:
         """The kernel tests that use the device; meanwhile the candidates of tile tables are compiled."""
-        stage, limit = LIMITS["tests"]
         files = [f"tests/test_{name}.py" for name in self.wanted(list(TEST_FILES))]
         command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "mmlm_benchmarks.gpu.pytest_facts", "--gpu-only"]
         command += ["-m", "not slow and not aot", "--tb=short", "--maxfail=60", "-p", "no:cacheprovider"]
         command += ["--continue-on-collection-errors", f"--junitxml={self.out / 'tests.xml'}", *files]
         command += ["-n", str(self.options.width)] if has_xdist() and not self.options.stand_in else []
         command += ["-k", self.options.tests] if self.options.tests else []
-        job = Job("tests", "pytest", tuple(command), limit, 0, self.environment)
-        prepared = [] if self.options.stand_in else self._candidates("compile", nice=10)
-        self.runner.run([job, *prepared], 1 + len(prepared), self.limit(stage))
+        job = Job("tests", "pytest", tuple(command), float("inf"), 0, self.environment)
+        prepared = [] if self.options.stand_in else self.candidate_jobs("compile", nice=10)
+        self.run_stage("tests", [job], 1, beside=prepared, beside_width=WARM_WIDTH)
 
     def candidates(self) -> None:
-        stage, _ = LIMITS["candidates"]
         turn = (self.logs / "candidates-turn").resolve()
-        jobs = self._candidates("time", **{one_job.TURN: str(turn)})
-        self.runner.run(jobs, 2, self.limit(stage), turn=turn)
+        self.run_stage("candidates", self.candidate_jobs("time", **{one_job.TURN: str(turn)}), 2, turn=turn)
 
-    def _candidates(self, what: str, nice: int = 0, **environment: str) -> list[Job]:
+    def candidate_jobs(self, what: str, nice: int = 0, **environment: str) -> list[Job]:
         some = CANDIDATES[: len(KERNELS)] if self.options.stand_in else CANDIDATES
         names = [f"{name}:{what}" for name in self.wanted(list(some))]
-        return self.jobs("candidates", names, LIMITS["candidates"][1], nice, **environment)
+        return self.jobs("candidates" if what == "time" else "warm", names, nice, **environment)
 
     def inspect(self) -> None:
-        """A job that died, again under the sanitizer; else one kernel under the profiler."""
-        stage, limit = LIMITS["inspect"]
-        bad = ("crashed", "CUDA error")
+        """A job that died, again under the sanitizer; else one op's kernels under the profiler.
+
+        What these processes find is distorted by the tools: their facts are not the suite's.
+        """
+        elsewhere = {one_job.FACTS: str(self.logs / "inspected.jsonl")}
         died = [f["job"] for f in read(self.path) if f["kind"] == "job" and f["stage"] == "check"
-                and str(f["status"]).startswith(bad)]  # fmt: skip
+                and str(f["status"]).startswith(("crashed", "CUDA error"))]  # fmt: skip
         if died and shutil.which("compute-sanitizer"):
             tool = ("compute-sanitizer", "--tool", "memcheck", "--print-limit", "20")
-            (job,) = self.jobs("check", died[:1], limit)
+            (job,) = self.jobs("check", died[:1], **elsewhere)
         elif shutil.which("ncu"):
-            # The clocks stay as they are; one launch of one kernel, or a profile takes longer than there is.
-            name = (self.options.ops or ["interval_attention"])[0]
-            kernels = "regex:_fwd_kernel|_dkv_kernel" if name == "interval_attention" else "regex:_kernel"
-            tool = ("ncu", "--clock-control", "none", "--set", "full", "-k", kernels, "--launch-count", "2",
-                    "--target-processes", "all", "-f", "-o", str(self.out / f"ncu-{name}"))  # fmt: skip
-            (job,) = self.jobs("time", [name], limit)
+            # The clocks stay as they are; a few launches of our kernels, or a profile takes longer than there is.
+            name = (self.options.ops or ["attention_128"])[0]
+            name = "attention_128" if name == "interval_attention" else name
+            tool = ("ncu", "--clock-control", "none", "--set", "full", "-k", "regex:^_.*_kernel$",
+                    "--launch-count", "4", "-f", "-o", str(self.out / f"ncu-{name}"))  # fmt: skip
+            (job,) = self.jobs("profile", [name], **elsewhere)
         else:
             self.facts.write("not inspected", reason="neither compute-sanitizer nor ncu is here")
             return
-        self.runner.run(
-            [Job("inspect", job.name, (*tool, *job.command), limit, 0, job.environment)], 1, self.limit(stage)
-        )
+        inspected = Job("inspect", job.name, (*tool, *job.command), float("inf"), 0, job.environment)
+        self.run_stage("inspect", [inspected], 1)
 
 
 def has_xdist() -> bool:
@@ -160,12 +158,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, default=Path("gpu_out"), help="folder of facts.jsonl (default: %(default)s)"
     )
+    parser.add_argument("--logs", type=Path, help="folder of the jobs' output (default: logs in --out)")
     parser.add_argument("--seconds", type=float, default=470, help="for everything (default: %(default)s)")
     parser.add_argument(
         "--stages", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE", help=f"of {STAGES}"
     )
     parser.add_argument("--ops", nargs="+", help="only jobs of these names, or that begin with one and an underscore")
-    parser.add_argument("--width", type=int, default=8, help="processes side by side while nothing is timed")
+    parser.add_argument("--width", type=int, default=12, help="processes that check side by side")
     parser.add_argument("--job-seconds", type=float, help="for each job, in place of its stage's own limit")
     parser.add_argument("--tests", help="pytest's -k for the stage tests")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])

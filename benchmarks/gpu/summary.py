@@ -47,9 +47,9 @@ CEILINGS = (
 
 
 def what_to_mend(facts: list[Fact]) -> tuple[list[str], bool]:
-    """Lines for a person, the most valuable first, and whether nothing broke (a missed goal breaks nothing)."""
-    broken = [*_lost_jobs(facts), *_failed_checks(facts), *_failed_tests(facts)]
+    """Lines for a person, the most valuable first, and whether all was checked and holds; a missed goal is no fault."""
     is_rehearsal = any(f["kind"] == "probe" and f["stand_in"] for f in facts)
+    broken = _broken(facts)
     slow = [] if is_rehearsal else _missed_goals(facts)
     checks = [f for f in facts if f["kind"] == "check"]
     tests = next((f for f in reversed(facts) if f["kind"] == "tests"), None)
@@ -66,6 +66,19 @@ def what_to_mend(facts: list[Fact]) -> tuple[list[str], bool]:
     return lines, not broken
 
 
+def _broken(facts: list[Fact]) -> list[tuple[float, str]]:
+    return [*_lost_jobs(facts), *_failed_checks(facts), *_failed_calls(facts), *_failed_tests(facts)]
+
+
+def merged(parts: list[list[Fact]]) -> list[Fact]:
+    """Facts of several calls: what a later one found of a job replaces what was known of it."""
+    facts: list[Fact] = []
+    for part in parts:
+        again = {(f.get("stage"), f.get("job")) for f in part}
+        facts = [f for f in facts if (f.get("stage"), f.get("job")) not in again] + part
+    return facts
+
+
 def users_of(job: str) -> int:
     return next((n for name, n in USERS.items() if job == name or job.startswith(f"{name}_")), 1)
 
@@ -74,19 +87,34 @@ def _lost_jobs(facts: list[Fact]) -> Iterable[tuple[float, str]]:
     ended = {(f["stage"], f["job"]): f for f in facts if f["kind"] == "job"}
     for fact in facts:
         key = (fact.get("stage"), fact.get("job"))
-        if fact["kind"] == "start" and key not in ended:
+        if fact["kind"] == "start" and key not in ended and key[0] != "warm":
             yield 300.0 + users_of(key[1]), f"LOST    {key[0]} {key[1]}: the suite ended before it did"
     for (stage, job), fact in ended.items():
         status = str(fact["status"])
-        if stage == "warm" or status in ("done", "no time", "cut off") or status.startswith("failed"):
+        if stage == "warm" or status == "done":
             continue
-        during = _last_try(facts, stage, job)
-        yield 400.0 + users_of(job), f"DIED    {stage} {job}: {status}{during}"
-    for (stage, job), fact in ended.items():
-        told = any(f["kind"] in ("check", "failed", "test failed") and f.get("job") == job for f in facts)
-        if str(fact["status"]).startswith("failed") and not told and stage != "warm":
+        if status in ("no time", "cut off", "killed with the suite"):
+            worth = {"check": 250.0, "tests": 50.0}.get(stage, 20.0)
+            yield worth + users_of(job), f"NOT RUN {stage} {job}: {status}{_last_try(facts, stage, job)}"
+        elif not status.startswith("failed"):
+            yield 400.0 + users_of(job), f"DIED    {stage} {job}: {status}{_last_try(facts, stage, job)}"
+        elif not any(_tells_of_a_failure(f, stage, job) for f in facts):
             last = str(fact.get("tail", "")).strip().splitlines()[-1:]
-            yield 350.0 + users_of(job), f"FAILED  {stage} {job}: {fact['status']}: {''.join(last)[:200]}"
+            yield 350.0 + users_of(job), f"FAILED  {stage} {job}: {status}: {''.join(last)[:200]}"
+
+
+def _tells_of_a_failure(fact: Fact, stage: str, job: str) -> bool:
+    if (fact.get("stage"), fact.get("job")) != (stage, job):
+        return False
+    return fact["kind"] in ("failed", "test failed") or (fact["kind"] == "check" and not fact["ok"])
+
+
+def _failed_calls(facts: list[Fact]) -> Iterable[tuple[float, str]]:
+    """Of ours in what is timed; that a peer cannot do something is in its facts, and nothing to mend here."""
+    for f in facts:
+        if f["kind"] == "failed" and f["ours"] and f["stage"] != "warm":
+            first = str(f["message"]).splitlines()[0][:200]
+            yield 150.0 + users_of(f["group"]), f"FAILED  {f['stage']} {f['case']}: {first}"
 
 
 def _last_try(facts: list[Fact], stage: str, job: str) -> str:
@@ -124,17 +152,24 @@ def _missed_goals(facts: list[Fact]) -> list[tuple[float, str]]:
             continue
         goals = [goal for words, provider, goal in GOALS if re.search(words, f["case"]) and provider == f["provider"]]
         goal, reached = max([1.0, *goals]), f["ours_faster"]
-        if isinstance(reached, float | int) and reached < goal:
+        if _is_number(reached) and _is_number(f["median_ms"]) and reached < goal:
             text = f"SLOW    {f['case']}: {reached:.2f}x {f['provider']} ({f['median_ms']:.3g} ms), goal {goal:g}x"
             missed.append((users_of(f["group"]) * goal / max(reached, 1e-9), text))
     for case, f in ours.items():
         for words, milliseconds, gib in CEILINGS:
-            if words in case and (f["median_ms"] > milliseconds or (f["peak_mib"] or 0) > 1024 * gib):
-                over = max(f["median_ms"] / milliseconds, (f["peak_mib"] or 0) / 1024 / gib)
-                reached = f"{f['median_ms']:.3g} ms, {f['peak_mib']:.0f} MiB"
+            if words not in case or not _is_number(f["median_ms"]):
+                continue
+            over = max(f["median_ms"] / milliseconds, (f["peak_mib"] or 0) / 1024 / gib)
+            if over > 1:
+                reached = f"{f['median_ms']:.3g} ms, {f['peak_mib'] or 0:.0f} MiB"
                 text = f"SLOW    {case}: {reached}, goal {milliseconds:g} ms, {gib:g} GiB"
                 missed.append((users_of(f["group"]) * over, text))
     return missed
+
+
+def _is_number(value: Any) -> bool:
+    """Facts hold NaN and infinity as words."""
+    return isinstance(value, float | int)
 
 
 def results_of(facts: list[Fact]) -> dict[str, Any]:
@@ -148,7 +183,8 @@ def results_of(facts: list[Fact]) -> dict[str, Any]:
     if missing:
         raise ValueError(f"facts of the stage probe are needed, these have no {' and no '.join(missing)}")
     environment = {k: v for k, v in last["environment"].items() if k not in NOT_ROWS}
-    rows = _without_surroundings(facts, "time")
+    timed = {(f["case"], f["provider"]): f for f in facts if f["kind"] == "time" and _is_number(f["median_ms"])}
+    rows = _without_surroundings(list(timed.values()), "time")
     keep = ("job", "check", "dtype", "mode", "ok", "of_allowed", "relative", "nan", "message")
     checks = [{k: f[k] for k in keep if k in f} for f in facts if f["kind"] == "check"]
     tests = [f for f in facts if f["kind"] == "tests"][-1:]
@@ -160,9 +196,9 @@ def results_of(facts: list[Fact]) -> dict[str, Any]:
         "rows": rows,
         "checks": checks,
         "candidates": _without_surroundings(facts, "candidate"),
-        "compile_seconds": _without_surroundings(facts, "compile"),
+        "compile_seconds_beside_checks": _without_surroundings(facts, "compile"),
         "tests": {k: tests[0][k] for k in ("passed", "failed", "skipped", "finished")} if tests else None,
-        "failures": [text for _, text in [*_lost_jobs(facts), *_failed_checks(facts), *_failed_tests(facts)]],
+        "failures": [text for _, text in sorted(_broken(facts), key=lambda item: -item[0])],
         "not_measured": [f["case"] for f in facts if f["kind"] == "not timed"],
     }
 

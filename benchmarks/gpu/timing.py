@@ -7,8 +7,8 @@ import fcntl
 import gc
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import traceback
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from mmlm_benchmarks import harness
-from mmlm_benchmarks.gpu.correctness import raise_if_lost
+from mmlm_benchmarks.gpu.correctness import described, raise_if_lost
 from mmlm_benchmarks.gpu.device import Device
 from mmlm_benchmarks.gpu.facts import Facts
 from mmlm_benchmarks.gpu.job import TURN
@@ -28,27 +28,34 @@ from mmlm_benchmarks.gpu.plan import TIMES
 
 COMPILED = ("torch.compile", "FlexAttention")
 SECONDS_A_PROVIDER = 0.15
-SETTLING_CALLS, SETTLING_SECONDS = 130, 1.5
+# What ours counts before it builds a plan for a shape that comes often: a step of a model is behind that.
+SETTLING_CALLS, SETTLING_SECONDS = 130, 4.0
 
 
 def run(name: str, device: Device, facts: Facts, left: Callable[[], float], warm_only: bool = False) -> bool:
     """Time the cases of one job, or only compile what they compare with. Returns whether all of them ran."""
     path, num_compiled, budget = TIMES[name]
     num_compiled = 0 if device.is_stand_in else num_compiled
-    module = import_module(f"mmlm_benchmarks.{path}")
-    good = True
+    cases = cases_of(import_module(f"mmlm_benchmarks.{path}"), device)
     if warm_only:
-        for case in cases_of(module, device)[:num_compiled]:
-            good &= compile_case(case, facts)
-        return good
-    with turn():
-        begin, cases = time.perf_counter(), cases_of(module, device)
-        for index, case in enumerate(cases):
-            if time.perf_counter() - begin > budget or left() < 3:
-                facts.write("not timed", case=case.name, reason="no time left")
-                continue
-            seconds = SECONDS_A_PROVIDER if not device.is_stand_in else 0.01
+        compiled = [compile_case(case, facts) for case in cases[:num_compiled]]
+        return all(compiled)
+    import triton  # noqa: F401  before the turn: others are timed meanwhile
+
+    if device.type == "cuda":
+        torch.cuda.init()
+    take_turn()
+    begin, good = time.perf_counter(), True
+    for index, case in enumerate(cases):
+        if time.perf_counter() - begin > budget or left() < 3:
+            facts.write("not timed", case=case.name, reason="no time left")
+            continue
+        seconds = SECONDS_A_PROVIDER if not device.is_stand_in else 0.01
+        try:
             good &= time_case(case, index < num_compiled, facts, seconds)
+        except Exception as error:  # the other cases go on
+            good = False
+            failed(facts, case, "any", error)
     return good
 
 
@@ -59,27 +66,28 @@ def cases_of(module: ModuleType, device: Device) -> list[harness.Case]:
     return module.cases(device.type, "tiny")[:4]
 
 
-@contextmanager
-def turn() -> Iterator[None]:
+_locks: list[Any] = []  # held until the process ends, however it ends: until then its memory is on the device
+
+
+def take_turn() -> None:
     """Wait for the right to use the device alone; what a process imports before overlaps with another's timing."""
     path = os.environ.get(TURN)
     if not path:
-        yield
         return
-    with Path(path).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # is given back when the process ends, however it ends
-        Path(f"{path}.{os.getpid()}").touch()  # its limit begins here
-        yield
+    _locks.append(Path(path).open("w"))  # noqa: SIM115
+    fcntl.flock(_locks[-1], fcntl.LOCK_EX)
+    Path(f"{path}.{os.getpid()}").touch()  # the job's limit begins here
 
 
 def compile_case(case: harness.Case, facts: Facts) -> bool:
-    """The first call of what is compiled: what a user waits for."""
+    """First calls of what is compiled; they run beside the checks, which makes them slower than alone."""
     args = case.inputs()[0]
     good = True
     for provider in COMPILED:
         if provider in case.providers:
             start = time.perf_counter()
-            good &= call_once(case, provider, args, facts)
+            ran, _ = call_once(case, provider, args, facts)
+            good &= ran
             facts.write("compile", case=case.name, provider=provider, seconds=time.perf_counter() - start)
     return good
 
@@ -87,18 +95,19 @@ def compile_case(case: harness.Case, facts: Facts) -> bool:
 def time_case(case: harness.Case, is_compiled: bool, facts: Facts, seconds: float = SECONDS_A_PROVIDER) -> bool:
     """Time one case, `seconds` a provider; a provider that fails is a fact and is left out."""
     facts.write("try", case=case.name)
-    torch.cuda.empty_cache()
     gc.collect()
-    try:
-        inputs = case.inputs()
-    except Exception as error:  # memory, most likely
-        raise_if_lost(error)
-        facts.write("failed", case=case.name, provider="inputs", message=f"{type(error).__name__}: {error}"[:800])
-        return False
+    torch.cuda.empty_cache()
+    inputs = case.inputs()
     names = [p for p in case.providers if is_compiled or p != "torch.compile"]
-    usable = {p: case.providers[p] for p in names if call_once(case, p, inputs[0], facts)}
-    told = differ(case, usable, inputs[0])
-    settle(usable, case.ours, inputs[0])
+    if case.ours in names:
+        settle(case, inputs[0], facts)
+    usable, outputs = {}, {}
+    for provider in names:
+        ran, outputs[provider] = call_once(case, provider, inputs[0], facts)
+        if ran:
+            usable[provider] = case.providers[provider]
+    told = differ(outputs, case.ours)
+    outputs.clear()
     others = [p for p in usable if p != case.ours]
     if case.ours not in usable:
         return False
@@ -111,47 +120,50 @@ def time_case(case: harness.Case, is_compiled: bool, facts: Facts, seconds: floa
     return len(usable) == len(names)
 
 
-def settle(providers: dict[str, Callable], ours: str, args: tuple) -> None:
-    """Call ours as often as it counts before it builds a plan for a shape that comes often: that is what steps are."""
-    if ours in providers and harness.on_cuda(args):
-        start, calls = time.perf_counter(), 0
-        while calls < SETTLING_CALLS and time.perf_counter() - start < SETTLING_SECONDS:
-            providers[ours](*args)
-            calls += 1
-
-
-def call_once(case: harness.Case, provider: str, args: tuple, facts: Facts) -> bool:
+def settle(case: harness.Case, args: tuple, facts: Facts) -> None:
+    """Attention that torch computes counts calls of a shape before cuDNN gets it."""
+    if case.group != "interval_attention" or "causal" not in case.name or not harness.on_cuda(args):
+        return
+    start, calls = time.perf_counter(), 0
     try:
-        case.providers[provider](*args)
+        while calls < SETTLING_CALLS and time.perf_counter() - start < SETTLING_SECONDS:
+            case.providers[case.ours](*args)
+            calls += 1
+            if calls % 8 == 0:
+                torch.cuda.synchronize()  # or the queue, not the clock, would say how long this takes
+    except Exception as error:
+        failed(facts, case, case.ours, error)
+    if calls < SETTLING_CALLS:
+        facts.write("not settled", case=case.name, calls=calls)
+
+
+def call_once(case: harness.Case, provider: str, args: tuple, facts: Facts) -> tuple[bool, Tensor | None]:
+    """Whether a provider runs, and its first output: None where a call gives nothing, as training steps do."""
+    try:
+        leaves = pytree.tree_leaves(case.providers[provider](*args))
         if torch.cuda.is_available():
             torch.cuda.synchronize()
     except Exception as error:  # what a peer cannot do must not cost ours its row
-        facts.write("failed", case=case.name, provider=provider, message=f"{type(error).__name__}: {error}"[:800])
-        raise_if_lost(error)
-        return False
-    return True
+        failed(facts, case, provider, error)
+        return False, None
+    return True, leaves[0] if leaves and isinstance(leaves[0], Tensor) else None
+
+
+def failed(facts: Facts, case: harness.Case, provider: str, error: Exception) -> None:
+    traceback.print_exc()
+    ours = provider in (case.ours, "any")
+    facts.write("failed", case=case.name, group=case.group, provider=provider, ours=ours, message=described(error))
+    raise_if_lost(error)
 
 
 @torch.no_grad()
-def differ(case: harness.Case, providers: dict[str, Callable], args: tuple) -> dict[str, float | None]:
-    """Relative difference of each provider's first output to the baseline's, so that all time one computation."""
-    baseline = first_output(providers, next(iter(providers), ""), args)
+def differ(outputs: dict[str, Tensor | None], ours: str) -> dict[str, float | None]:
+    """Relative difference of each output to ours, so that all time one computation."""
+    expected = outputs.get(ours)
     found: dict[str, float | None] = {}
-    for provider in providers:
-        out = first_output(providers, provider, args)
-        if baseline is None or out is None or out.shape != baseline.shape:
+    for provider, out in outputs.items():
+        if expected is None or out is None or out.shape != expected.shape:
             found[provider] = None
         else:
-            found[provider] = float((out - baseline).norm(dtype=torch.float32) / baseline.norm(dtype=torch.float32))
+            found[provider] = float((out - expected).norm(dtype=torch.float32) / expected.norm(dtype=torch.float32))
     return found
-
-
-def first_output(providers: dict[str, Callable], provider: str, args: tuple) -> Tensor | None:
-    """None where a call gives nothing, as training steps do."""
-    if provider not in providers:
-        return None
-    try:
-        leaves: list[Any] = pytree.tree_leaves(providers[provider](*args))
-    except RuntimeError:  # a training step wants gradients
-        return None
-    return leaves[0] if leaves and isinstance(leaves[0], Tensor) else None

@@ -95,7 +95,11 @@ _KEPT: dict[Any, Any] = {}
 def _compiled_flex() -> Callable:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return _KEPT.setdefault("flex", torch.compile(flex_attention, dynamic=False))
+    if "flex" not in _KEPT:
+        # A graph a shape, and an error where there is none: beyond 8 it would run eagerly, without a word.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        _KEPT["flex"] = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    return _KEPT["flex"]
 
 
 def _block_mask(mask: IntervalMask, kv_len: int) -> Any:

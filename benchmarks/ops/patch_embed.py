@@ -1,5 +1,7 @@
 """From 8-bit pixels to patch embeddings, against rescaling, normalising and a convolution."""
 
+from functools import cache
+
 import torch
 
 from mmlm_benchmarks.harness import Case
@@ -52,10 +54,15 @@ def cases(device: str, sizes: str | None = None) -> list[Case]:
         if frames:
             continue
 
-        def eager(p, patch=patch, dtype=dtype):
-            """As an image processor and a patchify: rescale, normalise, cut."""
+        @cache
+        def constants(dtype=dtype):
+            """Made once: copied at every call they would be most of the time."""
             scale, shift = torch.ones(3, dtype=dtype, device=device), torch.zeros(3, dtype=dtype, device=device)
-            mean, std = (torch.tensor(t, device=device).view(3, 1, 1) for t in (MEAN, STD))
+            return scale, shift, *(torch.tensor(t, device=device).view(3, 1, 1) for t in (MEAN, STD))
+
+        def eager(p, patch=patch, dtype=dtype, constants=constants):
+            """As an image processor and a patchify: rescale, normalise, cut."""
+            scale, shift, mean, std = constants()
             x = (p.to(torch.float32) * (1 / 255) - mean) / std
             return patchify_ref(x.to(dtype), patch, scale, shift)
 
