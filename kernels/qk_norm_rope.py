@@ -13,6 +13,7 @@ from torch import Tensor
 
 HEADS = 8  # of a program, at most
 MAX_SPLITS = 512  # of the tokens in the gradient of the weights
+MAX_REGISTERS, MAX_REGISTERS_BWD = 128, 168  # unless told so, ptxas stops at 64 and 128 for sm_100 and spills
 
 
 @triton.jit
@@ -211,7 +212,8 @@ def _rotate(
             query, k, out, out if key is None else out_key, query_weight if has_norm else query,
             query if key_weight is None else key_weight, cos, sin, length,
             0 if cos.shape[0] == 1 else length, heads, key_heads, *_strides(query, unit), *_strides(k, unit), eps,
-            offset, UNIT=unit, D=size, half=half, HAS_NORM=has_norm, INVERSE=inverse, **tile,
+            offset, UNIT=unit, D=size, half=half, HAS_NORM=has_norm, INVERSE=inverse,
+            maxnreg=MAX_REGISTERS, **tile,
         )  # fmt: skip
     return out, out_key
 
@@ -246,7 +248,7 @@ def _norm_bwd(
         _norm_bwd_kernel[grid](
             grad, x, dx, weight, partial, cos, sin, tokens, length, 0 if cos.shape[0] == 1 else length, heads,
             *_strides(grad, unit), *_strides(x, unit), tokens_per_program, eps, offset, UNIT=unit, D=size, half=half,
-            **tile,
+            maxnreg=MAX_REGISTERS_BWD, **tile,
         )  # fmt: skip
     return dx, partial.sum((0, 1)).to(weight.dtype)
 
