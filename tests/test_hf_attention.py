@@ -7,6 +7,7 @@ import pytest
 import tiny_models
 import torch
 import transformers
+from packaging.version import Version
 from speech import need_recordings
 from transformers import LlamaConfig, masking_utils
 from transformers.cache_utils import DynamicCache, StaticCache
@@ -16,6 +17,8 @@ from mmlm_fast.hf import attention as attention_module
 from mmlm_fast.hf.interval_mask import interval_mask, say_once
 from mmlm_fast.masks import IntervalMask
 from mmlm_fast.testing import difference
+
+STATIC_MLLAMA = Version(transformers.__version__) >= Version("5.18")
 
 
 @pytest.fixture(autouse=True)
@@ -68,9 +71,15 @@ def test_greedy_generation_token_by_token(name, cache):
     options = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
     if cache == "static":
         options["cache_implementation"] = "static"
-    tokens = [tiny.build(implementation).generate(**inputs, **options) for implementation in ("eager", "mmlm_fast")]
-    assert torch.equal(*tokens)
-    assert tokens[0].shape[1] >= 8
+    if name == "mllama" and cache == "static" and not STATIC_MLLAMA:
+        # Before 5.18 Mllama gives its cross-attention a static cache's whole room for keys: no implementation can do it.
+        for implementation in ("eager", "sdpa", "mmlm_fast"):
+            with pytest.raises(RuntimeError, match="must match the size"):
+                tiny.build(implementation).generate(**inputs, **options)
+        return
+    expected = tiny.build("eager").generate(**inputs, **options)
+    assert torch.equal(tiny.build("mmlm_fast").generate(**inputs, **options), expected)
+    assert expected.shape[1] >= 8
 
 
 def test_bfloat16_and_float16():

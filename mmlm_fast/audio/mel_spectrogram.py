@@ -12,6 +12,7 @@ from torch import Tensor
 from mmlm_fast.audio.filters import cosine_matrix, lifter, mel_filters, window_of
 from mmlm_fast.audio.resample import resample
 from mmlm_fast.audio.spectral import constant_in_graphs, dtype_name, family, features_of, plain_float
+from mmlm_fast.audio.tables import kept_tables
 from mmlm_fast.audio.waveforms import as_float, clips_of
 
 _EDGES = {"reflect": "reflect", "constant": "zero", "symmetric": "mirror"}
@@ -432,10 +433,13 @@ def mel_mfcc(
             **melkwargs,
         )
         table_dtype = getattr(torch, defaults["table_dtype"])
-        matrix = torch.tensor(_dct_rows(n_mfcc, n_mels, dct_norm, plain_float(lifter), table_dtype), dtype=dtype)
-        if isinstance(mel, Tensor):
-            return matrix.to(mel.device) @ mel
-        return [matrix.to(m.device) @ m for m in mel]
+        arguments = (n_mfcc, n_mels, dct_norm, plain_float(lifter), table_dtype)
+
+        def coefficients(mel: Tensor) -> Tensor:
+            rows = kept_tables(("dct", *arguments), lambda: [np.array(_dct_rows(*arguments))], dtype, mel)
+            return rows[0] @ mel
+
+        return coefficients(mel) if isinstance(mel, Tensor) else [coefficients(m) for m in mel]
     known: dict[str, Any] = mel_spectrogram.__kwdefaults__ or {}
     unknown = sorted(set(melkwargs) - set(known))
     if unknown:
