@@ -72,7 +72,7 @@ def test_greedy_generation_token_by_token(name, cache):
     if cache == "static":
         options["cache_implementation"] = "static"
     if name == "mllama" and cache == "static" and not STATIC_MLLAMA:
-        # Before 5.18 Mllama gives its cross-attention a static cache's whole room for keys: no implementation can do it.
+        # Before 5.18 Mllama gives its cross-attention a static cache's whole room for keys: nobody can do it.
         for implementation in ("eager", "sdpa", "mmlm_fast"):
             with pytest.raises(RuntimeError, match="must match the size"):
                 tiny.build(implementation).generate(**inputs, **options)
