@@ -9,9 +9,9 @@ BIN    := $(MMLM_FAST_VENV)/bin
 RUN    := $(BIN)/python -P -m
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu')
 
-.PHONY: help env gpu-env gpu-env-test gpu-carry gpu-rehearsal report test lint format bench wheel sanitize clean
+.PHONY: help env gpu-env gpu-env-test gpu-carry gpu-rehearsal report test lint format bench aot-tables wheel sanitize clean
 help:
-	@sed -n 's/^# make/make/p' Makefile; echo "more: lint format bench wheel sanitize gpu-env gpu-env-test gpu-carry gpu-rehearsal clean"
+	@sed -n 's/^# make/make/p' Makefile; echo "more: lint format bench aot-tables wheel sanitize gpu-env gpu-env-test gpu-carry gpu-rehearsal clean"
 
 env:
 	@$(PYTHON) .ci/bootstrap.py
@@ -55,6 +55,11 @@ format: env
 # The same cases under pytest-benchmark, grouped by op.
 bench: env
 	$(RUN) pytest benchmarks --benchmark-only --benchmark-group-by=group $(ARGS)
+
+# tests/aot_tables: registers and spills of every kernel under both Tritons, which the tests take for what has not changed.
+aot-tables: env
+	for arch in 80 90 100; do for triton in "" "$(MMLM_FAST_VENV)/triton-3.6"; do for all in "" all; do \
+	  PYTHONPATH=$$triton $(BIN)/python -P tests/aot.py $$arch $$all --write >/dev/null || exit 1; done; done; done
 
 wheel: env
 	$(BIN)/pip wheel --no-deps --no-build-isolation -w dist .
