@@ -5,8 +5,10 @@ Beside the wheels lie `commit`, which the facts will name, `csrc.sha256`, of wha
 `tree.sha256`, of what that commit held.
 """
 
+import json
 import shutil
 import subprocess
+import sys
 
 from bootstrap import run, say
 from gpu_env import PYTHON, ROOT, WHEELS
@@ -25,6 +27,10 @@ def output(*command: str) -> str:
 
 def main() -> None:
     """Fill the folder anew."""
+    holds = output(str(PYTHON), "-P", "-c", "from mmlm_fast import _C; print(_C.build_info_json())")
+    built = json.loads(holds)
+    if not built["cuda"] or not any(arch.startswith("90") for arch in built["cuda_archs"]):
+        sys.exit(f"the native core holds no CUDA code for sm_90, which the GPU machine needs: {holds}")
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir()
     for wheel in WHEELS.glob("*.whl"):

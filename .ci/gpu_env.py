@@ -115,7 +115,8 @@ def tag() -> str:
 def make() -> None:
     arches = os.environ.get("MMLM_FAST_CUDA_ARCHS", "90")
     pins = Stamp("pins", digest_of(PINS, Path(__file__)))
-    package = Stamp("package", digest_of(*(ROOT / name for name in PACKAGED), also=f"{pins.wanted} {ROOT} {arches}"))
+    built = f"{pins.wanted} {ROOT} {arches} {os.environ.get('MMLM_FAST_CUDA')}"
+    package = Stamp("package", digest_of(*(ROOT / name for name in PACKAGED), also=built))
     if pins.fits() and package.fits():
         return
     with locked(fcntl.LOCK_EX):

@@ -26,9 +26,12 @@ COLUMNS = (
 GPU_COLUMNS = (*COLUMNS[:-1], "of the card's limit", "host µs, theirs / ours")
 
 
-def newest(device_type: str, having: str = "rows") -> tuple[str, dict[str, Any]] | None:
-    """File name and content of the newest committed results of a kind of device that have this."""
-    found = [(path.name, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(RESULTS.glob("*.json"))]
+def newest(
+    device_type: str, having: str = "rows", folder: Path | None = None
+) -> tuple[str, dict[str, Any]] | None:  # fmt: skip
+    """File name and content of the newest results in a folder, of a kind of device, that have this."""
+    paths = sorted((folder or RESULTS).glob("*.json"))
+    found = [(path.name, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
     found = [(name, r) for name, r in found if r["environment"]["device_type"] == device_type and r.get(having)]
     return max(found, key=lambda item: item[1]["environment"]["date"], default=None)
 
@@ -65,18 +68,23 @@ def _or_dash(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
-def table(device_type: str) -> str:
-    found = newest(device_type)
+def table(device_type: str, folder: Path | None = None) -> str:
+    found = newest(device_type, folder=folder)
     if found is None:
-        return "Not measured yet."
+        return "Not measured yet, nor has any kernel run on a GPU." if device_type == "cuda" else "Not measured yet."
     name, results = found
     e = results["environment"]
     packages = ", ".join(f"{k} {v}" for k, v in e["packages"].items())
+    commits = ", ".join(sorted({str(r.get("commit", e["commit"])) for r in results["rows"]}))
+    if device_type == "cuda":
+        told = f"{e['device']}; {e['date']}, commit {commits}; {packages}. From `benchmarks/results/{name}`."
+        told += "".join(f"\n- {text}" for text in results.get("failures", []))
+        return f"{told}\n\n{markdown_table(GPU_COLUMNS, lines(results))}"
     told = (
         f"{e['device']}, {e['cores']} cores, {e['threads']} threads (audio: one), {e['isa']}, load {e['load_average']} "
-        f"at the start; {e['date']}, commit {e['commit']}; {packages}. From `benchmarks/results/{name}`."
+        f"at the start; {e['date']}, commit {commits}; {packages}. From `benchmarks/results/{name}`."
     )
-    return f"{told}\n\n{markdown_table(COLUMNS if device_type == 'cpu' else GPU_COLUMNS, lines(results))}"
+    return f"{told}\n\n{markdown_table(COLUMNS, lines(results))}"
 
 
 def memory_curve() -> str:
@@ -113,8 +121,8 @@ def extractors() -> str:
     return markdown_table(("class of transformers", "status"), rows)
 
 
-def with_tables(text: str) -> str:
-    """README text with the tables between its markers made anew."""
+def with_tables(text: str, folder: Path | None = None) -> str:
+    """README text with the tables between its markers made anew; results of a GPU from `folder`, if it is given."""
     text = re.sub(
         r"(<!-- extractors -->\n).*?(<!-- end -->)", lambda m: m[1] + extractors() + "\n" + m[2], text, flags=re.S
     )
@@ -127,7 +135,8 @@ def with_tables(text: str) -> str:
     for device_type in ("cpu", "cuda"):
         pattern = rf"(<!-- {device_type} results -->\n).*?(\n<!-- end -->)"
         assert re.search(pattern, text, re.S), f"README.md has no <!-- {device_type} results --> … <!-- end -->"
-        text = re.sub(pattern, lambda m, t=device_type: m[1] + table(t) + m[2], text, flags=re.S)
+        made = table(device_type, folder if device_type == "cuda" else None)
+        text = re.sub(pattern, lambda m, made=made: m[1] + made + m[2], text, flags=re.S)
     return text
 
 

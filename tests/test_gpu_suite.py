@@ -323,6 +323,8 @@ def gpu_facts() -> list[dict]:
          "threads": 4, "isa": "avx512", "load_average": 1.0, "date": "2031-02-03", "commit": "abc1234",
          "packages": {"torch": "2.11.0"}},
         {"kind": "machine", **shared, "copy_gb_per_s": 3000.0, "matmul_gflop_per_s": 800_000.0},
+        {"kind": "check", "second": 1.0, "stage": "check", "job": "add_norm", "check": "c", "dtype": "float32",
+         "mode": "forward", "ok": True, "of_allowed": 0.5},
         row("add_norm rms bfloat16, forward", "eager", 8.0, "add_norm", 4.0),
         row("add_norm rms bfloat16, forward", "mmlm_fast", 2.0, "add_norm"),
     ]  # fmt: skip
@@ -397,12 +399,56 @@ def test_a_second_call_replaces_the_jobs_it_ran_again(tmp_path, monkeypatch):
     again = [{**f, "median_ms": f["median_ms"] / 2} for f in glu]
     first.write_text("\n".join(map(json.dumps, [*gpu_facts(), *glu])) + "\n")
     second.write_text("\n".join(map(json.dumps, [*gpu_facts()[:3], *again])) + "\n")
-    monkeypatch.setattr(readme, "RESULTS", tmp_path)
     page = tmp_path / "README.md"
     page.write_text("<!-- cuda results -->\nold\n<!-- end -->\n<!-- cpu results -->\nold\n<!-- end -->\n")
     assert command.main([str(first), str(second), "--out", str(tmp_path), "--readme", str(page)]) == 0
     rows = json.loads((tmp_path / "h100-2031-02-03.json").read_text())["rows"]
     assert [r["median_ms"] for r in rows] == [8.0, 2.0, 4.0, 1.0]
+
+
+def counts_fact(**files: list[int]) -> dict:
+    names = ("passed", "failed", "skipped")
+    counts = {f"tests/{name}.py": dict(zip(names, n, strict=True)) for name, n in files.items()}
+    return {"kind": "tests", "second": 9.0, "stage": "tests", "job": "pytest", "files": counts, "finished": True}
+
+
+def test_a_second_call_forgets_nothing_that_it_did_not_run():
+    failure = {"kind": "test failed", "second": 9.0, "stage": "tests", "job": "pytest", "when": "call", "text": "E  no"}
+    first = [
+        *gpu_facts(),
+        {**failure, "test": "tests/test_glu.py::test_x"},
+        {**failure, "test": "tests/test_clip_loss.py::test_x"},
+        counts_fact(test_glu=[3, 1, 0], test_clip_loss=[5, 1, 2]),
+    ]
+    job = {"second": 9.0, "stage": "time", "job": "add_norm"}
+    second = [
+        {"kind": "start", **job},
+        {"kind": "job", **job, "status": "no time"},
+        counts_fact(test_clip_loss=[6, 0, 2]),
+    ]
+    facts = summary.merged([first, second])
+    lines, good = summary.what_to_mend(facts)
+    assert not good
+    assert "tests: 9 passed, 1 failed, 2 skipped" in lines
+    assert [line[:33] for line in lines if line.startswith(("TEST", "NOT RUN"))] == [
+        "TEST    tests/test_glu.py::test_x"
+    ]
+    assert len(summary.results_of(facts)["rows"]) == 2
+
+
+def test_facts_without_checks_prove_nothing():
+    lines, good = summary.what_to_mend([f for f in gpu_facts() if f["kind"] != "check"])
+    assert not good
+    assert "nothing was checked" in lines
+
+
+def test_what_broke_and_every_commit_stand_above_the_table(tmp_path):
+    died = {"kind": "job", "second": 2.0, "stage": "check", "job": "glu", "status": "hung", "seconds": 60.0, "tail": ""}
+    other = row("glu silu bfloat16, forward", "mmlm_fast", 1.0, "glu", commit="def5678")
+    summary.write_results([*gpu_facts(), other, died], tmp_path)
+    text = readme.table("cuda", tmp_path)
+    assert "commit abc1234, def5678" in text
+    assert "- DIED    check glu: hung" in text
 
 
 def test_numbers_that_are_none_are_no_rows():
@@ -422,7 +468,6 @@ def test_facts_become_results_and_the_readmes_table(tmp_path, capsys, monkeypatc
     path.write_text("\n".join(map(json.dumps, gpu_facts())) + "\n")
     marker = "<!-- cuda results -->\nold\n<!-- end -->"
     page.write_text(f"{marker}\n<!-- cpu results -->\nold\n<!-- end -->\n")
-    monkeypatch.setattr(readme, "RESULTS", tmp_path)
     assert command.main([str(path), "--out", str(tmp_path), "--readme", str(page)]) == 0
     results = json.loads((tmp_path / "h100-2031-02-03.json").read_text())
     assert results["environment"]["device_type"] == "cuda"
@@ -444,7 +489,7 @@ def test_a_rehearsal_is_no_result(tmp_path, capsys):
 
 def test_without_the_probe_there_are_no_results(tmp_path, capsys):
     path = tmp_path / "facts.jsonl"
-    path.write_text(json.dumps(gpu_facts()[3]) + "\n")
+    path.write_text(json.dumps(gpu_facts()[4]) + "\n")
     assert command.main([str(path), "--out", str(tmp_path)]) == 2
     assert "no probe and no environment" in capsys.readouterr().err
 

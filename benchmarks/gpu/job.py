@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     from mmlm_benchmarks.gpu.facts import Facts
 
     device = Device(os.environ.get(DEVICE, "cuda"), bool(stand_in))
-    facts = Facts(os.environ[FACTS], stage=args.stage, job=args.name)
+    facts = Facts(os.environ[FACTS], stage=args.stage, job=args.name, commit=os.environ.get("MMLM_COMMIT"))
     return run(args.stage, args.name, device, facts)
 
 

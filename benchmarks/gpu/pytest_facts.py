@@ -12,12 +12,14 @@ COUNTS_EVERY_SECONDS = 3.0
 class _Reporter:
     def __init__(self) -> None:
         self.facts = Facts(os.environ[FACTS], stage="tests", job="pytest")
-        self.counts = {"passed": 0, "failed": 0, "skipped": 0}
+        self.files: dict[str, dict[str, int]] = {}  # what each file's tests came to
         self.written = time.monotonic()
 
     def pytest_runtest_logreport(self, report) -> None:
         if report.when == "call" or report.outcome != "passed":
-            self.counts[report.outcome] += 1
+            path = report.nodeid.partition("::")[0]
+            counts = self.files.setdefault(path, {"passed": 0, "failed": 0, "skipped": 0})
+            counts[report.outcome] += 1
         if report.failed:
             self.facts.write("test failed", test=report.nodeid, when=report.when, text=str(report.longrepr)[-1500:])
         if time.monotonic() - self.written > COUNTS_EVERY_SECONDS:
@@ -25,7 +27,7 @@ class _Reporter:
 
     def write_counts(self, finished: bool) -> None:
         self.written = time.monotonic()
-        self.facts.write("tests", **self.counts, finished=finished)
+        self.facts.write("tests", files=self.files, finished=finished)
 
     def pytest_collectreport(self, report) -> None:
         if report.failed:

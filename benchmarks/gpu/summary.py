@@ -51,8 +51,7 @@ def what_to_mend(facts: list[Fact]) -> tuple[list[str], bool]:
     is_rehearsal = any(f["kind"] == "probe" and f["stand_in"] for f in facts)
     broken = _broken(facts)
     slow = [] if is_rehearsal else _missed_goals(facts)
-    checks = [f for f in facts if f["kind"] == "check"]
-    tests = next((f for f in reversed(facts) if f["kind"] == "tests"), None)
+    checks, tests = [f for f in facts if f["kind"] == "check"], tests_of(facts)
     lines = [f"{len(facts)} facts; checks: {sum(bool(c['ok']) for c in checks)} of {len(checks)} hold; "
              f"{sum(f['kind'] == 'time' for f in facts)} timings"]  # fmt: skip
     if tests is not None:
@@ -60,10 +59,10 @@ def what_to_mend(facts: list[Fact]) -> tuple[list[str], bool]:
         lines.append(f"tests: {tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped{end}")
     if is_rehearsal:
         lines.append("a rehearsal: nothing here says anything about a GPU")
-    lines.append("" if broken or slow else "nothing to mend")
+    lines.append("" if broken or slow else "nothing to mend" if checks else "nothing was checked")
     lines += [text for _, text in sorted(broken, key=lambda item: -item[0])]
     lines += [text for _, text in sorted(slow, key=lambda item: -item[0])]
-    return lines, not broken
+    return lines, bool(checks) and not broken
 
 
 def _broken(facts: list[Fact]) -> list[tuple[float, str]]:
@@ -71,12 +70,43 @@ def _broken(facts: list[Fact]) -> list[tuple[float, str]]:
 
 
 def merged(parts: list[list[Fact]]) -> list[Fact]:
-    """Facts of several calls: what a later one found of a job replaces what was known of it."""
+    """Facts of several calls: what a later one found of a job, or of a file of tests, replaces what was known of it."""
     facts: list[Fact] = []
     for part in parts:
-        again = {(f.get("stage"), f.get("job")) for f in part}
-        facts = [f for f in facts if (f.get("stage"), f.get("job")) not in again] + part
+        before, found = _found(facts), _found(part)
+        files = {path for f in part if f["kind"] == "tests" for path in f["files"]}
+        facts = [f for f in facts if _key(f) not in found and not (f["kind"] == "test failed" and _file(f) in files)]
+        # That it got no time is no news of a job that ran before.
+        facts += [f for f in part if not (f["kind"] in ("job", "start") and _key(f) in before - found)]
     return facts
+
+
+def _key(fact: Fact) -> tuple[Any, Any]:
+    return fact.get("stage"), fact.get("job")
+
+
+def _file(fact: Fact) -> str:
+    return fact["test"].partition("::")[0]
+
+
+def _found(facts: list[Fact]) -> set[tuple[Any, Any]]:
+    """Jobs that found something. Tests go by their files."""
+    silent = ("start", "try", "job", "not timed", "tests", "test failed")
+    died = {_key(f) for f in facts if f["kind"] == "job" and str(f["status"]).startswith(("crashed", "hung", "CUDA"))}
+    return died | {_key(f) for f in facts if f["kind"] not in silent}
+
+
+def tests_of(facts: list[Fact]) -> dict[str, Any] | None:
+    """Counts over the files of tests, each as it was run last; None where none was."""
+    runs = [f for f in facts if f["kind"] == "tests"]
+    if not runs:
+        return None
+    files: dict[str, dict[str, int]] = {}
+    for run in runs:
+        files.update(run["files"])
+    names = ("passed", "failed", "skipped")
+    counts = {name: sum(counts[name] for counts in files.values()) for name in names}
+    return counts | {"finished": runs[-1]["finished"]}
 
 
 def users_of(job: str) -> int:
@@ -187,7 +217,6 @@ def results_of(facts: list[Fact]) -> dict[str, Any]:
     rows = _without_surroundings(list(timed.values()), "time")
     keep = ("job", "check", "dtype", "mode", "ok", "of_allowed", "relative", "nan", "message")
     checks = [{k: f[k] for k in keep if k in f} for f in facts if f["kind"] == "check"]
-    tests = [f for f in facts if f["kind"] == "tests"][-1:]
     machine = {k: round(v, 1) for k, v in last.get("machine", {}).items() if k.startswith(("copy", "matmul"))}
     _add_fractions(rows, machine)
     return {
@@ -197,7 +226,7 @@ def results_of(facts: list[Fact]) -> dict[str, Any]:
         "checks": checks,
         "candidates": _without_surroundings(facts, "candidate"),
         "compile_seconds_beside_checks": _without_surroundings(facts, "compile"),
-        "tests": {k: tests[0][k] for k in ("passed", "failed", "skipped", "finished")} if tests else None,
+        "tests": tests_of(facts),
         "failures": [text for _, text in sorted(_broken(facts), key=lambda item: -item[0])],
         "not_measured": [f["case"] for f in facts if f["kind"] == "not timed"],
     }
@@ -233,6 +262,7 @@ def write_results(facts: list[Fact], folder: Path) -> Path:
     results = results_of(facts)
     if results["environment"]["stand_in"] or results["environment"]["device_type"] != "cuda":
         raise ValueError("these facts are a rehearsal's, not a GPU's: they are no results")
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / file_name(results)
     path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
