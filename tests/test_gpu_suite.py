@@ -445,7 +445,7 @@ def test_facts_without_checks_prove_nothing():
 def test_what_broke_and_every_commit_stand_above_the_table(tmp_path):
     died = {"kind": "job", "second": 2.0, "stage": "check", "job": "glu", "status": "hung", "seconds": 60.0, "tail": ""}
     other = row("glu silu bfloat16, forward", "mmlm_fast", 1.0, "glu", commit="def5678")
-    summary.write_results([*gpu_facts(), other, died], tmp_path)
+    summary.write_results(summary.results_of_a_gpu([*gpu_facts(), other, died]), tmp_path)
     text = readme.table("cuda", tmp_path)
     assert "commit abc1234, def5678" in text
     assert "- DIED    check glu: hung" in text

@@ -25,9 +25,10 @@ def main(argv: list[str] | None = None) -> int:
         lines, good = summary.what_to_mend(facts)
         print("\n".join(lines))
         if not options.only_mend:
-            # First: an installed package has no README, and then nothing is to be written.
+            results = summary.results_of_a_gpu(facts)
+            # Before anything is written: an installed package has no README.
             text = options.readme.read_text(encoding="utf-8")
-            path = summary.write_results(facts, options.out)
+            path = summary.write_results(results, options.out)
             options.readme.write_text(readme.with_tables(text, options.out), encoding="utf-8")
             print(f"\n{path}\n{options.readme}: its tables are made anew")
     except (OSError, ValueError) as error:

@@ -253,8 +253,8 @@ def file_name(results: dict[str, Any]) -> str:
     return f"{re.sub(r'[^a-z0-9]+', '-', words.lower()).strip('-')}-{environment['date']}.json"
 
 
-def write_results(facts: list[Fact], folder: Path) -> Path:
-    """Write results into `folder` and return the file; those of a rehearsal are refused.
+def results_of_a_gpu(facts: list[Fact]) -> dict[str, Any]:
+    """Results that may be kept: those of a rehearsal are refused.
 
     Raises:
         ValueError: for a rehearsal's facts, or without those of the stage probe.
@@ -262,6 +262,11 @@ def write_results(facts: list[Fact], folder: Path) -> Path:
     results = results_of(facts)
     if results["environment"]["stand_in"] or results["environment"]["device_type"] != "cuda":
         raise ValueError("these facts are a rehearsal's, not a GPU's: they are no results")
+    return results
+
+
+def write_results(results: dict[str, Any], folder: Path) -> Path:
+    """Write results into `folder`, which is made if need be, and return the file."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / file_name(results)
     path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
