@@ -2,7 +2,7 @@
 # On a machine with a GPU, within eight minutes: does everything run there, how fast, what must be mended.
 #   OUT=folder bash benchmarks/gpu_suite.sh                      all stages; facts in $OUT/facts.jsonl as they are known
 #   OUT=folder bash benchmarks/gpu_suite.sh --stages check --ops glu        some of them (--help lists the options)
-#   OUT=folder bash benchmarks/gpu_suite.sh profile OP           Nsight Compute on two launches of one op
+#   OUT=folder bash benchmarks/gpu_suite.sh profile OP           Nsight Compute on four launches of one op
 # Nothing is set up there: `make gpu-carry` has put what the machine lacks into .whl/. See benchmarks/GPU.md.
 set -uo pipefail
 cd "$(dirname "$0")/.."
