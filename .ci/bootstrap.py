@@ -154,6 +154,7 @@ def main() -> None:
         say("build tools")
         run(*install, *pins, *BUILD)
     say("mmlm-fast: compiling csrc, installing test and report tools")
+    os.environ.setdefault("MMLM_FAST_WIDE", "1")  # the tests run every width of vectors on every machine
     if uses_system:  # no network may be there: take what is installed, and say what is missing
         run(*install, "--no-build-isolation", "--no-deps", "-e", ROOT)
         absent = [

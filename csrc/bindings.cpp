@@ -372,10 +372,18 @@ py::dict cuda_status_dict() {
 }
 
 std::string set_isa_by_name(const std::string& name) {
-  for (int i = 0; i <= static_cast<int>(Isa::avx512); ++i) {
-    if (name == isa_name(static_cast<Isa>(i))) return isa_name(set_isa(static_cast<Isa>(i)));
+  for (const Isa isa : kIsas) {
+    if (name == isa_name(isa)) return isa_name(set_isa(isa));
   }
-  throw py::value_error("isa must be baseline, avx2 or avx512, got " + name);
+  throw py::value_error("isa must be baseline, avx2, avx512 or wide, got " + name);
+}
+
+std::vector<std::string> names_of_isas() {
+  std::vector<std::string> names;
+  for (const Isa isa : kIsas) {
+    if (has_isa(isa)) names.push_back(isa_name(isa));
+  }
+  return names;
 }
 
 // ---- attention ----------------------------------------------------------------------------------------------------
@@ -727,6 +735,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("active_isa", [] { return isa_name(active_isa()); });
   m.def("best_isa", [] { return isa_name(best_isa()); });
   m.def("set_isa", &set_isa_by_name);
+  m.def("isas", &names_of_isas);
   m.def("build_info_json", &build_info_json);
   m.def("cuda_status", &cuda_status_dict);
   py::class_<Resampler, std::shared_ptr<Resampler>>(m, "Resampler")

@@ -144,7 +144,7 @@ def test_a_sample_that_is_not_finite_is_an_error_where_a_frame_sees_it(signal, a
     assert isinstance(result, ValueError) == seen
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", _C.isas())
 def test_every_isa_agrees_with_the_others(isa):
     before = _C.active_isa()
     if _C.set_isa(isa) != isa:

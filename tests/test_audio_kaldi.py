@@ -108,7 +108,7 @@ def test_reference_agrees():
             torch.testing.assert_close(ours(x, dtype=torch.float64, **options), expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", _C.isas())
 @pytest.mark.parametrize(
     ("frame_length", "frame_shift"), [(25.0, 10.0), (20.0, 7.0), (32.0, 4.0), (16.0, 16.0), (5.0, 5.0), (10.0, 25.0)]
 )

@@ -12,7 +12,7 @@ from mmlm_fast.audio import log_mel, log_mel_ref
 from mmlm_fast.audio.filters import mel_filters
 from mmlm_fast.audio.log_mel import checked_key
 
-ISAS = ["baseline", "avx2", "avx512"][: ["baseline", "avx2", "avx512"].index(_C.best_isa()) + 1]
+ISAS = _C.isas()
 
 
 @pytest.fixture(params=ISAS)

@@ -64,7 +64,7 @@ def test_any_transform_length(n_fft):
 
 
 @pytest.mark.parametrize("hop_length", [1, 7, 160, 399, 400, 401, 900])
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", _C.isas())
 def test_any_hop(hop_length, isa):
     before = _C.active_isa()
     if _C.set_isa(isa) != isa:

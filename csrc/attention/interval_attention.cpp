@@ -16,11 +16,7 @@ namespace mmlm {
                                 float* dv);                                                                     \
   void attention_store_##isa(const Attention&, const Heads& to, int64_t b, int64_t kv_head, int size,           \
                              const float* from, int64_t padded, int64_t parts, int64_t part_stride);
-MMLM_DECLARE(baseline)
-#if defined(__x86_64__)
-MMLM_DECLARE(avx2)
-MMLM_DECLARE(avx512)
-#endif
+MMLM_EACH_ISA(MMLM_DECLARE)
 
 namespace {
 
@@ -31,17 +27,11 @@ struct Functions {
   decltype(&attention_store_baseline) store;
 };
 
-Functions functions() {
-#define MMLM_TABLE(isa)                                                                             \
-  {                                                                                                 \
-    attention_lanes_##isa, attention_forward_##isa, attention_backward_##isa, attention_store_##isa \
+#define MMLM_TABLE(isa)                                                                                       \
+  Functions functions_##isa() {                                                                               \
+    return {attention_lanes_##isa, attention_forward_##isa, attention_backward_##isa, attention_store_##isa}; \
   }
-#if defined(__x86_64__)
-  if (active_isa() == Isa::avx512) return MMLM_TABLE(avx512);
-  if (active_isa() == Isa::avx2) return MMLM_TABLE(avx2);
-#endif
-  return MMLM_TABLE(baseline);
-}
+MMLM_EACH_ISA(MMLM_TABLE)
 
 // Waking a thread takes some microseconds; below this many multiply-adds one thread is faster.
 constexpr double kSerialWork = 5e5;
@@ -59,7 +49,7 @@ void expect_output(const Attention& a, const Heads& h, int64_t heads, int64_t le
 }  // namespace
 
 void attention_forward(const Attention& a, int num_threads) {
-  const Functions f = functions();
+  const Functions f = MMLM_PICK(functions)();
   const int64_t group = a.heads / a.kv_heads;
   const int64_t pack = group * a.q_len <= kAttentionTile ? group : 1;
   const int64_t tiles = (pack * a.q_len + kAttentionTile - 1) / kAttentionTile, heads = a.heads / pack;
@@ -72,7 +62,7 @@ void attention_forward(const Attention& a, int num_threads) {
 }
 
 void attention_backward(const Attention& a, const AttentionGradient& g, int num_threads) {
-  const Functions f = functions();
+  const Functions f = MMLM_PICK(functions)();
   num_threads = threads_for(a, num_threads);
   const int64_t lanes = f.lanes(), group = a.heads / a.kv_heads;
   const int64_t padded = (a.size + lanes - 1) / lanes * lanes,

@@ -29,19 +29,14 @@ namespace {
 
 using V = Vec<float>;
 constexpr int kLanes = kWidth<float>;
-constexpr int kBlock = 2 * kLanes;  // queries of a block
-#if defined(__AVX512F__)
-constexpr int kRows = 12;
-#elif defined(__AVX2__)
-constexpr int kRows = 6;
-#else
-constexpr int kRows = 4;
-#endif
+constexpr int kBlock = 2 * kLanes;                                           // queries of a block
+constexpr int kRows = kVectorBytes == 64 ? 12 : kVectorBytes == 32 ? 6 : 4;  // kRows x 2 vectors stay in registers
 constexpr int kTerms = 96;  // at most, of a sum over the head size before it is added to the others
 constexpr int kKeys = 128;  // keys of a tile: K and V of it stay in L2, scores of a block in L1
 constexpr int kTile = kAttentionTile;
 constexpr int kFewRows = kLanes / 2;  // up to so many rows, lanes along queries would be half idle
 constexpr float kInf = std::numeric_limits<float>::infinity();
+static_assert(kTile % kBlock == 0 && kKeys % kLanes == 0 && kBlock % 8 == 0, "whole blocks and vectors fill a tile");
 
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 

@@ -24,9 +24,9 @@ struct Resampler {
 
 // Whole clips, without features: out[i] of type float (or double) for i in [0, num_output).
 using ResampleRange = void (*)(const SpectralClip& source, int64_t first, int64_t count, void* out, bool is_double);
-void resample_range_baseline(const SpectralClip&, int64_t, int64_t, void*, bool);
-void resample_range_avx2(const SpectralClip&, int64_t, int64_t, void*, bool);
-void resample_range_avx512(const SpectralClip&, int64_t, int64_t, void*, bool);
+#define MMLM_DECLARE(isa) void resample_range_##isa(const SpectralClip&, int64_t, int64_t, void*, bool);
+MMLM_EACH_ISA(MMLM_DECLARE)
+#undef MMLM_DECLARE
 
 // Samples [0, num_valid) of every clip (converted, mixed down, resampled) to its `out`.
 void read_samples(SpectralClip* clips, int64_t num_clips, bool is_double, int num_threads);

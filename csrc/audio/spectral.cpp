@@ -244,37 +244,9 @@ void split_clip(const SpectralPlan& plan, SpectralClip& clip, SpectralFrames fra
   });
 }
 
-ResampleRange resample_range() {
-#if defined(__x86_64__)
-  switch (active_isa()) {
-    case Isa::avx512:
-      return resample_range_avx512;
-    case Isa::avx2:
-      return resample_range_avx2;
-    default:
-      return resample_range_baseline;
-  }
-#else
-  return resample_range_baseline;
-#endif
-}
-
 }  // namespace
 
-SpectralFrames spectral_frames() {
-#if defined(__x86_64__)
-  switch (active_isa()) {
-    case Isa::avx512:
-      return spectral_frames_avx512;
-    case Isa::avx2:
-      return spectral_frames_avx2;
-    default:
-      return spectral_frames_baseline;
-  }
-#else
-  return spectral_frames_baseline;
-#endif
-}
+SpectralFrames spectral_frames() { return MMLM_PICK(spectral_frames); }
 
 SpectralPlan::SpectralPlan(const SpectralOptions& options, const double* window, const double* filters,
                            int filter_count, const double* dct, int ceps)
@@ -397,7 +369,7 @@ Resampler::Resampler(int64_t from, int64_t to, const double* taps, int64_t num_t
 }
 
 void read_samples(SpectralClip* clips, int64_t num_clips, bool is_double, int num_threads) {
-  const ResampleRange range = resample_range();
+  const ResampleRange range = MMLM_PICK(resample_range);
   constexpr int64_t kPerTask = 65536;
   struct Task {
     int64_t clip, first, count;

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "core/isa.h"
+
 namespace mmlm {
 
 // How samples outside the clip are made up: not at all (no frame reaches there), zeros, mirrored about the first and
@@ -143,9 +145,10 @@ constexpr double kSilentTile = -1e300;
 // the clipping to the dynamic range, and the smallest value of tile t to tile_min[t] (may be null).
 using SpectralFrames = SpectralRange (*)(const SpectralPlan&, const SpectralClip&, int64_t first, int64_t last,
                                          double* tile_min);
-SpectralRange spectral_frames_baseline(const SpectralPlan&, const SpectralClip&, int64_t, int64_t, double*);
-SpectralRange spectral_frames_avx2(const SpectralPlan&, const SpectralClip&, int64_t, int64_t, double*);
-SpectralRange spectral_frames_avx512(const SpectralPlan&, const SpectralClip&, int64_t, int64_t, double*);
+#define MMLM_DECLARE(isa) \
+  SpectralRange spectral_frames_##isa(const SpectralPlan&, const SpectralClip&, int64_t, int64_t, double*);
+MMLM_EACH_ISA(MMLM_DECLARE)
+#undef MMLM_DECLARE
 SpectralFrames spectral_frames();  // of the active ISA
 
 // Column c of the 400-point transform's first stage holds this frequency modulo 25; the other twelve are their

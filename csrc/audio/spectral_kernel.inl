@@ -15,6 +15,7 @@ namespace {
 
 template <typename T>
 constexpr int kGroups = kTileFrames / kWidth<T>;
+static_assert(kTileFrames % kWidth<float> == 0, "whole vectors fill a tile");
 
 template <typename T>
 const SpectralTables<T>& tables_of(const SpectralPlan& plan);

@@ -24,8 +24,8 @@ uint64_t enabled_state() {  // XCR0: which vector registers the operating system
 Isa capped_by_environment() {
   const Isa best = best_isa();
   if (const char* cap = std::getenv("MMLM_FAST_ISA")) {
-    for (int i = 0; i <= static_cast<int>(best); ++i) {
-      if (std::strcmp(cap, isa_name(static_cast<Isa>(i))) == 0) return static_cast<Isa>(i);
+    for (const Isa isa : kIsas) {
+      if (std::strcmp(cap, isa_name(isa)) == 0 && has_isa(isa)) return isa;
     }
   }
   return best;
@@ -48,6 +48,17 @@ Isa best_isa() {
 #endif
 }
 
+bool has_isa(Isa isa) {
+  if (isa != Isa::wide) return isa <= best_isa();
+#if !defined(MMLM_WIDE)
+  return false;
+#elif defined(__x86_64__)
+  return best_isa() >= Isa::avx2;  // what setup.py compiles it for
+#else
+  return true;
+#endif
+}
+
 Isa active_isa() {
   int isa = g_active.load(std::memory_order_relaxed);
   if (isa < 0) {
@@ -58,13 +69,13 @@ Isa active_isa() {
 }
 
 Isa set_isa(Isa isa) {
-  const Isa chosen = static_cast<int>(isa) <= static_cast<int>(best_isa()) ? isa : best_isa();
+  const Isa chosen = has_isa(isa) ? isa : best_isa();
   g_active.store(static_cast<int>(chosen), std::memory_order_relaxed);
   return chosen;
 }
 
 const char* isa_name(Isa isa) {
-  static const char* const names[] = {"baseline", "avx2", "avx512"};
+  static const char* const names[] = {"baseline", "avx2", "avx512", "wide"};
   return names[static_cast<int>(isa)];
 }
 

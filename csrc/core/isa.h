@@ -4,16 +4,42 @@
 
 namespace mmlm {
 
-enum class Isa { baseline = 0, avx2 = 1, avx512 = 2 };
+// `wide` is for tests: vectors of AVX-512's width on any machine, by the compiler's vector extensions. A build has it
+// with MMLM_FAST_WIDE=1 (see setup.py), and it is used only where it is named.
+enum class Isa { baseline = 0, avx2 = 1, avx512 = 2, wide = 3 };
+constexpr Isa kIsas[] = {Isa::baseline, Isa::avx2, Isa::avx512, Isa::wide};
 
 // Bytes of the widest vectors of any ISA. What is laid out before the ISA is known (plans are shared by all of them)
 // and written a vector at a time has rows of a multiple of this.
 constexpr int kWidestVectorBytes = 64;
 
+#if defined(__x86_64__)
+#define MMLM_IF_X86(...) __VA_ARGS__
+#else
+#define MMLM_IF_X86(...)
+#endif
+#if defined(MMLM_WIDE)
+#define MMLM_IF_WIDE(...) __VA_ARGS__
+#else
+#define MMLM_IF_WIDE(...)
+#endif
+// what(isa) for every ISA of this build, and the function `name`_isa of the active one.
+#define MMLM_EACH_ISA(what) what(baseline) MMLM_IF_X86(what(avx2) what(avx512)) MMLM_IF_WIDE(what(wide))
+#define MMLM_PICK(name)                                                                          \
+  ([] {                                                                                          \
+    switch (active_isa()) {                                                                      \
+      MMLM_IF_X86(case Isa::avx512 : return name##_avx512; case Isa::avx2 : return name##_avx2;) \
+      MMLM_IF_WIDE(case Isa::wide : return name##_wide;) default : return name##_baseline;       \
+    }                                                                                            \
+  }())
+
 // Best ISA of this CPU and operating system, from CPUID and XGETBV.
 Isa best_isa();
 
-// ISA in use: best_isa(), capped by the environment variable MMLM_FAST_ISA (baseline, avx2, avx512).
+// Whether this build and this CPU have it.
+bool has_isa(Isa isa);
+
+// ISA in use: best_isa(), or the one that the environment variable MMLM_FAST_ISA names, where there is that.
 Isa active_isa();
 
 // For tests: use `isa`, or the best one when this CPU lacks it. Returns what is active afterwards.

@@ -32,7 +32,7 @@ typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
 
 MMLM_INLINE Vec<float> load_floats(const float* p) { return load(p); }
 MMLM_INLINE Vec<float> load_floats(const BFloat16* p) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if MMLM_INSTRUCTIONS == 32
   const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return (Vec<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16);
 #else
@@ -46,7 +46,7 @@ MMLM_INLINE void store_floats(float* p, Vec<float> x) { store(p, x); }
 MMLM_INLINE Words rounded(Vec<float> x) {
   const Words bits = (Words)x, up = bits + (0x7fff + ((bits >> 16) & 1));
   const Words nan = (Words)(x != x);
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if MMLM_INSTRUCTIONS == 32
   return (Words)_mm256_blendv_epi8((__m256i)up, (__m256i)(bits | 0x400000), (__m256i)nan);
 #else
   return (up & ~nan) | ((bits | 0x400000) & nan);
@@ -54,7 +54,7 @@ MMLM_INLINE Words rounded(Vec<float> x) {
 }
 MMLM_INLINE void store_upper_halves(BFloat16* p, Words words) {
   words >>= 16;
-#if defined(__AVX2__) && !defined(__AVX512F__)  // GCC narrows with a dozen shuffles
+#if MMLM_INSTRUCTIONS == 32  // GCC narrows with a dozen shuffles
   const __m256i w = (__m256i)words;
   const __m128i half = _mm_packus_epi32(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1));
 #else
@@ -94,20 +94,20 @@ MMLM_INLINE void store_part(T* p, Vec<float> x, int64_t count) {
 
 // Past the caches, for outputs larger than these: a store through them reads the line first. Aligned vectors only.
 MMLM_INLINE void stream_floats(float* p, Vec<float> x) {
-#if defined(__AVX512F__)
+#if MMLM_INSTRUCTIONS == 64
   _mm512_stream_ps(p, (__m512)x);
-#elif defined(__AVX2__)
+#elif MMLM_INSTRUCTIONS == 32
   _mm256_stream_ps(p, (__m256)x);
 #else
   store_floats(p, x);
 #endif
 }
 MMLM_INLINE void stream_floats(BFloat16* p, Vec<float> x) {
-#if defined(__AVX2__)
+#if MMLM_INSTRUCTIONS >= 32
   typedef long long Quads __attribute__((vector_size(kVectorBytes / 2)));
   Quads half;
   store_floats(reinterpret_cast<BFloat16*>(&half), x);
-#if defined(__AVX512F__)
+#if MMLM_INSTRUCTIONS == 64
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)half);
 #else
   _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)half);

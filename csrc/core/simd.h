@@ -14,13 +14,24 @@
 namespace mmlm {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
+// MMLM_INSTRUCTIONS: width of the vectors that intrinsics are used for, 0 where the compiler is left to it. A build
+// that names a width of its own (the ISA `wide`) gets that width and no intrinsics for it.
+#if defined(MMLM_VECTOR_BYTES)
+#define MMLM_INSTRUCTIONS 0
+#elif defined(__AVX512F__)
+#define MMLM_VECTOR_BYTES 64
+#define MMLM_INSTRUCTIONS 64
 #elif defined(__AVX2__)
-constexpr int kVectorBytes = 32;
+#define MMLM_VECTOR_BYTES 32
+#define MMLM_INSTRUCTIONS 32
+#elif defined(__x86_64__)
+#define MMLM_VECTOR_BYTES 16
+#define MMLM_INSTRUCTIONS 16
 #else
-constexpr int kVectorBytes = 16;
+#define MMLM_VECTOR_BYTES 16
+#define MMLM_INSTRUCTIONS 0
 #endif
+constexpr int kVectorBytes = MMLM_VECTOR_BYTES;
 static_assert(kWidestVectorBytes % kVectorBytes == 0, "rows of shared layouts hold whole vectors");
 
 template <typename T>
@@ -58,11 +69,11 @@ MMLM_INLINE Vec<T> broadcast(T x) {
 
 // Second operand where either is NaN, like maxps.
 MMLM_INLINE Vec<float> max(Vec<float> a, Vec<float> b) {
-#if defined(__AVX512F__)
+#if MMLM_INSTRUCTIONS == 64
   return (Vec<float>)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);  // unmasked: false warning in GCC 12
-#elif defined(__AVX2__)
+#elif MMLM_INSTRUCTIONS == 32
   return (Vec<float>)_mm256_max_ps((__m256)a, (__m256)b);
-#elif defined(__x86_64__)
+#elif MMLM_INSTRUCTIONS == 16
   return (Vec<float>)_mm_max_ps((__m128)a, (__m128)b);
 #else
   return a > b ? a : b;
@@ -70,11 +81,11 @@ MMLM_INLINE Vec<float> max(Vec<float> a, Vec<float> b) {
 }
 MMLM_INLINE Vec<double> max(Vec<double> a, Vec<double> b) { return a > b ? a : b; }
 MMLM_INLINE Vec<float> min(Vec<float> a, Vec<float> b) {
-#if defined(__AVX512F__)
+#if MMLM_INSTRUCTIONS == 64
   return (Vec<float>)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b);
-#elif defined(__AVX2__)
+#elif MMLM_INSTRUCTIONS == 32
   return (Vec<float>)_mm256_min_ps((__m256)a, (__m256)b);
-#elif defined(__x86_64__)
+#elif MMLM_INSTRUCTIONS == 16
   return (Vec<float>)_mm_min_ps((__m128)a, (__m128)b);
 #else
   return a < b ? a : b;

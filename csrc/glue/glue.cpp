@@ -30,15 +30,7 @@ namespace mmlm {
   void gather_forward_##isa(const Gather&, int64_t, int64_t);                                                \
   void gather_backward_##isa(const Gather&, const Rows&, const Rows&, int64_t, int64_t, float*, float*);     \
   void patchify_##isa(const Patchify&, int64_t, int64_t);
-MMLM_DECLARE(baseline)
-#if defined(__x86_64__)
-MMLM_DECLARE(avx2)
-MMLM_DECLARE(avx512)
-#define MMLM_PICK(name) \
-  (active_isa() == Isa::avx512 ? name##_avx512 : active_isa() == Isa::avx2 ? name##_avx2 : name##_baseline)
-#else
-#define MMLM_PICK(name) name##_baseline
-#endif
+MMLM_EACH_ISA(MMLM_DECLARE)
 
 namespace {
 

@@ -15,15 +15,7 @@ namespace mmlm {
   void clip_columns_##isa(const Pairs&, const Running&, int64_t, int64_t);                      \
   void clip_gradients_##isa(const Pairs&, const Side&, const Side&, int64_t, int64_t, double*); \
   void siglip_pairs_##isa(const Pairs&, bool, int64_t, int64_t, double*);
-MMLM_DECLARE(baseline)
-#if defined(__x86_64__)
-MMLM_DECLARE(avx2)
-MMLM_DECLARE(avx512)
-#define MMLM_PICK(name) \
-  (active_isa() == Isa::avx512 ? name##_avx512 : active_isa() == Isa::avx2 ? name##_avx2 : name##_baseline)
-#else
-#define MMLM_PICK(name) name##_baseline
-#endif
+MMLM_EACH_ISA(MMLM_DECLARE)
 
 namespace {
 

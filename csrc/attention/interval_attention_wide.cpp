@@ -1,0 +1,2 @@
+#define MMLM_ISA wide
+#include "attention/interval_attention_kernel.inl"

@@ -1,0 +1,2 @@
+#define MMLM_ISA wide
+#include "audio/spectral_kernel.inl"
