@@ -74,7 +74,7 @@ def test_lstm_attends_to_what_is_there():
     found = model(ids, encoder_hidden_states=context, encoder_attention_mask=mask).last_hidden_state
     states = model.layers[0](model.embed_tokens(ids))[0]
     scores = (states @ context.mT / 8**0.5).masked_fill(mask[:, None] == 0, -torch.inf)
-    expected = torch.tanh(model.attention(states, scores.softmax(-1) @ context))
+    expected = torch.tanh(model.attention(torch.cat([states, scores.softmax(-1) @ context], -1)))
     torch.testing.assert_close(found, expected)
 
 

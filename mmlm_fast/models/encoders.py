@@ -161,7 +161,8 @@ class MMLMJoin(nn.Module):
             if self.encoder is None:
                 return torch.where(there[..., None], fused, 0), there, weights
             parts.append((fused, there))
-        marks = self.modality_embeddings.weight
+        first = next(iter(encoded.values())).tokens
+        marks = self.modality_embeddings(torch.arange(len(encoded), device=first.device))
         parts += [(e.tokens + marks[i], e.mask) for i, e in enumerate(encoded.values())]
         tokens, mask = join_tokens(parts)
         if self.encoder is not None:

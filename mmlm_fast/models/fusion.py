@@ -1,13 +1,16 @@
 """What joins towers and decoder: projectors, token merge, and fusion with pooled features."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mmlm_fast.masks import IntervalMask
-from mmlm_fast.nn import ConcatLinear, FuseModalities, GatedCrossAttentionLayer
-from mmlm_fast.ops import scatter_features
+from mmlm_fast.nn import FuseModalities, GatedCrossAttentionLayer
+from mmlm_fast.nn.fusion import linear_of_parts
+from mmlm_fast.nn.mlp import activation_of
+from mmlm_fast.ops import bias_act, scatter_features
 
 
 class MMLMProjector(nn.Module):
@@ -15,11 +18,15 @@ class MMLMProjector(nn.Module):
 
     def __init__(self, tower_size: int, hidden_size: int, activation: str) -> None:
         super().__init__()
-        self.linear_1 = ConcatLinear(tower_size, hidden_size, activation=activation)
-        self.linear_2 = ConcatLinear(hidden_size, hidden_size)
+        self.activation = None if activation == "none" else activation_of(activation)
+        self.linear_1 = nn.Linear(tower_size, hidden_size)
+        self.linear_2 = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.linear_2(self.linear_1(hidden_states))
+        hidden_states = self.linear_1(hidden_states)
+        if self.activation is not None:
+            hidden_states = bias_act(hidden_states, activation=self.activation)
+        return self.linear_2(hidden_states)
 
 
 class MMLMFusion(nn.Module):
@@ -29,7 +36,7 @@ class MMLMFusion(nn.Module):
         super().__init__()
         self.fusion = fusion
         if fusion == "concat":
-            self.linear = ConcatLinear((1 + num_others) * hidden_size, hidden_size)
+            self.linear = nn.Linear((1 + num_others) * hidden_size, hidden_size)
         elif fusion == "gated" and num_others:
             self.fuse = FuseModalities("gated", hidden_size)
             self.pool = FuseModalities("mean", hidden_size)
@@ -50,7 +57,7 @@ class MMLMFusion(nn.Module):
         modalities = [x[:, None] for x in others.unbind(1)]  # [B, 1, H] each: broadcast over the tokens
         if self.fusion == "concat":
             every = [torch.where(present[:, i, None, None], x, 0) for i, x in enumerate([first, *modalities])]
-            fused = self.linear(*every)
+            fused = linear_of_parts(self.linear, *every)
             return (fused, None) if return_weights else fused
         if self.fusion == "gated" and modalities:
             modalities = [self.pool(modalities, present[:, None, 1:])]
@@ -58,19 +65,16 @@ class MMLMFusion(nn.Module):
         return self.fuse([first, *modalities], present[:, None], return_weights=return_weights)
 
 
-class MMLMCrossAttentionLayer(GatedCrossAttentionLayer):
-    """Gated cross-attention that a layer of a decoder takes before itself, with the context of the decoder's call."""
-
-    def look(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Forward pre-hook of `layer`."""
-        found = kwargs.pop("cross_attention_context", None)
-        if found is None:
-            return args, kwargs
-        context, there = found
-        hidden_states = args[0] if args else kwargs["hidden_states"]
-        hi = there.sum(1, dtype=torch.int32)[:, None].expand(-1, hidden_states.shape[1])  # what is there comes first
-        hidden_states = self(hidden_states, context, IntervalMask(torch.zeros_like(hi), hi))
-        return ((hidden_states, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden_states})
+def _look(added: nn.ModuleList, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Let a layer of a decoder see the context of the decoder's call. What is at `index` may be wrapped later."""
+    found = kwargs.pop("cross_attention_context", None)
+    if found is None:
+        return args, kwargs
+    context, there = found
+    hidden_states = args[0] if args else kwargs["hidden_states"]
+    hi = there.sum(1, dtype=torch.int32)[:, None].expand(-1, hidden_states.shape[1])  # what is there comes first
+    hidden_states = added[index](hidden_states, context, IntervalMask(torch.zeros_like(hi), hi))
+    return ((hidden_states, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden_states})
 
 
 def _pass(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -100,14 +104,15 @@ def add_cross_attention(language_model: nn.Module, interval: int) -> nn.ModuleLi
         if i % interval:
             layer.register_forward_pre_hook(_pass, with_kwargs=True)
             continue
-        extra = MMLMCrossAttentionLayer(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.intermediate_size,
-            num_key_value_heads=config.num_key_value_heads,
+        layer.register_forward_pre_hook(partial(_look, added, len(added)), with_kwargs=True)
+        added.append(
+            GatedCrossAttentionLayer(
+                config.hidden_size,
+                config.num_attention_heads,
+                config.intermediate_size,
+                num_key_value_heads=config.num_key_value_heads,
+            )
         )
-        layer.register_forward_pre_hook(extra.look, with_kwargs=True)
-        added.append(extra)
     return added
 
 

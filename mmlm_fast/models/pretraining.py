@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import can_return_tuple
@@ -12,6 +13,7 @@ from mmlm_fast.models.base import MMLMPreTrainedModel, masked_mean
 from mmlm_fast.models.configuration import MMLMConfig, width_of
 from mmlm_fast.models.encoders import MMLMEncoderModel
 from mmlm_fast.models.objectives import MMLMAlignment, MMLMReconstruction
+from mmlm_fast.nn.plain import is_plain
 from mmlm_fast.ops import linear_cross_entropy
 
 
@@ -106,7 +108,7 @@ class MMLMForPreTraining(MMLMPreTrainedModel):
         shown = torch.where(hidden, self.config.mask_token_id, input_ids)  # type: ignore[arg-type]
         states = self.model.encode_text(shown, attention_mask).states
         labels = input_ids.masked_fill(~hidden, -100)
-        head = self.lm_head
-        loss = linear_cross_entropy(states.flatten(0, 1), head.weight, labels.flatten(), bias=head.bias)  # type: ignore[union-attr]
-        assert isinstance(loss, Tensor)
-        return loss
+        head, states, target = self.lm_head, states.flatten(0, 1), labels.flatten()  # type: ignore[union-attr]
+        if is_plain(head, nn.Linear):
+            return linear_cross_entropy(states, head.weight, target, bias=head.bias)
+        return F.cross_entropy(head(states).float(), target, reduction="sum") / hidden.sum().clamp(min=1)

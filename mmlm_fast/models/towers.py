@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPast
 
 from mmlm_fast.masks import IntervalMask
-from mmlm_fast.nn import ConcatLinear
+from mmlm_fast.nn.fusion import linear_of_parts
 from mmlm_fast.ops import interval_attention
 
 
@@ -110,7 +110,7 @@ class MMLMLSTMModel(_Tower):
         self.layers = nn.ModuleList(nn.LSTM(width, config.hidden_size, batch_first=True) for width in widths)
         self.dropout = nn.Dropout(config.dropout)
         if config.add_cross_attention:
-            self.attention = ConcatLinear(2 * config.hidden_size, config.hidden_size)
+            self.attention = nn.Linear(2 * config.hidden_size, config.hidden_size)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding | None:
@@ -163,7 +163,8 @@ class MMLMLSTMModel(_Tower):
         if order is not None:
             states = torch.where(mask[..., None], _rows(states, order.argsort(1)), 0)  # type: ignore[index]
         if encoder_hidden_states is not None:
-            states = torch.tanh(self.attention(states, _attend(states, encoder_hidden_states, encoder_attention_mask)))
+            attended = _attend(states, encoder_hidden_states, encoder_attention_mask)
+            states = torch.tanh(linear_of_parts(self.attention, states, attended))
         return BaseModelOutputWithPast(last_hidden_state=self.dropout(states), past_key_values=past_key_values)
 
     def _run(self, layer: Any, x: Tensor, mask: Tensor | None, cache: Any, index: int) -> Tensor:

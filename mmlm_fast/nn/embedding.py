@@ -6,10 +6,11 @@ from mmlm_fast.ops.merge_embeddings import merge_embeddings
 from mmlm_fast.ops.patch_embed import patch_embed
 
 
-class MergedEmbedding(nn.Embedding):
-    """``nn.Embedding`` that puts features in the place of placeholder tokens; see `ops.merge_embeddings`.
+class MergedEmbedding(nn.Module):
+    """An embedding that puts features in the place of placeholder tokens; see `ops.merge_embeddings`.
 
-    Its state dict is that of the ``nn.Embedding`` it replaces. Called without features it is that embedding.
+    Its weight, the weight's start and its state dict are those of the ``nn.Embedding`` it replaces. It is none itself,
+    so that adapters, which add to the embedding of every token, refuse it.
 
     Args:
         num_embeddings, embedding_dim, padding_idx: As in ``nn.Embedding``.
@@ -19,13 +20,19 @@ class MergedEmbedding(nn.Embedding):
     def __init__(
         self, num_embeddings: int, embedding_dim: int, padding_idx: int | None = None, *, scale: float = 1.0
     ) -> None:
-        super().__init__(num_embeddings, embedding_dim, padding_idx)
-        self.scale = scale
+        super().__init__()
+        embedding = nn.Embedding(num_embeddings, embedding_dim, padding_idx)
+        self.weight = embedding.weight
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.padding_idx, self.scale = embedding.padding_idx, scale
 
-    def forward(self, input_ids: Tensor, features: Mapping[int, Tensor] | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, input_ids: Tensor, features: Mapping[int, Tensor] | None = None) -> Tensor:
         """``[*batch, S]`` and rows by placeholder token, cast to the weight's dtype, to ``[*batch, S, H]``."""
         features = {token: rows.to(self.weight.dtype) for token, rows in (features or {}).items()}
         return merge_embeddings(input_ids, self.weight, features, scale=self.scale, padding_idx=self.padding_idx)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, padding_idx={self.padding_idx}, scale={self.scale}"
 
 
 class PatchEmbedding(nn.Module):

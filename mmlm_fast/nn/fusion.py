@@ -3,27 +3,49 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from mmlm_fast.nn.plain import is_plain
 from mmlm_fast.ops.concat_linear import concat_linear
 from mmlm_fast.ops.fuse_modalities import fuse_modalities
 
 DECISIONS = ("mean", "weighted", "vote")
 
 
-class ConcatLinear(nn.Linear):
-    """``nn.Linear`` over the concatenation of its inputs, with an activation; see `ops.concat_linear`.
+class ConcatLinear(nn.Module):
+    """A linear layer over the concatenation of its inputs, with an activation; see `ops.concat_linear`.
 
-    Its state dict is that of the ``nn.Linear`` it replaces. Called with one tensor it is that linear layer.
+    Its parameters, their start and its state dict are those of the ``nn.Linear`` it replaces. It is none itself, so
+    that adapters and quantisers, which take an ``nn.Linear`` to be W·x + b of one input, refuse it.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *, activation: str = "none") -> None:
-        super().__init__(in_features, out_features, bias)
-        self.activation = activation
+        super().__init__()
+        self.in_features, self.out_features, self.activation = in_features, out_features, activation
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.reset_parameters()
 
-    def forward(self, *inputs: Tensor) -> Tensor:  # type: ignore[override]
+    def reset_parameters(self) -> None:
+        nn.Linear.reset_parameters(self)  # type: ignore[arg-type]
+
+    def forward(self, *inputs: Tensor) -> Tensor:
         return concat_linear(inputs, self.weight, self.bias, activation=self.activation)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, activation={self.activation}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"activation={self.activation}"
+        )
+
+
+def linear_of_parts(linear: nn.Module, *inputs: Tensor) -> Tensor:
+    """Apply `linear` to the concatenation of `inputs`, those with one token broadcast over the tokens of the others.
+
+    The concatenation is only built where `linear` is more, or other, than a plain ``nn.Linear``.
+    """
+    if is_plain(linear, nn.Linear):
+        return concat_linear(inputs, linear.weight, linear.bias)  # type: ignore[arg-type]
+    num_tokens = next((x.shape[-2] for x in inputs if x.shape[-2] != 1), 1)
+    return linear(torch.cat([x.expand(*x.shape[:-2], num_tokens, -1) for x in inputs], -1))
 
 
 class FuseModalities(nn.Module):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from mmlm_fast.nn.loading import rename
 from mmlm_fast.nn.mlp import activation_of
 from mmlm_fast.nn.norms import LayerNorm, RMSNorm
+from mmlm_fast.nn.plain import is_plain
 from mmlm_fast.ops import bias_act, norm_pixel_shuffle, patch_merge
 
 
@@ -76,9 +77,12 @@ class InternVLProjector(nn.Module):
         """A square of patches ``[B, N, vision_size]``, or a grid ``[B, height, width, vision_size]``, to tokens."""
         x = image_features if image_features.dim() == 4 else _square(image_features)
         norm = self.layer_norm
-        x = norm_pixel_shuffle(
-            x, self.factor, weight=norm.weight, bias=norm.bias, norm="layer", norm_at="after", eps=norm.eps
-        )
+        if is_plain(norm, nn.LayerNorm):
+            x = norm_pixel_shuffle(
+                x, self.factor, weight=norm.weight, bias=norm.bias, norm="layer", norm_at="after", eps=norm.eps
+            )
+        else:
+            x = norm(norm_pixel_shuffle(x, self.factor))
         return self.linear_2(bias_act(self.linear_1(x), activation=self.activation))
 
 
@@ -122,10 +126,16 @@ class PatchMerger(nn.Module):
 
         `sizes`: (height, width) of each picture where patches are row by row; None: those of a square are neighbours.
         """
-        x = patch_merge(
-            x, self.factor, sizes, weight=self.norm.weight, bias=getattr(self.norm, "bias", None), norm=self.kind,
-            norm_at=self.norm_at, eps=self.norm.eps,
-        )  # fmt: skip
+        norm = self.norm
+        if is_plain(norm, LayerNorm if self.kind == "layer" else RMSNorm):
+            x = patch_merge(
+                x, self.factor, sizes, weight=norm.weight, bias=getattr(norm, "bias", None), norm=self.kind,
+                norm_at=self.norm_at, eps=norm.eps,
+            )  # fmt: skip
+        elif self.norm_at == "before":
+            x = patch_merge(norm(x), self.factor, sizes)
+        else:
+            x = norm(patch_merge(x, self.factor, sizes))
         return self.linear_fc2(bias_act(self.linear_fc1(x), activation="gelu"))
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:

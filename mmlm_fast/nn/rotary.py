@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mmlm_fast.nn.norms import RMSNorm
+from mmlm_fast.nn.plain import is_plain
 from mmlm_fast.ops import qk_norm_rope, rope_tables
 from mmlm_fast.positions import vision_positions
 
@@ -109,17 +110,24 @@ class RotaryEmbedding(nn.Module):
         k_norm: RMSNorm | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Queries and keys ``[B, heads, S, D]``, after the RMSNorm of their heads where there is one."""
-        if q_norm is None:
-            return qk_norm_rope(query, key, cos, sin, interleaved=self.interleaved)
-        if k_norm is not None and (q_norm.eps, q_norm.offset) != (k_norm.eps, k_norm.offset):
-            raise ValueError("q_norm and k_norm must share eps and offset")
-        return qk_norm_rope(
-            query, key, cos, sin, query_weight=q_norm.weight, key_weight=None if k_norm is None else k_norm.weight,
-            eps=q_norm.eps, offset=q_norm.offset, interleaved=self.interleaved,
-        )  # fmt: skip
+        if q_norm is not None and _are_alike(q_norm, q_norm if key is None else k_norm):
+            return qk_norm_rope(
+                query, key, cos, sin, query_weight=q_norm.weight, key_weight=None if k_norm is None else k_norm.weight,
+                eps=q_norm.eps, offset=q_norm.offset, interleaved=self.interleaved,
+            )  # fmt: skip
+        query = query if q_norm is None else q_norm(query)  # type: ignore[assignment]
+        key = key if key is None or k_norm is None else k_norm(key)  # type: ignore[assignment]
+        return qk_norm_rope(query, key, cos, sin, interleaved=self.interleaved)
 
     def extra_repr(self) -> str:
         return f"head_dim={self.head_dim}, sections={self.sections}"
+
+
+def _are_alike(first: RMSNorm, second: RMSNorm | None) -> bool:
+    """Whether both are plain, and of one formula."""
+    if second is None or not (is_plain(first, RMSNorm) and is_plain(second, RMSNorm)):
+        return False
+    return (first.eps, first.offset) == (second.eps, second.offset)
 
 
 class VisionRotaryEmbedding(RotaryEmbedding):
