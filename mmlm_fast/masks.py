@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.utils import _pytree as pytree
 
 Offset = int | Tensor
@@ -20,18 +21,21 @@ class IntervalMask:
     """Query i of sample b sees the keys ``lo[b, i] <= j < hi[b, i]``; where ``hi <= lo`` it sees none.
 
     `lo` and `hi` are int32 ``[B or 1, Sq]``; one row serves all samples of a batch. Bounds outside the keys at hand are
-    cut by the attention. `kind` is ``"full"`` or ``"causal"`` where a builder knows that the mask is just that (causal:
-    query i sees the keys up to i, as many queries as keys), which lets the attention take a mask-free kernel.
+    cut by the attention. `kind` is ``"full"`` or ``"causal"`` where a builder knows that the mask is just that (full:
+    every query sees the first `kv_len` keys; causal: query i sees the keys up to i), which lets the attention take a
+    mask-free kernel where there are no more keys.
 
     Combine with ``&`` (keys both masks allow) and ``|`` (keys either allows). Instances are not modified; they can be
     pickled, moved (`to`), put into a batch (`batch`, `expand`), and passed to compiled and checkpointed functions:
     graphs do not depend on the bounds.
 
     Raises:
-        ValueError: unless both bounds are int32 of one shape ``[B, Sq]`` on one device.
+        ValueError: unless both bounds are int32 of one shape ``[B, Sq]`` on one device, and `kind` is one of these.
     """
 
-    def __init__(self, lo: Tensor, hi: Tensor, kind: str | None = None) -> None:
+    kv_len: int | None = None
+
+    def __init__(self, lo: Tensor, hi: Tensor, kind: str | None = None, kv_len: int | None = None) -> None:
         for name, bound in (("lo", lo), ("hi", hi)):
             if not isinstance(bound, Tensor):
                 raise ValueError(f"{name} must be a tensor, got {type(bound).__name__}")
@@ -41,16 +45,20 @@ class IntervalMask:
             raise ValueError(
                 f"lo and hi must agree, got {tuple(lo.shape)} on {lo.device} and {tuple(hi.shape)} on {hi.device}"
             )
-        self.lo, self.hi, self.kind = lo, hi, kind
+        if kind not in (None, "full", "causal"):
+            raise ValueError(f'kind must be "full", "causal" or None, got {kind!r}')
+        if (kind == "full") != (kv_len is not None):
+            raise ValueError(f"kv_len must be given with kind full, and with no other, got {kv_len} with {kind}")
+        self.lo, self.hi, self.kind, self.kv_len = lo, hi, kind, kv_len
 
     # ---- builders ----------------------------------------------------------------------------------------------------
 
     @classmethod
     def full(cls, q_len: int, kv_len: int, *, device: Any = None) -> "IntervalMask":
-        """Every query sees every key."""
+        """Every query sees every key, of `kv_len`: not what lies behind them, as in a static cache with room."""
         _check_lengths(q_len=q_len, kv_len=kv_len)
         hi = torch.full((1, q_len), kv_len, dtype=torch.int32, device=device)
-        return cls(torch.zeros_like(hi), hi, "full")
+        return cls(torch.zeros_like(hi), hi, "full", kv_len)
 
     @classmethod
     def causal(
@@ -128,6 +136,11 @@ class IntervalMask:
             is_causal: Causal inside each sequence, aligned at its end where queries and keys differ in number.
             cu_seqlens_k: The same for the keys in cross-attention; by default the queries' own.
             kv_len: Number of packed keys; needed with `cu_seqlens_k`, else `q_len`.
+
+        Raises:
+            ValueError: for what cannot be such places: lengths, or places that decrease, do not begin at 0 or lie
+                beyond the tokens. Only on a CPU and outside torch.compile, where looking is free; elsewhere nothing
+                waits to look at them, and tokens see what they say.
         """
         cu_q = _check_integers("cu_seqlens", cu_seqlens)
         cu_k = cu_q if cu_seqlens_k is None else _check_integers("cu_seqlens_k", cu_seqlens_k)
@@ -140,6 +153,8 @@ class IntervalMask:
             raise ValueError("kv_len must be given with cu_seqlens_k, got None")
         _check_lengths(q_len=q_len)
         kv_len = q_len if kv_len is None else kv_len
+        _check_places("cu_seqlens", cu_q, q_len)
+        _check_places("cu_seqlens_k", cu_k, kv_len)
         num_sequences = cu_q.numel() - 1
         position = torch.arange(q_len, device=cu_q.device)
         if num_sequences == 0:
@@ -271,6 +286,12 @@ class IntervalMask:
         key = torch.arange(kv_len, device=self.device, dtype=torch.int32)
         return (key >= self.lo[..., None]) & (key < self.hi[..., None])
 
+    def kind_for(self, kv_len: int) -> str | None:
+        """The `kind` where there are `kv_len` keys: "full" only if it hides none of them."""
+        if self.kind == "full" and (self.kv_len is None or self.kv_len < kv_len):
+            return None
+        return self.kind
+
     def __and__(self, other: "IntervalMask") -> "IntervalMask":
         lo, hi = torch.maximum(self.lo, other.lo), torch.minimum(self.hi, other.hi)
         return IntervalMask(*_tidy(lo, hi))
@@ -291,11 +312,12 @@ class IntervalMask:
     def to(self, device: Any, non_blocking: bool = False) -> "IntervalMask":
         """The same mask on another device."""
         lo, hi = (x.to(device, non_blocking=non_blocking) for x in (self.lo, self.hi))
-        return IntervalMask(lo, hi, self.kind)
+        return IntervalMask(lo, hi, self.kind, self.kv_len)
 
     def expand(self, batch_size: int) -> "IntervalMask":
         """One mask for every sample of a batch, without copying."""
-        return IntervalMask(self.lo.expand(batch_size, -1), self.hi.expand(batch_size, -1), self.kind)
+        lo, hi = (x.expand(batch_size, -1) for x in (self.lo, self.hi))
+        return IntervalMask(lo, hi, self.kind, self.kv_len)
 
     def rows(self, start: int, stop: int) -> "IntervalMask":
         """The mask of the queries from `start` to `stop` only."""
@@ -329,19 +351,19 @@ class IntervalMask:
 
 pytree.register_pytree_node(
     IntervalMask,
-    lambda mask: ([mask.lo, mask.hi], mask.kind),
-    lambda bounds, kind: _unchecked(list(bounds), kind),
+    lambda mask: ([mask.lo, mask.hi], [mask.kind, mask.kv_len]),
+    lambda bounds, known: _unchecked(list(bounds), known),
     serialized_type_name="mmlm_fast.masks.IntervalMask",
 )
 
 _INT32_MAX = 2**31 - 1
 
 
-def _unchecked(bounds: list[Any], kind: Any) -> IntervalMask:
+def _unchecked(bounds: list[Any], known: Any) -> IntervalMask:
     """Pytree maps put anything in the place of the bounds."""
     mask = object.__new__(IntervalMask)
     mask.lo, mask.hi = bounds
-    mask.kind = kind
+    mask.kind, mask.kv_len = known
     return mask
 
 
@@ -384,13 +406,30 @@ def _check_integers(name: str, tensor: Any, dims: int = 1) -> Tensor:
     return tensor.to(torch.int64)
 
 
+def _check_places(name: str, places: Tensor, length: int) -> None:
+    """`places` divide `length` tokens, or ValueError where looking is free."""
+    if not _looking_is_free(places):
+        return
+    numbers = places.tolist()
+    if numbers[0] != 0 or numbers != sorted(numbers) or numbers[-1] > length:
+        shown = f"{numbers[:8]}"[:-1] + (", …]" if len(numbers) > 8 else "]")
+        raise ValueError(
+            f"{name} must be the places where sequences begin, from 0, nondecreasing, at most {length} (the tokens), "
+            f"got {shown}"
+        )
+
+
+def _looking_is_free(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not is_fake(tensor)
+
+
 def _describe(thing: Any) -> str:
     return f"{thing.dtype} {tuple(thing.shape)}" if isinstance(thing, Tensor) else type(thing).__name__
 
 
 def _require(condition: Tensor, message: str) -> None:
     """ValueError where looking is free; an assertion on the device where it would stall, or break a graph."""
-    if condition.device.type == "cpu" and not torch.compiler.is_compiling():
+    if _looking_is_free(condition):
         if not bool(condition):
             raise ValueError(message)
     elif condition.device.type != "meta":

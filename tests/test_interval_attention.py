@@ -1,11 +1,15 @@
+import contextlib
 import importlib
 import os
+import pickle
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 
 from mmlm_fast import reference
 from mmlm_fast.masks import IntervalMask
@@ -308,6 +312,139 @@ def test_kernel_nan_in_a_query_without_keys(device, kernel):
         out = interval_attention(q, k, v, mask, sinks=sinks)
         assert (out[:, :, 0] == 0).all()
         assert out.isfinite().all()
+
+
+PATHS = ["portable", "kernel", "torch", "reference"]
+
+
+@pytest.fixture
+def path(request, monkeypatch):
+    """Each way a call can go, however small it is."""
+    if request.param in ("portable", "kernel"):
+        request.getfixturevalue("kernel" if request.param == "kernel" else "native")
+    elif request.param == "torch":
+        monkeypatch.setattr(module, "SMALL_SCORES", 2**40)
+    with reference() if request.param == "reference" else contextlib.nullcontext():
+        yield request.param
+
+
+SEE_ALL = {
+    "full": lambda mask: mask,
+    "batch": lambda mask: IntervalMask.batch([mask, mask]),
+    "expand": lambda mask: mask.expand(BATCH),
+    "to": lambda mask: mask.to("cpu"),
+    "and": lambda mask: mask & mask,
+    "or": lambda mask: mask | mask,
+    "pickle": lambda mask: pickle.loads(pickle.dumps(mask)),
+    "tree": lambda mask: pytree.tree_map(lambda x: x, mask),
+    "causal": lambda mask: IntervalMask.causal(mask.q_len),
+}
+
+
+@pytest.mark.parametrize("path", PATHS, indirect=True)
+@pytest.mark.parametrize("name", SEE_ALL)
+def test_keys_behind_those_of_the_mask_are_hidden(name, path, device):
+    """A static cache with room, a padded context: what lies there must not matter, nor get a gradient."""
+    q, k, v = draw(7, 40, 16, torch.float32, device=device)
+    mask = SEE_ALL[name](IntervalMask.full(7, 6)).to(device)
+    k[:, :, 7:], v[:, :, 7:] = 1e3, 1e3
+    out, dq, dk, dv = run_with_gradients(interval_attention, mask, q, k, v)
+    expected = run_with_gradients(interval_attention, mask, q, k[:, :, :7], v[:, :, :7])
+    assert not dk[:, :, 7:].any()
+    assert not dv[:, :, 7:].any()
+    for ours, theirs in zip((out, dq, dk[:, :, :7], dv[:, :, :7]), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("path", ["portable", "torch"], indirect=True)
+@pytest.mark.parametrize("name", MASKS)
+def test_masks_of_fewer_keys(name, path):
+    mask = MASKS[name](40, 50)
+    check(mask, *draw(40, 57, 24, torch.float32), gradients=False)
+    for options in (dict(return_lse=True), dict(softcap=2.0), dict(sinks=torch.randn(4))):
+        check(mask, *draw(40, 57, 24, torch.float32), gradients=False, **options)
+
+
+def test_varlen_and_compiled_with_keys_behind_those_of_the_mask():
+    q, k, v = draw(7, 40, 16, torch.float32)
+    packed = (x[0].transpose(0, 1) for x in (q, k, v))
+    out = interval_attention_varlen(*packed, lengths(0, 7), lengths(0, 6))
+    expected = interval_attention_ref(q, k, v, IntervalMask.full(7, 6))
+    torch.testing.assert_close(out.transpose(0, 1), expected[0])
+    compiled = torch.compile(interval_attention, fullgraph=True, backend="aot_eager")
+    for keys in (6, 40, 50):  # the number of keys at hand is a shape, that of the mask a number
+        mask = IntervalMask.full(7, keys)
+        torch.testing.assert_close(compiled(q, k, v, mask), interval_attention_ref(q, k, v, mask))
+
+
+@pytest.mark.parametrize("path", PATHS, indirect=True)
+@pytest.mark.parametrize("scale", [0.0, -0.3, -1, 0])
+@pytest.mark.parametrize("name", ["none", "causal", "right_padding", "not_monotone"])
+def test_scales_of_any_sign(name, scale, path, device):
+    """What is masked with −inf and scaled afterwards would be NaN; torch's own causal attention is."""
+    for q_len in (3, 21):
+        mask = MASKS[name](q_len, q_len if name == "causal" else 33)
+        mask = None if mask is None else mask.to(device)
+        q, k, v = draw(q_len, q_len if name == "causal" else 33, 16, torch.float32, device=device)
+
+        def run(f, *inputs, mask=mask):
+            inputs = [x.detach().requires_grad_() for x in inputs]
+            out = f(*inputs, mask, scale=scale)
+            return [out.detach(), *torch.autograd.grad(out.square().sum(), inputs)]
+
+        ours, twin = run(interval_attention, q, k, v), run(interval_attention_ref, q, k, v)
+        exact = run(interval_attention_ref, *(x.double() for x in (q, k, v)))
+        for a, t, e in zip(ours, twin, exact, strict=True):
+            assert difference(a, t, e).ok
+
+
+def test_scales_of_any_sign_with_options(native):
+    inputs = draw(40, 50, 24, torch.float32)
+    for scale in (-0.2, 0.0):
+        for options in (dict(return_lse=True), dict(softcap=2.0), dict(sinks=torch.randn(4))):
+            check(IntervalMask.causal(40, 50), *inputs, scale=scale, **options)
+    compiled = torch.compile(interval_attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    for scale in (0.5, -0.5, 0.0):
+        out = compiled(*inputs, IntervalMask.causal(40, 50), scale=scale)
+        torch.testing.assert_close(out, interval_attention_ref(*inputs, IntervalMask.causal(40, 50), scale=scale))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("q_len", [1, 3, 70])
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_queries_without_keys(q_len, dtype, sinks, softcap, native):
+    """Zeros, and no gradient to anything but a sink, whatever their scores and the gradients that come in."""
+    q, k, v = draw(q_len, 160, 16, dtype, batch=1)
+    mask = dead_rows(max(q_len, 5), 160, "cpu").rows(4 if q_len == 1 else 0, q_len + (4 if q_len == 1 else 0))
+    dead = (mask.hi <= mask.lo)[0]
+    q[:, :, dead] *= 1e4
+    inputs = [x.detach().requires_grad_() for x in (q, k, v, *([torch.randn(4)] if sinks else []))]
+
+    def gradients(size):
+        options = dict(softcap=softcap, sinks=inputs[3] if sinks else None, return_lse=True)
+        out, lse = interval_attention(*inputs[:3], mask, **options)
+        assert not out[:, :, dead].any()
+        grad, grad_lse = torch.ones_like(out), torch.ones_like(lse)
+        grad[:, :, dead], grad_lse[:, :, dead] = size, size if not sinks else 0
+        return torch.autograd.grad([out, lse], inputs, [grad, grad_lse])
+
+    quiet, loud = gradients(0), gradients(1e4)
+    assert not quiet[0][:, :, dead].any()
+    for a, b in zip(quiet, loud, strict=True):
+        assert a.isfinite().all()
+        assert torch.equal(a, b)
+
+
+def test_nan_in_a_query_without_keys_of_float64(native):
+    q, k, v = draw(32, 160, 16, torch.float64, 2, 1, batch=1)
+    q[0, :, 1] = torch.nan
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    out = interval_attention(q, k, v, dead_rows(32, 160, "cpu"), softcap=2.0)
+    dq, dv = torch.autograd.grad(out.square().sum(), [q, v])
+    assert not out[:, :, :4].any()
+    assert not dq[:, :, :4].any()
+    assert dv.isfinite().all()
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="looks at the addresses that the interpreter loads")
@@ -665,6 +802,10 @@ GOOD = dict(query=torch.zeros(2, 4, 5, 8), key=torch.zeros(2, 2, 6, 8), value=to
         (dict(mask=IntervalMask.causal(5).expand(3)), "got 3 of 5"),
         (dict(mask=IntervalMask.causal(5).to("meta")), "mask must be on cpu, got meta"),
         (dict(softcap=0.0), "softcap must be positive, got 0.0"),
+        (dict(softcap=float("inf")), "softcap must be positive, got inf"),
+        (dict(scale=float("nan")), "scale must be finite, got nan"),
+        (dict(scale=-float("inf")), "scale must be finite, got -inf"),
+        (dict(scale=torch.tensor(0.5)), "scale must be a number, got a tensor: multiply the query by it"),
         (dict(sinks=torch.zeros(3)), r"sinks must be \[4\] on cpu, got \(3,\)"),
         (dict(sinks=torch.zeros(4, dtype=torch.int64)), "sinks must be float32"),
     ],
@@ -682,3 +823,19 @@ def test_varlen_errors():
         interval_attention_varlen(x[:4], x, x, torch.tensor([0, 4]))
     with pytest.raises(ValueError, match="cu_seqlens must be a 1-D integer tensor"):
         interval_attention_varlen(x, x, x, torch.tensor([0.0, 5.0]))
+
+
+@pytest.mark.parametrize("cu", [[3, 5, 4], [0, 5, 3, 12], [2, 5, 12], [0, 5, 20], [0, 5, 13], [0, -1, 12]])
+def test_what_cannot_be_places_of_sequences(cu):
+    x = torch.zeros(12, 2, 8)
+    cu, good = torch.tensor(cu, dtype=torch.int32), torch.linspace(0, 12, len(cu)).int()
+    with pytest.raises(ValueError, match=r"cu_seqlens must be the places where sequences begin.*got \["):
+        interval_attention_varlen(x, x, x, cu)
+    with pytest.raises(ValueError, match=r"cu_seqlens_k must be the places where sequences begin.*got \["):
+        interval_attention_varlen(x, x, x, good, cu)
+    with FakeTensorMode() as mode:  # nobody looks at what has no values
+        interval_attention_varlen(*[mode.from_tensor(x)] * 3, mode.from_tensor(cu))
+    with pytest.raises(ValueError, match="the same for queries and keys"):
+        interval_attention_varlen(x, x, x, good, good[:-1])
+    compiled = torch.compile(interval_attention_varlen, fullgraph=True, backend="eager")
+    assert compiled(x, x, x, cu).shape == x.shape

@@ -70,7 +70,8 @@ def test_causal_windows_and_chunks(q_len, kv_len, q_offset, width, bidirectional
 def test_full(q_len, kv_len):
     mask = IntervalMask.full(q_len, kv_len)
     check(mask, lambda b, i, j: True, 1, q_len, kv_len)
-    assert mask.kind == "full"
+    for twin in (mask, mask.expand(2), mask.to("cpu"), pickle.loads(pickle.dumps(mask))):
+        assert [twin.kind_for(n) for n in (0, kv_len, kv_len + 1)] == ["full", "full", None]
 
 
 @MANY
@@ -248,6 +249,11 @@ def test_compiles_without_recompiling_for_new_bounds():
         (lambda: IntervalMask(torch.zeros(2).int(), torch.zeros(2).int()), r"got torch.int32 \(2,\)"),
         (lambda: IntervalMask([1], [2]), "lo must be a tensor, got list"),
         (lambda: IntervalMask(torch.zeros(1, 2).int(), torch.zeros(1, 3).int()), "lo and hi must agree"),
+        (lambda: IntervalMask(*[torch.zeros(1, 2).int()] * 2, "all"), "kind must be .* or None, got 'all'"),
+        (lambda: IntervalMask(*[torch.zeros(1, 2).int()] * 2, "full"), "kv_len must be given with kind full"),
+        (lambda: IntervalMask.packed(torch.tensor([[0, 3]]), 3), r"1-D integer tensor, got torch.int64 \(1, 2\)"),
+        (lambda: IntervalMask.packed(torch.tensor([0, 4]), 3), r"at most 3 \(the tokens\), got \[0, 4\]"),
+        (lambda: IntervalMask.packed(torch.tensor([1] * 20), 3), r"got \[1, 1, 1, 1, 1, 1, 1, 1, …\]"),
         (lambda: IntervalMask.causal(-1), "q_len must be from 0"),
         (lambda: IntervalMask.causal(torch.tensor(3)), "q_len must be an int, got a tensor"),
         (lambda: IntervalMask.causal(3, q_offset=torch.tensor(0.5)), "q_offset must be a 1-D integer tensor"),

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from mmlm_fast.masks import IntervalMask
-from mmlm_fast.nn import CrossAttention, GatedCrossAttention, MultiheadSelfAttention
+from mmlm_fast.nn import CrossAttention, GatedCrossAttention, GatedCrossAttentionLayer, MultiheadSelfAttention
 
 
 def same(ours, theirs, *inputs):
@@ -99,6 +99,20 @@ def test_gated_cross_attention_of_the_latest_image():
     expected = x + torch.tanh(torch.tensor(0.7)) * layer.attn.o_proj(attended)
     torch.testing.assert_close(layer(x, context, mask), expected)
     assert torch.equal(layer(x, context, mask)[0, :2], x[0, :2])
+
+
+def test_a_context_with_room_behind_what_the_mask_shows():
+    """Hidden context moves nothing, in any layer; a token whose images are all cut off passes unchanged."""
+    x, context = torch.randn(1, 3, 24), torch.randn(1, 10, 24)
+    filled = torch.cat([context[:, :6], torch.full((1, 4, 24), 1e3)], 1)
+    mask = IntervalMask.full(3, 6)
+    for layer in (CrossAttention(24, 2), GatedCrossAttention(24, 2), GatedCrossAttentionLayer(24, 2, 32)):
+        for name, parameter in layer.named_parameters():
+            if "gate" in name and parameter.numel() == 1:
+                nn.init.constant_(parameter, 0.5)
+        torch.testing.assert_close(layer(x, filled, mask), layer(x, context, mask))
+    behind = IntervalMask(torch.full((1, 3), 10).int(), torch.full((1, 3), 12).int())
+    assert torch.equal(layer(x, context, behind), x)
 
 
 def test_compiles():

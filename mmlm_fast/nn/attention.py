@@ -214,7 +214,7 @@ class GatedCrossAttentionLayer(nn.Module):
         """Shapes and `mask` as in `CrossAttention.forward`."""
         keep = None
         if mask is not None:
-            keep = (mask.hi > mask.lo).expand(hidden_states.shape[:-1])
+            keep = (mask.hi.clamp(max=context.shape[1]) > mask.lo.clamp(min=0)).expand(hidden_states.shape[:-1])
         attended = self.cross_attn(self.input_layernorm(hidden_states), context, mask)
         hidden_states = gated_add(attended, hidden_states, self.cross_attn_attn_gate, keep=keep)
         moved = self.mlp(self.post_attention_layernorm(hidden_states))

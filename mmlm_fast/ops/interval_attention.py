@@ -1,5 +1,6 @@
 """Attention where each query sees one interval of keys: every mask of a multimodal model, without a mask in memory."""
 
+import math
 import threading
 from functools import cache
 from typing import NamedTuple
@@ -80,7 +81,7 @@ def interval_attention(
         key, value: ``[B, Hkv, Skv, D]`` and ``[B, Hkv, Skv, Dv]``; Hkv divides Hq, and head h reads head h · Hkv / Hq.
         mask: `IntervalMask` for Sq queries, of B samples or one for all; None: every query sees every key. A query that
             sees no key gives zeros, and no gradient.
-        scale: Of the scores; ``D ** -0.5`` by default.
+        scale: Of the scores, a number of any sign; ``D ** -0.5`` by default.
         softcap: With it the scaled scores s become ``softcap · tanh(s / softcap)`` (Gemma 2).
         sinks: ``[Hq]``: one more logit a head in the softmax, without a value (gpt-oss).
         return_lse: Also return the log of the softmax's denominator, sinks included, for merging partial attentions. It
@@ -99,8 +100,13 @@ def interval_attention(
     """
     query, key, value = autocast(query, key, value)  # type: ignore[assignment]
     _check_inputs(query, key, value, mask)
-    if softcap is not None and not softcap > 0:
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be positive, got {softcap}")
+    if isinstance(scale, Tensor):
+        raise ValueError("scale must be a number, got a tensor: multiply the query by it")
+    scale = plain_float(query.shape[-1] ** -0.5 if scale is None else scale)
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"scale must be finite, got {scale}")
     if sinks is not None:
         check_floating("sinks", sinks)
         if sinks.shape != (query.shape[1],) or sinks.device != query.device:
@@ -111,12 +117,14 @@ def interval_attention(
         return interval_attention_ref(
             query, key, value, mask, scale=scale, softcap=softcap, sinks=sinks, return_lse=return_lse
         )
-    scale = plain_float(query.shape[-1] ** -0.5 if scale is None else scale)
+    if scale <= 0:  # kernels, torch's too, scale what they have masked with −inf: a positive one keeps it that
+        query, scale = (query * 0, 1.0) if scale == 0 else (-query, -scale)
     if softcap is None and sinks is None and not return_lse:
         call = _facts(query, key, value, mask)
         if _sdpa_is_best(call):
             return _sdpa(query, key, value, call, scale)
-    lo, hi = (None, None) if mask is None or mask.kind == "full" else (mask.lo, mask.hi)
+    sees_all = mask is None or mask.kind_for(key.shape[2]) == "full"
+    lo, hi = (None, None) if mask is None or sees_all else (mask.lo, mask.hi)
     softcap = 0.0 if softcap is None else plain_float(softcap)
     out, lse = _IntervalAttention.apply(query, key, value, sinks, lo, hi, scale, softcap, return_lse)
     return (out, lse) if return_lse else out
@@ -139,8 +147,8 @@ def interval_attention_varlen(
     Args:
         query: ``[Tq, Hq, D]``.
         key, value: ``[Tk, Hkv, D]`` and ``[Tk, Hkv, Dv]``.
-        cu_seqlens_q: Where each sequence begins, and the last ends: integers ``[num_sequences + 1]``. Never read on the
-            host.
+        cu_seqlens_q: Where each sequence begins, and the last ends: integers ``[num_sequences + 1]``. On CUDA never
+            read on the host.
         cu_seqlens_k: The same for the keys; by default the queries' own.
         is_causal: Causal inside each sequence, aligned at its end.
         scale, softcap, sinks: As in `interval_attention`.
@@ -149,7 +157,8 @@ def interval_attention_varlen(
         ``[Tq, Hq, Dv]``, contiguous; queries beyond the last sequence give zeros.
 
     Raises:
-        ValueError: as `interval_attention`.
+        ValueError: as `interval_attention`; and, only where looking is free (a CPU, outside torch.compile), for
+            `cu_seqlens` that are none: lengths, decreasing, not from 0, beyond the tokens.
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor) or tensor.dim() != 3:
@@ -241,7 +250,7 @@ def _facts(query: Tensor, key: Tensor, value: Tensor, mask: IntervalMask | None)
         device=query.device.type,
         capability=_capability(query.device.index) if on_cuda else 0,
         dtype=query.dtype,
-        kind="full" if mask is None else mask.kind,
+        kind="full" if mask is None else mask.kind_for(kv_len),
         grouped=True if heads != kv_heads else False,  # noqa: SIM210  a symbol under dynamic shapes
         q_len=q_len,
         kv_len=kv_len,
@@ -529,6 +538,7 @@ def _step_scores(
         scores = tanh * softcap
     if visible is not None:
         scores.masked_fill_(~visible, -torch.inf)
+        tanh = None if tanh is None else tanh.masked_fill_(~visible, 0)  # its slope meets weights of 0, and may be NaN
     return scores, tanh
 
 
