@@ -116,7 +116,7 @@ def test_num_items_in_batch_and_all_ignored(computed):
     out, _ = step(model, tiny.inputs, labels, num_items_in_batch=torch.tensor(50))
     torch.testing.assert_close(out.loss, expected.loss)
     out, grads = step(model, tiny.inputs, torch.full_like(labels, -100))
-    assert out.loss == 0  # where the original's mean over nothing is NaN
+    assert out.loss.isnan()  # the original's mean over nothing
     assert all((g == 0).all() for g in grads.values())
 
 
@@ -178,112 +178,6 @@ def test_a_real_whisper_on_real_speech(computed):
     assert grads.keys() == expected_grads.keys() == exact_grads.keys()
     ours, theirs, truth = (torch.cat([g[k].flatten() for k in grads]) for g in (grads, expected_grads, exact_grads))
     assert difference(ours, theirs, truth).ok
-
-
-def lazy(dtype=torch.float32, bias=True):
-    head = LazyLinear(8, 300, bias=bias).to(dtype)
-    x = torch.randn(2, 5, 8).to(dtype).requires_grad_()
-    return head(x), F.linear(x, head.weight, head.bias), head, x
-
-
-def test_what_stays_lazy_and_what_does_not(computed):
-    logits, plain, _, _ = lazy()
-    labels = torch.randint(0, 300, (2, 5))
-    lazily = [
-        (lambda z: z.float(), "float"),
-        (lambda z: z.to(torch.float32).to(dtype=torch.float32).contiguous(), "to"),
-        (lambda z: z[..., :-1, :], "shift"),
-        (lambda z: z[:, 1:, :].contiguous(), "slice"),
-        (lambda z: z[:1], "first"),
-        (lambda z: z[labels > 100], "mask"),
-        (lambda z: z.view(-1, 300), "view"),
-        (lambda z: z.reshape(10, -1), "reshape"),
-        (lambda z: z.flatten(0, 1), "flatten"),
-        (lambda z: 2 * z / 3, "number"),
-        (lambda z: torch.tanh(z / 5) * 5, "cap"),
-    ]
-    for function, name in lazily:
-        found = function(logits)
-        assert type(found) is LazyLogits, name
-        assert found.shape == function(plain).shape, name
-        assert computed["logits"] == 0
-    for function, name in lazily:
-        torch.testing.assert_close(function(logits) + 0, function(plain), msg=lambda m, name=name: f"{name}: {m}")
-    computed["logits"] = 0
-    for function in (
-        lambda z: z[:, :, 3], lambda z: z[0, 1], lambda z: z.argmax(-1), lambda z: z.softmax(-1), lambda z: z.sum(),
-        lambda z: z[..., 5:], lambda z: z * torch.ones(300), lambda z: torch.tanh(torch.tanh(z)), lambda z: z.double(),
-        lambda z: z.transpose(1, 2), lambda z: z.detach(), lambda z: torch.cat([z, z]), lambda z: z.numpy(force=True),
-        lambda z: z.tolist(), lambda z: -z, lambda z: z[0, 1:2, 7], lambda z: z.clone(),
-    ):  # fmt: skip
-        found = function(lazy_twin(logits))
-        assert type(found) is not LazyLogits
-        expected = function(plain)
-        if isinstance(expected, torch.Tensor):
-            torch.testing.assert_close(found, expected)
-    with torch.no_grad():
-        assert repr(lazy_twin(logits).detach()) == repr(plain.detach())
-
-
-def lazy_twin(logits):
-    return logits._with()
-
-
-def test_losses_of_lazy_logits(computed):
-    logits, plain, head, x = lazy()
-    labels = torch.randint(0, 300, (10,))
-    labels[2] = -100
-    parameters = (x, head.weight, head.bias)
-    without = [
-        dict(), dict(reduction="sum"), dict(reduction="none"), dict(ignore_index=labels[0].item()),
-        dict(label_smoothing=0.2),
-    ]  # fmt: skip
-    for options in without:
-        if "ignore_index" in options:
-            labels = labels.clamp(min=0)
-        for change in (lambda z: z, lambda z: 0.5 * torch.tanh(z / 2) * 4, lambda z: z * 0.3):
-            ours = F.cross_entropy(change(logits).view(-1, 300), labels, **options)
-            theirs = F.cross_entropy(change(plain).view(-1, 300), labels, **options)
-            torch.testing.assert_close(ours, theirs)
-            torch.testing.assert_close(
-                *(torch.autograd.grad(loss.sum(), parameters, retain_graph=True) for loss in (ours, theirs))
-            )
-    assert computed == {"logits": 0, "loss": 15}
-    torch.testing.assert_close(
-        nn.CrossEntropyLoss()(logits.view(-1, 300), labels), F.cross_entropy(plain.view(-1, 300), labels)
-    )
-    # class weights, probabilities, a negative cap: with logits
-    weights, probabilities = torch.rand(300), torch.rand(10, 300).softmax(-1)
-    for function in (
-        lambda z: F.cross_entropy(z.view(-1, 300), labels, weight=weights),
-        lambda z: F.cross_entropy(z.view(-1, 300), probabilities),
-        lambda z: F.cross_entropy((torch.tanh(z) * -2).view(-1, 300), labels),
-        lambda z: F.cross_entropy(z.transpose(1, 2), labels.view(2, 5)),
-    ):
-        torch.testing.assert_close(function(logits._with()), function(plain))
-    assert computed["loss"] == 16
-
-
-def test_in_place_changes_are_seen():
-    logits, plain, _, _ = lazy()
-    labels = torch.randint(1, 300, (10,))
-    for z in (logits, plain := plain.clone()):
-        z[..., 0] = -torch.inf
-    torch.testing.assert_close(
-        F.cross_entropy(logits.view(-1, 300), labels), F.cross_entropy(plain.view(-1, 300), labels)
-    )
-
-
-def test_when_the_head_is_plain():
-    head, x = LazyLinear(8, 300), torch.randn(4, 8)
-    assert type(head(x)) is LazyLogits
-    with torch.no_grad():
-        assert type(head(x)) is torch.Tensor
-    with mmlm_fast.reference():
-        assert type(head(x)) is torch.Tensor
-    assert type(head.eval()(x)) is torch.Tensor
-    compiled = torch.compile(lambda x: F.cross_entropy(head(x), torch.arange(4)), backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x), F.cross_entropy(head(x), torch.arange(4)))
 
 
 def test_refusals():

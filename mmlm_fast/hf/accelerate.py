@@ -3,14 +3,17 @@
 import inspect
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import FeatureExtractionMixin, PreTrainedModel, ProcessorMixin
 
 from mmlm_fast.audio.extractors import EXTRACTORS, NOT_REPLACED, drop_in
-from mmlm_fast.hf.loss import heads_of, replace_head
+from mmlm_fast.hf import loss
+from mmlm_fast.nn import LazyLinear
 
 # Two float32 computations of a logarithm differ by this much where a bin nearly cancels, and by a tenth of it in the
 # mean, relative to the largest feature (tests/test_audio_extractors.py compares each with float64).
@@ -23,6 +26,7 @@ class Replaced:
     path: str  # attribute of the object, "" for the object itself
     name: str
     max_difference: float | None  # to the original on a test input, relative; None where not verified
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -38,19 +42,26 @@ class Acceleration:
 
     replaced: list[Replaced] = field(default_factory=list)
     refused: list[Refused] = field(default_factory=list)
-    _originals: list[tuple[Any, type]] = field(default_factory=list, repr=False)
+    _originals: list[tuple[Any, type, type]] = field(default_factory=list, repr=False)
 
     def undo(self) -> None:
         """Give every object its original class back; its state was never touched."""
         while self._originals:
-            target, cls = self._originals.pop()
-            target.__class__ = cls
+            target, ours, original = self._originals.pop()
+            target.__class__ = _instead(type(target), ours, original)
+            head = target.get_output_embeddings() if hasattr(target, "get_output_embeddings") else None
+            if type(head) is LazyLinear:  # a new one, of a resized vocabulary
+                head.__class__ = nn.Linear  # type: ignore[assignment]
+
+    def _change(self, target: Any, cls: type) -> None:
+        self._originals.append((target, cls, type(target)))
+        target.__class__ = cls
 
     def __str__(self) -> str:
         lines = []
         for r in self.replaced:
             proof = "not verified" if r.max_difference is None else f"largest difference {r.max_difference:.1e}"
-            lines.append(f"replaced {r.path or 'this object'}: {r.name} ({proof})")
+            lines.append(f"replaced {r.path or 'this object'}: {r.name} ({proof}{r.note and '; '}{r.note})")
         lines += [f"left     {r.path or 'this object'}: {r.name}: {r.reason}" for r in self.refused]
         return "\n".join(lines) or "nothing to replace was found"
 
@@ -66,10 +77,12 @@ def accelerate(
       the same name; its settings, and what it saves, stay as they are. Before that both run on a test clip, and the
       replacement is refused where keys, shapes, types, masks or features differ.
     - the head of a language model (see `mmlm_fast.hf.loss`): in training ``model(**inputs, labels=labels)`` computes
-      its loss without logits, unless something asks for these. Parameters and state dict stay as they are.
+      its loss without logits; who reads ``outputs.logits`` gets those of the forward pass then. Parameters and state
+      dict stay as they are. Calls without labels, in evaluation, of compiled models, and of heads with hooks, adapters
+      or sharded weights are the original's.
 
     Args:
-        model: A transformers model, processor or feature extractor.
+        model: A transformers model, processor or feature extractor, or a module that holds models (PEFT's, DDP).
         only: Replace only these classes, by name.
         exclude: Leave these classes, by name.
         verify: Run the proof. Without it a replacement is kept unseen.
@@ -89,33 +102,56 @@ def accelerate(
         if (only is not None and name not in only) or name in exclude:
             result.refused.append(Refused(path, name, "left out by only or exclude"))
             continue
-        reason, difference, cls = replace(part, verify)
+        reason, difference, changes = replace(part, verify)
         if reason is not None:
             result.refused.append(Refused(path, name, reason))
             continue
-        result._originals.append((part, type(part)))
-        part.__class__ = cls
-        result.replaced.append(Replaced(path, name, difference))
+        for target, cls in changes:
+            if type(target) is not cls:
+                result._change(target, cls)
+        compiled = "_orig_mod" in path.split(".")
+        note = "in compiled code the head is the original's, so this saves nothing there" if compiled else ""
+        result.replaced.append(Replaced(path, name, difference, note))
     return result
 
 
-def _parts_of(model: Any) -> list[tuple[str, Any, Callable]]:
-    """Path, part, and what finds its replacement: ``(part, verify) -> (why not, largest difference, class)``."""
+def _instead(cls: type, ours: type, original: type) -> type:
+    """`cls` with `original` where it has `ours`: itself, or below what parametrizations or FSDP made of it since."""
+    if cls is ours:
+        return original
+    if ours not in cls.__mro__:
+        return cls
+    names = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, tuple(_instead(base, ours, original) for base in cls.__bases__), names)
+
+
+# Why not, the largest difference, and the objects to change with their new classes.
+Replacement = tuple[str | None, float | None, list[tuple[Any, type]]]
+
+
+def _parts_of(model: Any) -> list[tuple[str, Any, Callable[[Any, bool], Replacement]]]:
+    """Path, part, and what finds its replacement."""
     if isinstance(model, FeatureExtractionMixin):
         return [("", model, _replace_extractor)]
     if isinstance(model, ProcessorMixin):
         parts = vars(model).items()
         return [(path, part, _replace_extractor) for path, part in parts if isinstance(part, FeatureExtractionMixin)]
-    if isinstance(model, PreTrainedModel):
-        return [(path, head, replace_head) for path, head in heads_of(model)]
+    if isinstance(model, nn.Module) and any(isinstance(m, PreTrainedModel) for m in model.modules()):
+        return [(path, head, partial(_replace_head, owner)) for path, owner, head in loss.heads_of(model)]
     raise ValueError(
         f"accelerate takes a transformers model, processor or feature extractor, got {type(model).__name__}"
+        + (", which holds no such model" if isinstance(model, nn.Module) else "")
     )
 
 
-def _replace_extractor(extractor: Any, verify: bool) -> tuple[str | None, float | None, type | None]:
+def _replace_head(model: Any, head: nn.Module, verify: bool) -> Replacement:
+    reason, difference = loss.why_not(model, head, verify)
+    return reason, difference, [] if reason else [(head, LazyLinear), (model, loss.without_logits(model.__class__))]
+
+
+def _replace_extractor(extractor: Any, verify: bool) -> Replacement:
     reason, difference = _why_not(extractor, verify)
-    return reason, difference, None if reason else drop_in(type(extractor).__name__)
+    return reason, difference, [] if reason else [(extractor, drop_in(type(extractor).__name__))]
 
 
 def _why_not(extractor: Any, verify: bool) -> tuple[str | None, float | None]:

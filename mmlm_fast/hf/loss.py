@@ -1,45 +1,92 @@
-"""The way into transformers' losses: a head whose logits are computed only when something needs them.
+"""The way into transformers' losses: a head whose logits are computed when something reads them, which a loss does not.
 
-A model's ``loss_function(logits=…)`` gets logits, not hidden states. So the head alone changes its class, on the
-instance: in training its output is `LazyLogits`, which pass through what the loss does to them and become
-`linear_cross_entropy` in ``F.cross_entropy``. No forward and no loss function is replaced.
+Two classes change, on the instances. The head becomes a `LazyLinear`. The model's becomes a subclass of the same name
+that says when a loss follows: in a training step with ``labels``. Then the head's output is `LazyLogits`, on which
+``F.cross_entropy`` is `linear_cross_entropy`. Without labels nothing differs from the original, and no method of it or
+function of its loss is replaced.
 """
 
+import functools
+import inspect
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from mmlm_fast.nn import LazyLinear
+from mmlm_fast.nn.lazy_logits import logits_on_demand
 from mmlm_fast.testing import difference
 
 ROWS, CLASSES = 64, 1024  # of the proof: the head's first classes
 
 
-def heads_of(model: Any) -> list[tuple[str, nn.Module]]:
-    """Path and module of a model's language-model head; none, where it has none."""
-    head = model.get_output_embeddings()
-    return [(path, module) for path, module in model.named_modules() if module is head]
+def heads_of(module: nn.Module) -> list[tuple[str, PreTrainedModel, nn.Module]]:
+    """Path of each language model's head in `module`, the outermost model it is the head of, and the head."""
+    found: dict[nn.Module, PreTrainedModel] = {}
+    for model in module.modules():
+        head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+        if isinstance(head, nn.Module):
+            found.setdefault(head, model)
+    return [(path, found[part], part) for path, part in module.named_modules() if part in found]
 
 
-def replace_head(head: nn.Module, verify: bool) -> tuple[str | None, float | None, type | None]:
-    """Why not, the largest error of the proof relative to the exact loss and gradients, and the new class."""
-    if type(head) is LazyLinear:
-        return "accelerated already", None, None
+def why_not(model: PreTrainedModel, head: nn.Module, verify: bool) -> tuple[str | None, float | None]:
+    """Why a head can't be a `LazyLinear`, or the largest error of the proof relative to exact loss and gradients."""
+    if getattr(model, "computes_loss_without_logits", False) and type(head) in (LazyLinear, nn.Linear):
+        return "accelerated already", None
+    if "labels" not in inspect.signature(type(model).forward).parameters:
+        return f"{type(model).__name__}.forward takes no labels, so that it computes no loss", None
     if type(head) is not nn.Linear:
         cls = type(head)
-        return f"not a plain nn.Linear but {cls.__module__}.{cls.__qualname__}, whose forward would be lost", None, None
+        return f"not a plain nn.Linear but {cls.__module__}.{cls.__qualname__}, whose forward would be lost", None
     if type(head.weight) is not nn.Parameter or head.weight.device.type not in ("cpu", "cuda"):
-        reason = f"its weight is {type(head.weight).__name__} on {head.weight.device}, whole only in its forward"
-        return reason, None, None
+        return f"its weight is {type(head.weight).__name__} on {head.weight.device}, whole only in its forward", None
     if not verify:
-        return None, None, LazyLinear
+        return None, None
     found = [difference(*three) for three in zip(*_proof(head), strict=True)]
     for d, what in zip(found, ("loss", "gradient of its input", "gradient of its weight"), strict=True):
         if not d.ok:
-            return f"{what} errs by {d.error:.1e}, where {d.allowed:.1e} is allowed", None, None
-    return None, max(d.relative for d in found), LazyLinear
+            return f"{what} errs by {d.error:.1e}, where {d.allowed:.1e} is allowed", None
+    return None, max(d.relative for d in found)
+
+
+@functools.cache
+def without_logits(cls: Any) -> Any:
+    """A subclass of a model's class, of the same name, whose loss takes `LazyLogits` where its head gives them."""
+    place = list(inspect.signature(cls.forward).parameters).index("labels") - 1
+
+    @functools.wraps(cls.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        labels = args[place] if len(args) > place else kwargs.get("labels")
+        if labels is None or not self.training or torch.compiler.is_compiling():
+            return cls.forward(self, *args, **kwargs)
+        _make_lazy(self.get_output_embeddings())
+        with logits_on_demand():
+            return cls.forward(self, *args, **kwargs)
+
+    def set_output_embeddings(self: Any, new_embeddings: Any) -> None:
+        cls.set_output_embeddings(self, new_embeddings)
+        if self.training:
+            _make_lazy(new_embeddings)
+
+    def __reduce_ex__(self: Any, protocol: Any) -> tuple:
+        return _rebuild, (cls,), *cls.__reduce_ex__(self, protocol)[2:]
+
+    methods = {"forward": forward, "set_output_embeddings": set_output_embeddings, "__reduce_ex__": __reduce_ex__}
+    names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(cls)(cls.__name__, (cls,), methods | names | {"computes_loss_without_logits": True})
+
+
+def _rebuild(cls: Any) -> Any:
+    fast = without_logits(cls)
+    return fast.__new__(fast)
+
+
+def _make_lazy(head: Any) -> None:
+    if type(head) is nn.Linear:
+        head.__class__ = LazyLinear
 
 
 def _proof(head: nn.Linear) -> list[list[Tensor]]:
@@ -47,18 +94,19 @@ def _proof(head: nn.Linear) -> list[list[Tensor]]:
     weight = head.weight.detach()[:CLASSES]
     bias = None if head.bias is None else head.bias.detach()[:CLASSES]
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(ROWS, weight.shape[1], generator=generator).to(weight)
-    labels = torch.randint(0, weight.shape[0], (ROWS,), generator=generator).to(weight.device)
+    hidden = torch.randn(ROWS, weight.shape[1], generator=generator, dtype=torch.float32, device="cpu").to(weight)
+    labels = torch.randint(0, weight.shape[0], (ROWS,), generator=generator, device="cpu").to(weight.device)
     labels[::5] = -100
 
     def run(cls: type[nn.Linear], dtype: torch.dtype) -> list[Tensor]:
-        module = cls(1, 1, bias=bias is not None).train()
+        module = cls(1, 1, bias=bias is not None, device=weight.device).train()
         module.weight = nn.Parameter(weight.to(dtype))
         if bias is not None:
             module.bias = nn.Parameter(bias.to(dtype))
         x = hidden.to(dtype).requires_grad_()
-        with torch.enable_grad(), torch.autocast(weight.device.type, enabled=False):
-            logits = module(x)
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(weight.device.type, enabled=False):
+            with logits_on_demand():
+                logits = module(x)
             loss = F.cross_entropy(logits if dtype == torch.float64 else logits.float(), labels)
             return [loss.detach(), *torch.autograd.grad(loss, (x, module.weight))]
 

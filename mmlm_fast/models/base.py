@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, GenerationMixin, PreTrainedModel
 
 from mmlm_fast.models.configuration import MMLMConfig, width_of
 from mmlm_fast.models.fusion import MMLMProjector
 from mmlm_fast.models.towers import freeze_poolers, make_tower, tokens_of
-from mmlm_fast.nn import ClipLoss, DecisionFusion, FuseModalities, GatedCrossAttentionLayer, LazyLinear, SiglipLoss
+from mmlm_fast.nn import ClipLoss, DecisionFusion, FuseModalities, GatedCrossAttentionLayer, SiglipLoss
 
 TOWERS = {
     "text": ("text_tower", "language_model"),
@@ -38,7 +38,8 @@ class MMLMPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear) and not isinstance(module, LazyLinear):
+        is_head = isinstance(self, GenerationMixin) and module is self.lm_head
+        if isinstance(module, nn.Linear) and not is_head:
             module.reset_parameters()  # torch's own: a normal of 0.02 makes narrow projectors and heads silent
             return
         super()._init_weights(module)

@@ -14,7 +14,7 @@ from transformers.utils import can_return_tuple
 from mmlm_fast.models.base import MMLMPreTrainedModel
 from mmlm_fast.models.configuration import SEQ2SEQ_FUSIONS, MMLMConfig, check_fusion, width_of
 from mmlm_fast.models.encoders import MMLMEncoderModel, MMLMJoin
-from mmlm_fast.nn import LazyLinear
+from mmlm_fast.nn.lazy_logits import logits_for_loss
 
 
 @dataclass
@@ -61,6 +61,7 @@ class MMLMForSeq2SeqLM(MMLMPreTrainedModel, GenerationMixin):
     """
 
     accepts_loss_kwargs = True
+    computes_loss_without_logits = True  # see mmlm_fast.hf.loss
 
     def __init__(self, config: MMLMConfig) -> None:
         super().__init__(config)
@@ -75,7 +76,7 @@ class MMLMForSeq2SeqLM(MMLMPreTrainedModel, GenerationMixin):
             raise ValueError(f"the decoder must be as wide as what it attends to, {memory}, got {width}")
         self.encoder = MMLMSeq2SeqEncoder(config)
         self.decoder = AutoModel.from_config(decoder_config)
-        self.lm_head = LazyLinear(width, decoder_config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(width, decoder_config.vocab_size, bias=False)
         self.post_init()
 
     def get_encoder(self, modality: str | None = None) -> nn.Module:
@@ -126,7 +127,8 @@ class MMLMForSeq2SeqLM(MMLMPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             use_cache=use_cache,
         )
-        logits = self.lm_head(out.last_hidden_state)
+        states = out.last_hidden_state
+        logits = self.lm_head(states) if labels is None else logits_for_loss(self.lm_head, states)
         loss = None
         if labels is not None:
             count = kwargs.get("num_items_in_batch")

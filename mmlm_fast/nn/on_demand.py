@@ -1,0 +1,156 @@
+"""Tensors of the autograd graph whose numbers are computed when something reads them."""
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._mode_utils import no_dispatch
+
+# Methods that reach a tensor's memory without an operator.
+_MEMORY = {
+    Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage,
+    Tensor.__dlpack__, Tensor.__reduce_ex__, Tensor.__repr__, Tensor.share_memory_, Tensor.is_shared,
+    Tensor.__cuda_array_interface__.__get__,
+}  # fmt: skip
+
+
+class Values:
+    """The numbers that a tensor and its views share: made once, when first read."""
+
+    def __init__(self, make: Callable[[], Tensor], like: Tensor) -> None:
+        self._make: Callable[[], Tensor] | None = make
+        self._like = like
+        self._derived: weakref.WeakSet[Values] = weakref.WeakSet()  # made from these, perhaps later
+        self.tensor: Tensor | None = None
+        self.changed = False  # in place, since they were made
+
+    def read(self) -> Tensor:
+        if self._make is not None:
+            with as_in_the_forward():
+                made = self._make()
+                if made.stride() != self._like.stride():
+                    made = torch.empty_like(self._like, device=made.device).copy_(made)
+            self.tensor, self._make = made, None
+        assert self.tensor is not None
+        return self.tensor
+
+    def derive(self, make: Callable[[], Tensor], like: Tensor) -> "Values":
+        """Values that `make` computes from these as they are now."""
+        derived = Values(make, like)
+        self._derived.add(derived)
+        return derived
+
+    def will_change(self) -> None:
+        """Call before a change in place: what is to be made from these is made now."""
+        for derived in list(self._derived):
+            derived.read()
+        self.read()
+        self.changed = True
+
+
+@contextmanager
+def as_in_the_forward() -> Iterator[None]:
+    """Outside of autograd, autocast and inference mode, whatever the reader is in."""
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+class OnDemand(Tensor):
+    """A tensor with shape, strides, graph and views of its own, and numbers only once an operator reads them.
+
+    Autograd stands above it: its functions, hooks and views see a tensor as any other.
+    """
+
+    _shared: Values
+    _meta: Tensor  # shape and strides, as a tensor on the device "meta"
+
+    @staticmethod
+    def __new__(cls, values: Values, meta: Tensor, device: torch.device) -> "OnDemand":
+        self = Tensor._make_wrapper_subclass(
+            cls,
+            meta.shape,
+            strides=meta.stride(),
+            storage_offset=meta.storage_offset(),
+            dtype=meta.dtype,
+            device=device,
+        )
+        self._shared, self._meta = values, meta
+        return self
+
+    def read(self) -> Tensor:
+        """The numbers, as a plain tensor without a graph that shares memory with every other reader's."""
+        return self._shared.read().as_strided(self._meta.shape, self._meta.stride(), self._meta.storage_offset())
+
+    def _lazily(self, func: Any, args: tuple, kwargs: dict) -> "OnDemand | None":
+        """The result of an operator on this tensor without its numbers; None where there is no such way."""
+        raise NotImplementedError
+
+    def _view(self, func: Any, args: tuple, kwargs: dict, meta: Tensor) -> "OnDemand":
+        raise NotImplementedError
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func in _MEMORY or (func is Tensor.__deepcopy__ and args[0].is_leaf):
+            args, kwargs = pytree.tree_map_only(OnDemand, _plain, (args, kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        self = args[0] if args and isinstance(args[0], OnDemand) else None
+        if self is not None and not any(isinstance(a, OnDemand) for a in args[1:]):
+            if torch.Tag.inplace_view in func.tags:
+                func(self._meta, *args[1:], **kwargs)
+                with no_dispatch():
+                    func(*args, **kwargs)
+                return self
+            if _is_view(func):
+                with nullcontext() if not torch.is_inference_mode_enabled() else torch.inference_mode(False):
+                    views = func(self._meta, *args[1:], **kwargs)  # of a normal tensor, also in inference mode
+                    return pytree.tree_map_only(Tensor, lambda meta: self._view(func, args[1:], kwargs, meta), views)
+        if self is not None and self._shared.tensor is None:
+            lazy = self._lazily(func, args[1:], kwargs)
+            if lazy is not None:
+                return lazy
+        return _read_and_call(func, args, kwargs)
+
+
+def _plain(tensor: OnDemand) -> Tensor:
+    """Numbers that refuse what the tensor itself would refuse."""
+    read = tensor.read()
+    return read.detach().requires_grad_() if tensor.requires_grad else read
+
+
+def _is_view(func: Any) -> bool:
+    alias = [r.alias_info for r in func._schema.returns]
+    return any(a is not None and not a.is_write for a in alias)
+
+
+def _read_and_call(func: Any, args: tuple, kwargs: dict) -> Any:
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            written = args[place] if place < len(args) else kwargs.get(argument.name)
+            for tensor in pytree.tree_leaves(written):
+                if isinstance(tensor, OnDemand):
+                    tensor._shared.will_change()
+    given: list[tuple[OnDemand, Tensor]] = []
+
+    def read(tensor: OnDemand) -> Tensor:
+        given.append((tensor, tensor.read()))
+        return given[-1][1]
+
+    out = func(*pytree.tree_map_only(OnDemand, read, args), **pytree.tree_map_only(OnDemand, read, kwargs))
+    return pytree.tree_map_only(Tensor, lambda t: next((w for w, plain in given if plain is t), t), out)
