@@ -1,10 +1,12 @@
 """Logits that wait: whatever reads, changes, hooks or differentiates them gets what a plain head gives."""
 
 import copy
+import gc
 import io
 import pickle
 import threading
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -373,6 +375,31 @@ def test_logits_of_before_the_step(step):
         else:
             with pytest.raises(RuntimeError, match=r"read outputs.logits before optimizer.step\(\)"):
                 z.sum()
+
+
+@pytest.mark.parametrize("end", ["dropped", "backward", "gradient", "read"])
+def test_nothing_is_kept(end):
+    """No cycle: what a step made is freed when its last name goes, without the garbage collector."""
+
+    def step():
+        head, x, y = make()
+        z = logits_of(head, x * 1, fast=True)
+        loss = ce(z.float() * 2, y)
+        seen = [weakref.ref(t) for t in (z, loss, loss.grad_fn.leaves[1])]
+        if end == "read":
+            z.sum()
+        if end == "gradient":
+            torch.autograd.grad(loss, z)
+        elif end != "dropped":
+            loss.backward()
+        return seen
+
+    step()
+    gc.disable()
+    try:
+        assert [ref() for ref in step()] == [None] * 3
+    finally:
+        gc.enable()
 
 
 def test_a_gradient_kept_is_of_before_the_step():

@@ -481,7 +481,7 @@ def _lazily(head: Any, hidden: Tensor) -> Tensor | None:
     """
     if not head.training or not torch.is_grad_enabled() or using_reference() or torch.compiler.is_compiling():
         return None
-    if torch.jit.is_tracing() or type(head) not in (nn.Linear, LazyLinear) or _is_hooked(head):
+    if torch.jit.is_tracing() or type(head) not in (nn.Linear, LazyLinear) or is_hooked(head):
         return None
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return None
@@ -506,7 +506,8 @@ def _lazily(head: Any, hidden: Tensor) -> Tensor | None:
     return _LinearLayer.apply(hidden, weight, bias, _Head(head, hidden, weight, bias))
 
 
-def _is_hooked(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a call of a module does more than its class's forward."""
     everywhere = nn.modules.module
     return "forward" in module.__dict__ or any(
         hooks
