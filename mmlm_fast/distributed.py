@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmlm_fast.ops._contrastive import DIAGONAL, IDS, Positives, check_pairs, positives_of, scalar_tensor
-from mmlm_fast.ops._formed import FormedGradients
+from mmlm_fast.ops._formed import with_formed_gradients
 from mmlm_fast.ops._registry import autocast, takes_kernel, using_reference
 from mmlm_fast.ops.clip_loss import NAMES, clip_over
 from mmlm_fast.ops.clip_loss import clip_loss as local_clip_loss
@@ -285,23 +285,41 @@ def gather_with_gradients(
     _check_options("gather", timeout_seconds)
     if not _several(group):
         return x
-    return _GatherWithGradients.apply(x, _Peers(group, sizes, x.shape[0], x.device, timeout_seconds))
+    return _Gathered.apply(x, _Peers(group, sizes, x.shape[0], x.device, timeout_seconds))
 
 
-class _GatherWithGradients(torch.autograd.Function):
+class _Linear(torch.autograd.Function):
+    """A linear map of rows over processes, and its transpose: derivatives of any order, forward and backward."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, peers: _Peers) -> Tensor:
-        ctx.peers = peers
+    def setup_context(ctx: Any, inputs: tuple[Tensor, _Peers], output: Tensor) -> None:
+        ctx.peers = inputs[1]
+
+    @classmethod
+    def jvp(cls, ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        return cls.forward(tangent, ctx.peers)
+
+
+class _Gathered(_Linear):
+    @staticmethod
+    def forward(x: Tensor, peers: _Peers) -> Tensor:
         return peers.gather(x)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _ScatteredSum.apply(grad, ctx.peers), None
+
+
+class _ScatteredSum(_Linear):
+    @staticmethod
+    def forward(x: Tensor, peers: _Peers) -> Tensor:
         # in float32: Gloo adds half precision in half precision
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        return ctx.peers.scatter_sum(grad.to(wide, copy=True, memory_format=torch.contiguous_format)).to(
-            grad.dtype
-        ), None
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return peers.scatter_sum(x.to(wide, copy=True, memory_format=torch.contiguous_format)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _Gathered.apply(grad, ctx.peers), None
 
 
 def _check_options(exchange: str, timeout_seconds: float | None) -> None:
@@ -374,13 +392,13 @@ def _loss(
     num_rows = torch.full((), sum(rows.sizes), dtype=torch.float32, device=x.device)
     factor = rows.count if averaged else 1
 
-    def forward(inputs: tuple, needed: tuple) -> tuple[Tensor, list[Tensor]]:
+    def forward(inputs: tuple, needed: list[bool]) -> tuple[Tensor, list[Tensor]]:
         # All processes exchange alike, whichever of their own inputs want gradients.
         peers = (_Gather if exchange == "gather" else _Ring)(rows, columns)
         loss, *formed = over(inputs, [any(needed)] * len(needed), positives, peers, num_rows)
         return loss, [g.mul_(factor) if n else g.new_empty(0) for g, n in zip(formed, needed, strict=True)]
 
-    return FormedGradients.apply(forward, x, y, *scalars)
+    return with_formed_gradients(f"distributed.{local.__name__}", forward, x, y, *scalars)
 
 
 def _reference(
@@ -398,7 +416,7 @@ def _reference(
     if positives.kind == IDS:
         assert positives.row_ids is not None
         ids = (rows.gather(positives.row_ids), positives.column_ids)
-    everything = _GatherWithGradients.apply(x, rows), _GatherWithGradients.apply(y, columns)
+    everything = _Gathered.apply(x, rows), _Gathered.apply(y, columns)
     loss = local(*everything, *scalars, positive_ids=ids)
     # The gather sums the equal gradients of all processes: what averaging expects.
     return loss if averaged else loss.detach() + (loss - loss.detach()) / rows.count

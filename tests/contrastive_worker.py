@@ -4,6 +4,7 @@ import os
 import sys
 import time
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -142,6 +143,37 @@ def gather() -> None:
     places = torch.arange(1.0, len(x) + 1)[:, None]
     (grad,) = torch.autograd.grad((out * places * (rank + 1)).sum(), leaf)
     assert grad.equal((places * sum(range(1, count + 1)))[own].expand(-1, 2))
+
+
+def derivatives() -> None:
+    """Second derivatives, forward mode and torch.func through the gather; fast losses refuse and name the remedy."""
+    x, y, scale, bias, _ = whole_batch()
+    own, count = own_rows(), dist.get_world_size()
+    along = tuple(torch.randn_like(t) for t in (x, y))
+    for kind, scalars in (("clip", [scale]), ("siglip", [scale, bias])):
+
+        def alone(x, y, kind=kind, scalars=scalars):
+            return getattr(ops, f"{kind}_loss")(x, y, *scalars)
+
+        def together(x, y, kind=kind, scalars=scalars):
+            return getattr(distributed, f"{kind}_loss")(x, y, *scalars)
+
+        with reference():
+            first = torch.autograd.functional.vjp(alone, (x, y))[1]
+            second = torch.autograd.functional.hvp(alone, (x, y), along)[1]
+        tangent = sum((g * t).sum() for g, t in zip(first, along, strict=True))
+        mine, step = (x[own], y[own]), (along[0][own], along[1][own])
+        with reference():
+            for g, e in zip(torch.autograd.functional.hvp(together, mine, step)[1], second, strict=True):
+                assert (g - count * e[own]).norm() <= 1e-4 * (1 + g.norm()), kind
+        close(torch.func.jvp(together, mine, step)[1], tangent, kind)
+        for g, e in zip(torch.func.grad(together, (0, 1))(*mine), first, strict=True):
+            assert (g - count * e[own]).norm() <= 1e-5, kind
+        if count > 1:
+            leaves = [t.clone().requires_grad_() for t in mine]
+            gradients = torch.autograd.grad(together(*leaves), leaves, create_graph=True)
+            with pytest.raises(RuntimeError, match=f"second derivatives of distributed.{kind}_loss"):
+                torch.autograd.grad(gradients[0].sum(), leaves, allow_unused=True)
 
 
 def training() -> None:

@@ -37,6 +37,12 @@ def test_equals_one_process_on_the_whole_batch(count):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_derivatives_over_processes(count):
+    done = torchrun(count, "derivatives")
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_in_a_compiled_function():
     done = torchrun(2, "compiled")
     assert done.returncode == 0, done.stderr[-3000:]

@@ -20,6 +20,7 @@ from mmlm_fast import _C
 from mmlm_fast.audio.resample import native_resampler, num_resampled, resample_ref
 from mmlm_fast.audio.tables import kept_tables
 from mmlm_fast.audio.waveforms import SAMPLE_TYPES, Clips, as_float, native_format
+from mmlm_fast.ops._derivatives import differentiable
 from mmlm_fast.ops._registry import register_op, using_reference
 
 
@@ -359,6 +360,14 @@ _bwd = register_op(
 )
 
 
+def _again(ctx: Any, grads: tuple, *waveforms: Tensor) -> tuple:
+    spec = spec_of(ctx.key)
+    parts = [
+        _by_reference(spec, w, n, ctx.orig_freq).flatten() for w, n in zip(waveforms, ctx.num_samples, strict=True)
+    ]
+    return (torch.cat(parts),), (None, None, None, *waveforms)
+
+
 class _SpectralFeatures(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, key: str, num_samples: list[int], orig_freq: int, *waveforms: Tensor) -> Tensor:
@@ -367,7 +376,7 @@ class _SpectralFeatures(torch.autograd.Function):
         return _fwd(list(waveforms), key, num_samples, orig_freq)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable(_again)
     def backward(ctx: Any, grad: Tensor) -> tuple:
         grads = _bwd(grad.contiguous(), list(ctx.saved_tensors), ctx.key, ctx.num_samples, ctx.orig_freq)
         return None, None, None, *grads

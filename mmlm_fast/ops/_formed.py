@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmlm_fast.ops._derivatives import is_seen_through, refused
+
 _graph_is_kept: Callable[[], bool] = getattr(
     torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
 )  # private: without it gradients are scaled out of place
@@ -21,31 +23,39 @@ def formed_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
-class FormedGradients(torch.autograd.Function):
-    """``apply(forward, *inputs)``: `forward` returns the loss and one gradient an input, empty where not wanted."""
+def with_formed_gradients(name: str, forward: Callable, *inputs: Tensor | None) -> Tensor:
+    """The loss of ``forward(inputs, needed)``, which returns it and one gradient an input, empty where not wanted.
+
+    Inputs are not kept, so that the gradients cannot be differentiated again: who tries is told the remedy.
+    """
+    # Not asked of the context: that says what requires a gradient, also where none is wanted.
+    needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
+    return _FormedGradients.apply(name, forward, needed, *inputs)[0]
+
+
+class _FormedGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        name, forward, needed, *inputs = args
+        loss, formed = forward(inputs, needed)
+        ctx.name, ctx.dtypes = name, [None if x is None else x.dtype for x in inputs]
+        anchor = loss.new_empty(0)  # an output of no size: what is made of it depends on the inputs
+        ctx.save_for_backward(*formed, anchor)
+        return loss, anchor
 
     @staticmethod
-    def forward(ctx: Any, forward: Callable, *inputs: Any) -> Tensor:
-        loss, formed = forward(inputs, ctx.needs_input_grad[1:])
-        ctx.dtypes = [x.dtype if isinstance(x, Tensor) else None for x in inputs]
-        ctx.save_for_backward(*formed)
-        return loss
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[1:]
-        scaled = _scaled(ctx.saved_tensors, grad)
-        return None, *(
-            g.to(dtype) if needs else None for g, dtype, needs in zip(scaled, ctx.dtypes, needed, strict=True)
-        )
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[3:]
+        *formed, anchor = ctx.saved_tensors
+        scaled = [g.to(d) if n else None for g, d, n in zip(_scaled(formed, grad), ctx.dtypes, needed, strict=True)]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            scaled = [*refused(f"{ctx.name}, whose gradients are formed in the forward pass", scaled, anchor)]
+        return None, None, None, *scaled
 
 
 def _scaled(formed: Sequence[Tensor], grad: Tensor) -> Sequence[Tensor]:
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_seen_through((grad,)) or _graph_is_kept():
         return [g * grad for g in formed]
     if grad.device.type == "cpu" and float(grad) == 1:
         return formed
-    if _graph_is_kept():
-        return [g * grad for g in formed]
     return [g.mul_(grad) for g in formed]  # the largest is as large as the weight: no second one beside it

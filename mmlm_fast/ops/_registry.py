@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _LIB = torch.library.Library("mmlm_fast", "FRAGMENT")
 
@@ -49,7 +50,22 @@ def reference() -> Iterator[None]:
 
 
 def using_reference() -> bool:
-    return _switch.use_reference
+    """Whether ops are to run as plain PyTorch: where `reference()` says so, or derivatives are asked for that see
+    through PyTorch's own operators alone.
+    """
+    return _switch.use_reference or is_transformed()
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func or a level of forward-mode differentiation is at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def looked_at(x: Tensor) -> Tensor:
+    """The values themselves, of all samples where torch.vmap shows one: what may decide about an error."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
 
 
 # On a CPU a call of ours costs more than torch's: for fewer numbers than these the reference is faster (measured, see

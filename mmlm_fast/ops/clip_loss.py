@@ -15,7 +15,7 @@ from mmlm_fast.ops._contrastive import (
     positives_of,
     scalar_tensor,
 )
-from mmlm_fast.ops._formed import FormedGradients, formed_dtype, wide
+from mmlm_fast.ops._formed import formed_dtype, wide, with_formed_gradients
 from mmlm_fast.ops._registry import SMALL_NUMBERS, autocast, register_op, takes_kernel, using_reference
 
 NAMES = ("image_features", "text_features")
@@ -90,11 +90,11 @@ def clip_loss(
     if using_reference() or not takes_tiles(x, y, "clip_loss"):
         return clip_loss_ref(x, y, scale, positives, rows_only)
 
-    def forward(inputs: tuple, needed: tuple) -> tuple[Tensor, list[Tensor]]:
-        loss, *formed = _fwd(*inputs, *positives.arguments(), rows_only, list(needed))
+    def forward(inputs: tuple, needed: list[bool]) -> tuple[Tensor, list[Tensor]]:
+        loss, *formed = _fwd(*inputs, *positives.arguments(), rows_only, needed)
         return loss, formed
 
-    return FormedGradients.apply(forward, x, y, scale)
+    return with_formed_gradients("clip_loss", forward, x, y, scale)
 
 
 def takes_tiles(x: Tensor, y: Tensor, op: str) -> bool:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmlm_fast.ops._activations import activate
+from mmlm_fast.ops._derivatives import differentiable, unseen
 from mmlm_fast.ops._registry import autocast, check_like, check_tokens, register_op, using_reference
 
 # Derivative times incoming gradient of each.
@@ -180,6 +181,14 @@ _bwd = register_op(
 )
 
 
+def _again(ctx, grads, weight, preactivation, bias, *inputs):
+    bias = unseen(weight.shape[:1], weight) if bias is None else bias
+    z = concat_linear_ref(inputs, weight, bias)
+    if ctx.activation != "none":  # with the value that was kept: a frozen bias was not
+        z = activate(preactivation + (z - z.detach()), ctx.activation)
+    return (z,), (None, None, weight, bias, *inputs)
+
+
 class _ConcatLinear(torch.autograd.Function):
     @staticmethod
     # `*args` for all: without gradients Dynamo takes a call with as many arguments as forward has names, `ctx` among
@@ -188,13 +197,15 @@ class _ConcatLinear(torch.autograd.Function):
         activation, keeps, weight, bias, *inputs = args
         out, preactivation = _fwd(list(inputs), weight, bias, activation, keeps)
         ctx.activation = activation
-        ctx.save_for_backward(weight, preactivation, *inputs)
+        # Second derivatives alone depend on the bias, and only behind an activation.
+        bends = bias is not None and bias.requires_grad and activation != "none"
+        ctx.save_for_backward(weight, preactivation, bias if bends else None, *inputs)
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable(_again)
     def backward(ctx, grad):
-        weight, preactivation, *inputs = ctx.saved_tensors
+        weight, preactivation, _, *inputs = ctx.saved_tensors
         needed = list(ctx.needs_input_grad[2:])
         grads = _bwd(grad, inputs, weight, preactivation, ctx.activation, needed)
         return None, None, *(g if needs else None for g, needs in zip(grads, needed, strict=True))

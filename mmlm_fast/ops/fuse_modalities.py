@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mmlm_fast.ops._derivatives import differentiable
 from mmlm_fast.ops._native import address, as_rows, floats, num_rows, number_type, rows
 from mmlm_fast.ops._registry import (
     autocast,
@@ -261,6 +262,22 @@ _bwd = register_op(
 )
 
 
+def _optional(ctx, saved):
+    """Weight, presence and features of what was saved behind the fusion weights."""
+    weight, present = None, None
+    if ctx.has_weight:
+        weight, *saved = saved
+    if ctx.has_present:
+        present, *saved = saved
+    return weight, present, list(saved)
+
+
+def _again(ctx, grads, _weights, *saved):
+    weight, present, features = _optional(ctx, saved)
+    out, _ = fuse_modalities_ref(features, ctx.mode, weight, None, present)
+    return (out, None), (None, weight, None, *features)
+
+
 class _FuseModalities(torch.autograd.Function):
     @staticmethod
     # `*args` for all: without gradients Dynamo takes a call with as many arguments as forward has names, `ctx` among
@@ -275,14 +292,11 @@ class _FuseModalities(torch.autograd.Function):
         return out, weights
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable(_again)
     def backward(ctx, grad, _grad_weights):
-        saved = ctx.saved_tensors
-        after_weight = 1 + ctx.has_weight
-        weight = saved[1] if ctx.has_weight else None
-        present = saved[after_weight] if ctx.has_present else None
-        features = list(saved[after_weight + ctx.has_present :])
-        dweight, *dfeatures = _bwd(grad, features, weight, saved[0], present, ctx.mode)
+        weights, *saved = ctx.saved_tensors
+        weight, present, features = _optional(ctx, saved)
+        dweight, *dfeatures = _bwd(grad, features, weight, weights, present, ctx.mode)
         return None, dweight if ctx.has_weight else None, None, *dfeatures
 
 
@@ -356,6 +370,11 @@ _mix_bwd = register_op(
 )
 
 
+def _mix_again(ctx, grads, first, second, logits, present):
+    gate = _effective_gate(logits, present)
+    return (gate * first + (1 - gate) * second, None), (first, second, logits)
+
+
 class _GatedMix(torch.autograd.Function):
     @staticmethod
     def forward(ctx, first, second, logits, present):
@@ -365,7 +384,7 @@ class _GatedMix(torch.autograd.Function):
         return out, gate
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable(_mix_again)
     def backward(ctx, grad, _grad_gate):
         first, second, logits, present = ctx.saved_tensors
         return *_mix_bwd(grad, first, second, logits, present), None

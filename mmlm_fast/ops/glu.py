@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from mmlm_fast.ops._activations import activate
+from mmlm_fast.ops._derivatives import differentiable
 from mmlm_fast.ops._native import address, as_rows, floats, num_rows, number_type, rows
 from mmlm_fast.ops._registry import check_floating, register_op, takes_kernel, using_reference
 from mmlm_fast.ops.add_norm import check_parameters
@@ -145,6 +146,12 @@ _bwd = register_op(
 )
 
 
+def _again(ctx, grads, gate, up, bias):
+    alone = up is None and not ctx.packed
+    out = bias_act_ref(gate, bias, ctx.activation) if alone else glu_ref(gate, up, ctx.activation)
+    return (out,), (gate, up, bias)
+
+
 class _Glu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up, bias, activation, packed):
@@ -155,7 +162,7 @@ class _Glu(torch.autograd.Function):
         return _fwd(gate, up, bias, activation)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable(_again)
     def backward(ctx, grad):
         gate, up, bias = ctx.saved_tensors
         has_up = up is not None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmlm_fast.masks import IntervalMask
+from mmlm_fast.ops._derivatives import differentiable, refuse_twice
 from mmlm_fast.ops._registry import (
     HAS_TRITON,
     NATIVE_TYPES,
@@ -122,7 +123,7 @@ def interval_attention(
     if softcap is None and sinks is None and not return_lse:
         call = _facts(query, key, value, mask)
         if _sdpa_is_best(call):
-            return _sdpa(query, key, value, call, scale)
+            return refuse_twice(_sdpa(query, key, value, call, scale), "interval_attention, which torch's kernel took")
     sees_all = mask is None or mask.kind_for(key.shape[2]) == "full"
     lo, hi = (None, None) if mask is None or sees_all else (mask.lo, mask.hi)
     softcap = 0.0 if softcap is None else plain_float(softcap)
@@ -658,6 +659,15 @@ _bwd = register_op(
 )
 
 
+def _again(ctx, grads, query, key, value, sinks, lo, hi, *_):
+    scale, softcap = ctx.options
+    mask = None if lo is None else IntervalMask(lo, hi)
+    outputs = interval_attention_ref(
+        query, key, value, mask, scale=scale, softcap=softcap or None, sinks=sinks, return_lse=True
+    )
+    return outputs, (query, key, value, sinks)
+
+
 class _IntervalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, sinks, lo, hi, scale, softcap, return_lse):
@@ -668,7 +678,7 @@ class _IntervalAttention(torch.autograd.Function):
         return out, largest + total.log() if return_lse else None
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable(_again)
     def backward(ctx, grad, grad_lse):
         query, key, value, sinks, lo, hi, out, largest, total = ctx.saved_tensors
         grad = torch.zeros_like(out) if grad is None else grad

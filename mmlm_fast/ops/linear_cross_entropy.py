@@ -6,13 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmlm_fast.ops._formed import FormedGradients, formed_dtype, wide
+from mmlm_fast.ops._derivatives import differentiable
+from mmlm_fast.ops._formed import formed_dtype, wide, with_formed_gradients
 from mmlm_fast.ops._native import rows
 from mmlm_fast.ops._registry import (
     SMALL_NUMBERS,
     autocast,
     check_floating,
     check_like,
+    looked_at,
     register_op,
     takes_kernel,
     using_reference,
@@ -122,30 +124,36 @@ def linear_cross_entropy(
         target = F.pad(target[..., 1:], (0, 1), value=ignore_index)[..., : shape[-1]]
     x, target = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
     ignored, target = _checked_target(target, weight.shape[0], ignore_index)
+    skip = None if ignore_index is None else ignored
     options: dict[str, Any] = dict(
         label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, logit_scale=logit_scale
     )
     if using_reference() or not _takes_chunks(x, weight):
-        clean = x if ignore_index is None else torch.where(ignored[:, None], 0, x)
-        marked = torch.where(ignored, -1, target)
-        loss = linear_cross_entropy_ref(
-            clean, weight, marked, bias, ignore_index=-1, reduction=reduction, num_items_in_batch=num_items_in_batch,
-            **options,
-        )  # fmt: skip
+        loss = _plain(
+            x, weight, target, bias, skip, reduction=reduction, num_items_in_batch=num_items_in_batch, **options
+        )
         return loss.view(shape) if reduction == "none" else loss
     numbers = [float(v) for v in (logit_scale, softcap or 0.0, label_smoothing, z_loss)]
     mib = chunk_mib if chunk_mib is not None else CHUNK_MIB.get(x.device.type, 96)
     budget = int(mib * 2**20)
-    skip = None if ignore_index is None else ignored
     if reduction == "none":
         return _Rows.apply(x, weight, bias, target, skip, numbers, budget).view(shape)
     factor = _denominator(ignored, reduction, num_items_in_batch).reciprocal()
 
-    def forward(inputs: tuple, needed: tuple) -> tuple[Tensor, list[Tensor]]:
-        losses, *formed = _fwd(*inputs, target, skip, None, factor, numbers, list(needed), budget)
+    def forward(inputs: tuple, needed: list[bool]) -> tuple[Tensor, list[Tensor]]:
+        losses, *formed = _fwd(*inputs, target, skip, None, factor, numbers, needed, budget)
         return losses.sum() * factor, formed
 
-    return FormedGradients.apply(forward, x, weight, bias)
+    return with_formed_gradients("linear_cross_entropy", forward, x, weight, bias)
+
+
+def _plain(
+    x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, skip: Tensor | None, **options: Any
+) -> Tensor:
+    """The reference; of the rows to skip it sees nothing."""
+    if skip is not None:
+        x, target = torch.where(skip[:, None], 0, x), torch.where(skip, -1, target)
+    return linear_cross_entropy_ref(x, weight, target, bias, ignore_index=-1, **options)
 
 
 def _check(hidden: Any, weight: Any, target: Any, bias: Tensor | None) -> None:
@@ -174,8 +182,9 @@ def _checked_target(target: Tensor, num_classes: int, ignore_index: int | None) 
     bad = ~ignored & ((target < 0) | (target >= num_classes))
     wanted = f"target must be in [0, {num_classes})" + ("" if ignore_index is None else f" or {ignore_index}")
     if target.device.type == "cpu" and not torch.compiler.is_compiling():
-        if bad.any():
-            raise ValueError(f"{wanted}, got {int(target[bad][0])} ({int(bad.sum())} out of range)")
+        found = looked_at(bad)
+        if found.any():
+            raise ValueError(f"{wanted}, got {int(looked_at(target)[found][0])} ({int(found.sum())} out of range)")
     else:
         torch._assert_async(~bad.any(), f"mmlm_fast.linear_cross_entropy: {wanted}")
     return ignored, torch.where(ignored | bad, 0, target)
@@ -279,6 +288,15 @@ _fwd = register_op(
 )
 
 
+def _again(ctx, grads, x, weight, bias, target, skip):
+    scale, softcap, label_smoothing, z_loss = ctx.numbers
+    loss = _plain(
+        x, weight, target, bias, skip, reduction="none", logit_scale=scale, softcap=softcap or None,
+        label_smoothing=label_smoothing, z_loss=z_loss,
+    )  # fmt: skip
+    return (loss,), (x, weight, bias)
+
+
 class _Rows(torch.autograd.Function):
     """One loss a row: what each row's gradient is multiplied by is known in the backward pass only."""
 
@@ -290,7 +308,7 @@ class _Rows(torch.autograd.Function):
         return _fwd(x, weight, bias, target, ignored, None, one, numbers, [False] * 3, budget)[0]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable(_again)
     def backward(ctx, grad):
         x, weight, bias, target, ignored = ctx.saved_tensors
         needed = list(ctx.needs_input_grad[:3])

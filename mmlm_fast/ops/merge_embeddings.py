@@ -6,10 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmlm_fast.ops._derivatives import differentiable, unseen
 from mmlm_fast.ops._native import number_type, rows
 from mmlm_fast.ops._registry import (
     SMALL_NUMBERS,
     check_floating,
+    is_transformed,
+    looked_at,
     plain_float,
     register_op,
     takes_kernel,
@@ -46,6 +49,23 @@ def scatter_features_ref(
         placed = torch.zeros_like(out).masked_scatter(mask, rows_) if add else out.masked_scatter(mask, rows_)
         out = out + placed if add else placed
     return out
+
+
+def gather_ref(
+    source: Tensor, base: Tensor, features: Sequence[Tensor], mode: str, scale: float = 1.0, unused: int = -1
+) -> Tensor:
+    """What both ops are in terms of sources ``[tokens]``; `unused`: a row of the base that gets no gradient, or −1.
+
+    For derivatives: of ``masked_scatter`` torch has no batching rule, nor forward mode over its backward pass.
+    """
+    size, is_feature = base.shape[1], (source < 0)[:, None]
+    rows_ = torch.cat([*(f.reshape(-1, size) for f in features), base.new_zeros(1, size)])
+    placed = rows_[(-1 - source).clamp(min=0)]
+    if mode == ADD:
+        return base + torch.where(is_feature, placed, 0)
+    if mode == EMBED:
+        base = F.embedding(source.clamp(min=0), base, unused if unused >= 0 else None) * scale
+    return torch.where(is_feature, placed, base)
 
 
 def merge_embeddings(
@@ -86,11 +106,14 @@ def merge_embeddings(
     if padding_idx is not None and not 0 <= padding_idx < table.shape[0]:
         raise ValueError(f"padding_idx must be in [0, {table.shape[0]}), got {padding_idx}")
     source = _sources(input_ids, features, table.shape[0], check)
-    if using_reference() or not takes_kernel(table) or _is_small(input_ids, table):
-        return merge_embeddings_ref(input_ids, table, features, scale, padding_idx)
     # One row of the table for its gradient to leave out; -1 where every row may mean a token.
     unused = padding_idx if padding_idx is not None else next((t for t in features if 0 <= t < table.shape[0]), -1)
-    out = _MergeEmbeddings.apply(EMBED, plain_float(scale), unused, source, table, *features.values())
+    if is_transformed():
+        out = gather_ref(source, table, list(features.values()), EMBED, scale, unused)
+    elif using_reference() or not takes_kernel(table) or _is_small(input_ids, table):
+        return merge_embeddings_ref(input_ids, table, features, scale, padding_idx)
+    else:
+        out = _MergeEmbeddings.apply(EMBED, plain_float(scale), unused, source, table, *features.values())
     return out.view(*input_ids.shape, table.shape[1])
 
 
@@ -124,10 +147,13 @@ def scatter_features(
         raise ValueError(f"input_ids must be {tuple(inputs_embeds.shape[:-1])}, got {got}")
     _check_features(input_ids, inputs_embeds, features)
     source = _sources(input_ids, features, None, check)
-    if using_reference() or not takes_kernel(inputs_embeds, "merge_embeddings"):
+    base, mode = inputs_embeds.reshape(-1, inputs_embeds.shape[-1]), ADD if add else REPLACE
+    if is_transformed():
+        out = gather_ref(source, base, list(features.values()), mode)
+    elif using_reference() or not takes_kernel(inputs_embeds, "merge_embeddings"):
         return scatter_features_ref(inputs_embeds, input_ids, features, add)
-    base = inputs_embeds.reshape(-1, inputs_embeds.shape[-1])
-    out = _MergeEmbeddings.apply(ADD if add else REPLACE, 1.0, -1, source, base, *features.values())
+    else:
+        out = _MergeEmbeddings.apply(mode, 1.0, -1, source, base, *features.values())
     return out.view(inputs_embeds.shape)
 
 
@@ -196,8 +222,8 @@ def _sources(input_ids: Tensor, features: Mapping[int, Tensor], num_ids: int | N
     for fine, message, found in problems:
         if not check:
             torch._assert_async(fine, message.format("another number of"))
-        elif not fine:
-            raise ValueError(message.format(int(found)))
+        elif not (well := looked_at(fine)).all():
+            raise ValueError(message.format(int(looked_at(found)[~well][0])))
     return source
 
 
@@ -250,6 +276,14 @@ _bwd = register_op(
 )
 
 
+def _again(ctx, grads, source):
+    (grad,) = grads
+    base = unseen((ctx.base_rows, grad.shape[1]), grad)
+    features = [unseen(shape, grad) for shape in ctx.shapes]
+    out = gather_ref(source, base, features, ctx.mode, ctx.scale, ctx.unused)
+    return (out,), (None, None, None, None, base, *features)
+
+
 class _MergeEmbeddings(torch.autograd.Function):
     @staticmethod
     # `*args` for all: without gradients Dynamo takes a call with as many arguments as forward has names, `ctx` among
@@ -262,7 +296,7 @@ class _MergeEmbeddings(torch.autograd.Function):
         return _fwd(source, base, list(features), mode, scale)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable(_again)
     def backward(ctx, grad):
         (source,) = ctx.saved_tensors
         needs_base, *needs_features = ctx.needs_input_grad[4:]

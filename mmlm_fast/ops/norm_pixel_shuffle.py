@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mmlm_fast.ops._derivatives import differentiable, unseen
 from mmlm_fast.ops._native import address, floats, number_type, rows
 from mmlm_fast.ops._registry import check_floating, plain_float, register_op, takes_kernel, using_reference
-from mmlm_fast.ops.add_norm import MAX_KERNEL_SIZE, add_norm_ref, check_parameters
+from mmlm_fast.ops.add_norm import KINDS, MAX_KERNEL_SIZE, add_norm_ref, check_parameters
 
 NORM_AT = ("none", "before", "after")  # in the order of the native core
 
@@ -254,6 +255,16 @@ _bwd = register_op(
 )
 
 
+def _again(ctx, grads, x, weight, index):
+    norm_at, is_layer, channels_first, eps = ctx.options
+    (grad,) = grads
+    x = unseen((index.numel(), grad.shape[1] // index.shape[1]), grad) if x is None else x
+    width = x.shape[1] * (index.shape[1] if norm_at == "after" else 1)
+    bias = None if ctx.bias_dtype is None else unseen((width,), x.new_empty(0, dtype=ctx.bias_dtype))
+    norm = None if norm_at == "none" else KINDS[is_layer]
+    return (gather_ref(x, index, weight, bias, norm, norm_at, channels_first, eps),), (x, weight, bias)
+
+
 class _NormPixelShuffle(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, index, norm_at, is_layer, channels_first, eps):
@@ -263,7 +274,7 @@ class _NormPixelShuffle(torch.autograd.Function):
         return _fwd(x, index, weight, bias, *ctx.options)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable(_again)
     def backward(ctx, grad):
         x, weight, index = ctx.saved_tensors
         dx, dweight, dbias = _bwd(grad, x, index, weight, ctx.bias_dtype, *ctx.options)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mmlm_fast.ops._derivatives import differentiable, unseen
 from mmlm_fast.ops._native import address, number_type
 from mmlm_fast.ops._registry import check_floating, plain_float, register_op, takes_kernel, using_reference
 from mmlm_fast.ops.add_norm import add_norm_ref, check_parameters, with_offset
@@ -274,6 +275,15 @@ _bwd = register_op(
 )
 
 
+def _again(ctx, grads, cos, sin, query, key, query_weight, key_weight):
+    if query is None:  # rotated alone
+        query, key = (unseen(g.shape, g) for g in grads)
+    out, out_key = qk_norm_rope_ref(
+        query, key if ctx.has_key else None, cos, sin, query_weight, key_weight, *ctx.options
+    )
+    return (out, out_key), (query, key, query_weight, key_weight)
+
+
 class _QkNormRope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, query_weight, key_weight, cos, sin, eps, offset, interleaved):
@@ -285,7 +295,7 @@ class _QkNormRope(torch.autograd.Function):
         return out, out_key
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable(_again)
     def backward(ctx, grad, grad_key):
         cos, sin, query, key, query_weight, key_weight = ctx.saved_tensors
         dquery, dkey, dweight, dkey_weight = _bwd(

@@ -15,7 +15,7 @@ from mmlm_fast.ops._contrastive import (
     positives_of,
     scalar_tensor,
 )
-from mmlm_fast.ops._formed import FormedGradients, formed_dtype, wide
+from mmlm_fast.ops._formed import formed_dtype, wide, with_formed_gradients
 from mmlm_fast.ops._registry import autocast, register_op, using_reference
 from mmlm_fast.ops.clip_loss import NAMES, POSITIVES, takes_tiles
 
@@ -78,11 +78,11 @@ def siglip_loss(
     if using_reference() or not takes_tiles(x, y, "siglip_loss"):
         return siglip_loss_ref(x, y, scale, bias, positives)
 
-    def forward(inputs: tuple, needed: tuple) -> tuple[Tensor, list[Tensor]]:
-        loss, *formed = _fwd(*inputs, *positives.arguments(), list(needed))
+    def forward(inputs: tuple, needed: list[bool]) -> tuple[Tensor, list[Tensor]]:
+        loss, *formed = _fwd(*inputs, *positives.arguments(), needed)
         return loss, formed
 
-    return FormedGradients.apply(forward, x, y, scale, bias)
+    return with_formed_gradients("siglip_loss", forward, x, y, scale, bias)
 
 
 def siglip_over(
