@@ -1,5 +1,7 @@
 """The small towers, and towers from checkpoints."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -205,3 +207,35 @@ def test_unused_poolers_take_no_part():
     assert any("text_tower.pooler" in n for n in frozen)
     assert any("vision_tower.head" in n for n in frozen)
     assert all(".pooler." in n or ".head." in n for n in frozen)
+
+
+def test_lstm_goes_on_from_ends_of_calls_alone():
+    """A cache holds the cells at the ends of calls: cropped elsewhere, it has no state to go on from."""
+    torch.manual_seed(0)
+    model = MMLMLSTMModel(MMLMLSTMConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2)).eval()
+    ids = torch.randint(0, 50, (2, 9))
+    with torch.no_grad():
+        expected = model(ids).last_hidden_state
+        for mask in (None, torch.ones_like(ids)):
+            cache = DynamicCache()
+            model(ids[:, :5], attention_mask=None if mask is None else mask[:, :5], past_key_values=cache)
+            for i in range(5, 9):
+                model(ids[:, i : i + 1], past_key_values=cache)
+            for _ in range(2):  # to the end of a step, and to that of the first call
+                cache = copy.deepcopy(cache)
+                cache.crop(-2)
+                begin = cache.get_seq_length()
+                again = copy.deepcopy(cache)
+                out = model(ids[:, begin:], past_key_values=again).last_hidden_state
+                torch.testing.assert_close(out, expected[:, begin:])
+            again.crop(-1)  # within the last call, where an end was before
+            with pytest.raises(ValueError, match=r"cropped to 8 tokens, which is none of \[5, 9\]"):
+                model(ids[:, 8:], past_key_values=again)
+            cache.crop(-2)
+            with pytest.raises(ValueError, match=r"a cache cropped to 3 tokens, which is none of \[5, 6, 7, 8, 9\]"):
+                model(ids[:, 3:], past_key_values=cache)
+            cache.reset()
+            model(ids[:, :7], past_key_values=cache)
+            cache.crop(-2)
+            with pytest.raises(ValueError, match=r"a cache cropped to 5 tokens, which is none of \[7\]"):
+                model(ids[:, 5:], past_key_values=cache)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModel, GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
@@ -15,7 +15,8 @@ from mmlm_fast.models.configuration import DECODER_FUSIONS, POOLED_FUSIONS, MMLM
 from mmlm_fast.models.fusion import MMLMFusion, add_cross_attention, merge_tokens
 from mmlm_fast.models.objectives import MMLMAlignment, MMLMReconstruction, pooled_by_sample
 from mmlm_fast.models.towers import tokens_of
-from mmlm_fast.nn import LazyLinear
+from mmlm_fast.models.turns import check_turn, keep_context, kept_context
+from mmlm_fast.nn.lazy_logits import logits_for_loss
 
 
 @dataclass
@@ -97,8 +98,16 @@ class MMLMModel(MMLMPreTrainedModel):
             features[modality] = encode_items(tower, projector, values, masks[modality], modality)[1:]
         return features
 
-    def _context(self, features: dict[str, tuple[Tensor, Tensor]], like: Tensor) -> tuple[Tensor, Tensor]:
-        """What the text is fused with: each modality's mean, or all tokens; and what of it is there."""
+    def _context(
+        self, features: dict[str, tuple[Tensor, Tensor]], like: Tensor, past_key_values: Cache | None
+    ) -> tuple[Tensor, Tensor]:
+        """What the text is fused with: that of earlier turns, or of this one."""
+        found = self._pooled(features, like) if features else None
+        check_turn(past_key_values, like.shape[0], found)
+        return found or kept_context(past_key_values) or self._pooled({}, like)
+
+    def _pooled(self, features: dict[str, tuple[Tensor, Tensor]], like: Tensor) -> tuple[Tensor, Tensor]:
+        """Each modality's mean, or all tokens; and what of it is there."""
         batch_size = like.shape[0]
         for modality, (values, _) in features.items():
             if values.shape[0] != batch_size:
@@ -139,6 +148,8 @@ class MMLMModel(MMLMPreTrainedModel):
             input_features: ``[num_clips, mel, frames]``, or ``[B, mel, frames]`` or ``[B, F, mel, frames]``, likewise.
             image_mask, audio_mask: Bool ``[B]`` or ``[B, F]``, False where `pixel_values` or `input_features` hold a
                 filler. With ``merge``, leave fillers and masks out.
+            past_key_values: Of earlier steps and turns. What their tokens were fused with lives with the cache: later
+                turns need no pictures and sound, and may bring no other ones.
             fusion_context, fusion_present: From an earlier step, in place of the inputs they were pooled from.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -155,7 +166,7 @@ class MMLMModel(MMLMPreTrainedModel):
                 inputs_embeds = merge_tokens(inputs_embeds, input_ids, token_id, values, modality)
         elif self.modalities:
             if fusion_context is None or fusion_present is None:
-                fusion_context, fusion_present = self._context(features, inputs_embeds[:, 0])
+                fusion_context, fusion_present = self._context(features, inputs_embeds[:, 0], past_key_values)
             if self.config.fusion == "gated_cross_attention":
                 if fusion_context.shape[1]:
                     kwargs["cross_attention_context"] = (fusion_context, fusion_present)
@@ -170,6 +181,8 @@ class MMLMModel(MMLMPreTrainedModel):
             use_cache=use_cache,
             **kwargs,
         )
+        if fusion_context is not None and fusion_present is not None:
+            keep_context(out.past_key_values, (fusion_context, fusion_present))
         return MMLMModelOutput(
             last_hidden_state=out.last_hidden_state,
             past_key_values=out.past_key_values,
@@ -197,13 +210,13 @@ class MMLMForConditionalGeneration(MMLMPreTrainedModel, GenerationMixin):
     """Text from text, pictures and sound: `forward` with labels, `generate`, and all of transformers' machinery."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    computes_loss_without_logits = True  # see mmlm_fast.hf.loss
 
     def __init__(self, config: MMLMConfig) -> None:
         super().__init__(config)
         text_config: Any = config.text_config
         self.model = MMLMModel(config)
-        # In training the loss takes no logits; asked for, they are there.
-        self.lm_head = LazyLinear(text_config.hidden_size, text_config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
         placeholders = [t for t in (config.image_token_id, config.audio_token_id) if t is not None]
         if config.fusion == "merge" and placeholders:
             self.generation_config.suppress_tokens = placeholders  # the model writes none: no feature would go there
@@ -264,9 +277,11 @@ class MMLMForConditionalGeneration(MMLMPreTrainedModel, GenerationMixin):
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
         keep = slice(None) if isinstance(keep, int) else keep
-        logits = self.lm_head(out.last_hidden_state[:, keep])
+        states = out.last_hidden_state[:, keep]
+        has_loss = labels is not None and bool(self.config.language_modeling_weight)
+        logits = logits_for_loss(self.lm_head, states) if has_loss else self.lm_head(states)
         parts: dict[str, Tensor] = {}
-        if labels is not None and self.config.language_modeling_weight:
+        if has_loss:
             parts["language_modeling"] = self.loss_function(
                 logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs
             )

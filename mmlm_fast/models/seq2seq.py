@@ -14,6 +14,7 @@ from transformers.utils import can_return_tuple
 from mmlm_fast.models.base import MMLMPreTrainedModel
 from mmlm_fast.models.configuration import SEQ2SEQ_FUSIONS, MMLMConfig, check_fusion, width_of
 from mmlm_fast.models.encoders import MMLMEncoderModel, MMLMJoin
+from mmlm_fast.models.turns import check_turn, keep_context, kept_context
 from mmlm_fast.nn.lazy_logits import logits_for_loss
 
 
@@ -106,17 +107,19 @@ class MMLMForSeq2SeqLM(MMLMPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> Seq2SeqLMOutput:
         """Logits ``[B, T, vocabulary]`` of `decoder_input_ids`, which are `labels` shifted right by default; with
-        `labels` (``[B, T]``, -100 ignored) the loss."""
+        `labels` (``[B, T]``, -100 ignored) the loss. A cache holds the memory its tokens attended to: later turns need
+        no inputs of the encoder, and may bring no other ones."""
+        kept, given = kept_context(past_key_values), (input_ids, pixel_values, input_features)
+        if encoder_outputs is None and kept is not None and all(x is None for x in given):
+            encoder_outputs = MMLMMemory(last_hidden_state=kept[0], memory_mask=kept[1])
         if encoder_outputs is None:
-            encoder_outputs = self.encoder(
-                input_ids, pixel_values, input_features, image_mask, audio_mask, attention_mask
-            )
+            encoder_outputs = self.encoder(*given, image_mask, audio_mask, attention_mask)
+            _check_memory(past_key_values, encoder_outputs)
         if decoder_input_ids is None:
             if labels is None:
                 raise ValueError("pass labels or decoder_input_ids, got neither")
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
-        memory = encoder_outputs.last_hidden_state
-        mask = encoder_outputs.memory_mask
+        memory, mask = encoder_outputs.last_hidden_state, encoder_outputs.memory_mask
         seen = mask.clone()
         seen[:, 0] = True  # an empty memory is one zero: attention needs something to look at
         out = self.decoder(
@@ -127,6 +130,7 @@ class MMLMForSeq2SeqLM(MMLMPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             use_cache=use_cache,
         )
+        keep_context(out.past_key_values, (memory, mask))
         states = out.last_hidden_state
         logits = self.lm_head(states) if labels is None else logits_for_loss(self.lm_head, states)
         loss = None
@@ -142,6 +146,13 @@ class MMLMForSeq2SeqLM(MMLMPreTrainedModel, GenerationMixin):
             encoder_last_hidden_state=memory,
         )
 
+    def _expand_inputs_for_generation(self, *args: Any, **model_kwargs: Any) -> tuple[Any, dict]:
+        # generate() encodes before it comes here, and hands the memory to every step.
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(*args, **model_kwargs)
+        if model_kwargs.get("encoder_outputs") is not None:
+            _check_memory(model_kwargs.get("past_key_values"), model_kwargs["encoder_outputs"])
+        return input_ids, model_kwargs
+
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
         """Labels shifted right behind the start token; -100 becomes padding."""
         start = self.config.decoder_start_token_id
@@ -150,3 +161,8 @@ class MMLMForSeq2SeqLM(MMLMPreTrainedModel, GenerationMixin):
             raise ValueError(f"the decoder needs a start token and a padding token, got {start} and {pad}")
         shifted = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], 1)
         return shifted.masked_fill(shifted == -100, pad)
+
+
+def _check_memory(past_key_values: Any, memory: Any) -> None:
+    states = memory.last_hidden_state
+    check_turn(past_key_values, states.shape[0], (states, memory.memory_mask))

@@ -189,12 +189,20 @@ class MMLMLSTMModel(_Tower):
             cell_steps = torch.zeros_like(out)
             cell_steps[:, -1] = cell[0]
             kept = torch.cat([out[:, :-1], hidden.transpose(0, 1)], 1)
-            cache.update(kept[:, None], cell_steps[:, None], index)
+            _cache_states(cache, index, kept, cell_steps)
             return out
         cell_steps = torch.zeros_like(out)
         cell_steps[:, -1] = cell[0]
-        cache.update(out[:, None], cell_steps[:, None], index)
+        _cache_states(cache, index, out, cell_steps)
         return out
+
+
+def _cache_states(cache: Any, index: int, hidden: Tensor, cell: Tensor) -> None:
+    before = cache.get_seq_length(index)
+    cache.update(hidden[:, None], cell[:, None], index)
+    if isinstance(before, int) and not torch.compiler.is_compiling():  # a static cache is not cropped
+        layer = cache.layers[index]
+        layer.ends = {end for end in getattr(layer, "ends", ()) if end <= before} | {before + hidden.shape[1]}
 
 
 def _last_state(cache: Any, index: int) -> tuple[Tensor, Tensor] | None:
@@ -205,6 +213,11 @@ def _last_state(cache: Any, index: int) -> tuple[Tensor, Tensor] | None:
     layer = cache.layers[index]
     if not layer.is_initialized:
         return None
+    if isinstance(length, int) and not torch.compiler.is_compiling() and length not in getattr(layer, "ends", {length}):
+        raise ValueError(
+            f"an LSTM goes on from the ends of its calls only, whose cells are cached, got a cache cropped to {length} "
+            f"tokens, which is none of {sorted(layer.ends)}: assisted generation is not for it"
+        )
     last = torch.as_tensor(length, device=layer.keys.device).reshape(1) - 1
     states = tuple(
         x.index_select(2, last.clamp(min=0))[:, 0].transpose(0, 1).contiguous() for x in (layer.keys, layer.values)

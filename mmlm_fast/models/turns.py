@@ -1,0 +1,108 @@
+"""What a later turn of a conversation needs beside the keys and values of the earlier ones: what their tokens were
+fused with. It lives with the cache, so that any number of conversations may go on with one model."""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+Context = tuple[Tensor, Tensor]
+
+
+class _Fused:
+    """Of a cache of transformers: what happens to its rows also happens to those of the features beside them."""
+
+    fusion: Context | None
+
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        self.fusion = None
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        super().crop(*args, **kwargs)  # type: ignore[misc]
+        if not _num_tokens(self):
+            self.fusion = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self._select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        if self.fusion is not None:
+            context, present = self.fusion
+            self.fusion = context.repeat_interleave(repeats, 0), present.repeat_interleave(repeats, 0)
+
+    def _select(self, rows: Tensor) -> None:
+        if self.fusion is not None:
+            context, present = self.fusion
+            self.fusion = context[rows.to(context.device)], present[rows.to(present.device)]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        return _made_again, (type(self).__bases__[1],), self.__dict__
+
+
+@cache
+def _fused(cls: Any) -> Any:
+    return type(cls.__name__, (_Fused, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+def _made_again(cls: Any) -> Any:
+    return _fused(cls).__new__(_fused(cls))
+
+
+def _num_tokens(past_key_values: Any) -> int:
+    length = past_key_values.get_seq_length()
+    # A static cache counts on the device, where a compiled graph cannot look.
+    return 0 if isinstance(length, Tensor) and torch.compiler.is_compiling() else int(length)
+
+
+def keep_context(past_key_values: Any, context: Context) -> None:
+    """Keep what the tokens in a cache were fused with, the first time."""
+    if not isinstance(past_key_values, Cache):
+        return
+    if kept_context(past_key_values) is None:
+        past_key_values.fusion = context  # type: ignore[attr-defined]
+    if not isinstance(past_key_values, _Fused) and not torch.compiler.is_compiling():  # Dynamo changes no class
+        cls: Any = type(past_key_values)
+        past_key_values.__class__ = _fused(cls)
+
+
+def kept_context(past_key_values: Any) -> Context | None:
+    """What was kept: of B conversations ``[B, k, H]`` and which of it is there, bool ``[B, k]``."""
+    return getattr(past_key_values, "fusion", None)
+
+
+def check_turn(past_key_values: Any, batch_size: int, context: Context | None) -> None:
+    """Raise where a turn does not continue what a cache holds.
+
+    Args:
+        past_key_values: A cache, or None.
+        batch_size: Of the turn.
+        context: Of what the turn brings; None where it brings nothing to encode.
+
+    Raises:
+        ValueError: for another number of conversations; for tokens whose context is nowhere; and for another context
+            than the cache's, with which the tokens in it were fused: their keys would be other ones.
+    """
+    held = kept_context(past_key_values)
+    if held is None:
+        if context is None and past_key_values is not None and _num_tokens(past_key_values):
+            raise ValueError(
+                "past_key_values must hold what its tokens were fused with, as a cache does that this model filled, or "
+                "pictures and sound must be passed (fillers and masks where there are none), got neither"
+            )
+        return
+    if held[0].shape[0] != batch_size:
+        raise ValueError(f"past_key_values holds {held[0].shape[0]} conversations, got a batch of {batch_size}")
+    if context is not None and not all(a.shape == b.shape and a.equal(b) for a, b in zip(held, context, strict=True)):
+        raise ValueError(
+            "pictures, sound and what else is encoded must be those of the first turn, got others: the tokens in "
+            "past_key_values were fused with them, so that others need a new cache and the whole conversation"
+        )
