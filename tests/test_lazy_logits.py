@@ -377,6 +377,24 @@ def test_logits_of_before_the_step(step):
                 z.sum()
 
 
+@pytest.mark.parametrize("part", ["hidden", "weight", "bias"])
+def test_parts_changed_in_place(part):
+    """Before any loss or backward pass: logits of the forward pass, or an error."""
+    for read_before in (True, False):
+        head, x, _ = make()
+        z = logits_of(head, hidden := x * 1, fast=True)
+        expected = F.linear(hidden, head.weight, head.bias).detach().clone()
+        if read_before:
+            z.argmax(-1)
+        with torch.no_grad():
+            {"hidden": hidden, "weight": head.weight, "bias": head.bias}[part].mul_(2)
+        if read_before:
+            assert torch.equal(z.detach() + 0, expected)
+        else:
+            with pytest.raises(RuntimeError, match="have changed or gone since"):
+                z.sum()
+
+
 @pytest.mark.parametrize("end", ["dropped", "backward", "gradient", "read"])
 def test_nothing_is_kept(end):
     """No cycle: what a step made is freed when its last name goes, without the garbage collector."""
