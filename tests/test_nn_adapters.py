@@ -151,24 +151,43 @@ def test_hooks_fire(name):
     expected = model()
     for path in leaves(model):
         seen, module = [], model.get_submodule(path)
-        handles = [
-            module.register_forward_pre_hook(lambda *_, seen=seen: seen.append("before")),
-            module.register_forward_hook(lambda *_, seen=seen: seen.append("behind")),
-            module.register_full_backward_hook(lambda *_, seen=seen: seen.append("backward")),
-        ]
-        out = model()
-        close(out, expected)
-        out.sum().backward()
-        assert {"before", "behind", "backward"} <= set(seen), path
-        for handle in handles:
+        for register in (
+            module.register_forward_pre_hook,
+            module.register_forward_hook,
+            module.register_full_backward_pre_hook,
+            module.register_full_backward_hook,
+        ):
+            handle = register(lambda *_, seen=seen: seen.append("seen"))
+            out = model()
+            close(out, expected)
+            out.sum().backward()
             handle.remove()
-        seen.clear()
+            assert seen, (path, register)
+            seen.clear()
         handle = nn.modules.module.register_module_forward_hook(
             lambda m, *_, module=module, seen=seen: seen.append(m) if m is module else None
         )
         model()
         handle.remove()
         assert seen, path
+
+
+@EVERY
+def test_subclasses_are_called(name):
+    model = build(name)
+    expected = model()
+    for path in leaves(model):
+        seen, module = [], model.get_submodule(path)
+        cls = type(module)
+
+        def forward(self, *args, cls=cls, seen=seen):
+            seen.append(self)
+            return cls.forward(self, *args)
+
+        module.__class__ = type("Own", (cls,), {"forward": forward})
+        close(model(), expected)
+        assert seen, path
+        module.__class__ = cls
 
 
 class Bent(nn.Module):
@@ -258,6 +277,44 @@ def test_dynamic_quantisation(name):
         out = quantized()
         assert (out - expected).norm() < 0.05 * expected.norm()
         assert torch.equal(out, expected) == (not leaves(model, nn.Linear))
+
+
+class Halved(torch.Tensor):
+    """A weight whose products are computed its own way, as those of torchao are."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is nn.functional.linear:
+            x, weight, *bias = args
+            return function(x, weight.as_subclass(torch.Tensor) / 2, *bias)
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+@pytest.mark.parametrize("name", ["concat", "lstm", "pretraining", "projector"])
+def test_weights_of_other_kinds(name):
+    model = build(name)
+    with torch.no_grad():
+        for path in leaves(model, nn.Linear):
+            expected = changed(model, path, lambda w: w / 2)
+            module = model.get_submodule(path)
+            weight = module.weight
+            module.weight = nn.Parameter(weight.as_subclass(Halved))
+            close(model(), expected)
+            module.weight = weight
+
+
+@EVERY
+def test_offloaded(name):
+    """Weights are on the meta device but for the time of their layer's forward."""
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    model = build(name)
+    with torch.no_grad():
+        expected = model()
+        for path in leaves(model):
+            other = copy.deepcopy(model)
+            accelerate.cpu_offload(other.get_submodule(path), execution_device=torch.device("cpu"))
+            assert other.get_submodule(path).weight.is_meta
+            close(other(), expected)
 
 
 ADAPTERS = {
