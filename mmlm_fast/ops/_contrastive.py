@@ -113,7 +113,7 @@ def check_pairs(
                     f"{name} must be one floating-point number on {x.device}, got {tuple(scalar.shape)} in "
                     f"{scalar.dtype} on {scalar.device}"
                 )
-        elif isinstance(scalar, bool) or not isinstance(scalar, int | float):
+        elif isinstance(scalar, bool) or not isinstance(scalar, (int, float)):  # no union for Dynamo of 2.8
             raise ValueError(f"{name} must be a number or a tensor of one, got {type(scalar).__name__}")
     if positive_ids is not None and targets is not None:
         raise ValueError("positive_ids and targets say the same thing: pass one")

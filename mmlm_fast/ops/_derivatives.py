@@ -54,6 +54,15 @@ def differentiable(
     return decorate
 
 
+def distinct(tensors: Sequence[Any]) -> list[Any]:
+    """The same, under another name where one comes twice: Dynamo takes no tensor twice into an autograd function."""
+    found: list[Any] = []
+    for x in tensors:
+        twice = x is not None and torch.compiler.is_compiling() and any(x is other for other in found)
+        found.append(x.view_as(x) if twice else x)
+    return found
+
+
 def is_seen_through(grads: Sequence[Tensor | None]) -> bool:
     """Whether a backward pass of these gradients is itself differentiated or vectorised.
 

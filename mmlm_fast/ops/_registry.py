@@ -183,10 +183,11 @@ def _lazy(name: str, kernel: str, portable: Callable, kernel_takes: Callable[...
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Cast floating-point tensors to autocast's dtype where autocast is on, as torch's own linear does."""
-    for tensor in tensors:
-        if tensor is not None and not isinstance(tensor, Tensor):
+    given = [t for t in tensors if t is not None]
+    for tensor in given:
+        if not isinstance(tensor, Tensor):
             raise ValueError(f"tensors expected, got {type(tensor).__name__}")
-    device = next((t.device.type for t in tensors if t is not None), "cpu")
+    device = given[0].device.type if given else "cpu"
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
@@ -209,6 +210,14 @@ def check_like(name: str, tensor: Tensor, like: Tensor, shape: tuple[int, ...]) 
         raise ValueError(f"{name} must be {like.dtype} on {like.device}, got {tensor.dtype} on {tensor.device}")
 
 
+def num_tokens(inputs: Sequence[Tensor]) -> int:
+    """Of inputs ``[*batch, T or 1, K_i]``. Not the largest: beside no tokens at all a broadcast input still has one."""
+    for x in inputs:  # Dynamo of torch 2.8 traces no next() with a default
+        if x.shape[-2] != 1:
+            return x.shape[-2]
+    return 1
+
+
 def check_tokens(name: str, features: list[Tensor]) -> int:
     """Inputs ``[*batch, T or 1, K_i]`` agree in dtype, device and batch; returns T."""
     if not features:
@@ -220,13 +229,13 @@ def check_tokens(name: str, features: list[Tensor]) -> int:
         if tensor.shape[-1] == 0:
             raise ValueError(f"{name} must have a last size of at least 1, got shape {tuple(tensor.shape)}")
     first = features[0]
-    sizes = {x.shape[-2] for x in features if x.shape[-2] != 1}
+    tokens = num_tokens(features)
     batches = {tuple(x.shape[:-2]) for x in features}
-    if len(batches) > 1 or len(sizes) > 1:
+    if len(batches) > 1 or any(x.shape[-2] not in (1, tokens) for x in features):
         raise ValueError(
             f"{name} must share their batch shape and have the same number of tokens or 1, "
             f"got {[tuple(x.shape) for x in features]}"
         )
     if any(x.dtype != first.dtype or x.device != first.device for x in features):
         raise ValueError(f"{name} must share dtype and device, got {[(str(x.dtype), str(x.device)) for x in features]}")
-    return next(iter(sizes), 1)
+    return tokens

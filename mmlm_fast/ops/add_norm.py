@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmlm_fast.ops._derivatives import differentiable, unseen
+from mmlm_fast.ops._derivatives import differentiable, distinct, unseen
 from mmlm_fast.ops._native import address, as_rows, floats, num_rows, number_type, rows
 from mmlm_fast.ops._registry import check_floating, plain_float, register_op, takes_kernel, using_reference
 
@@ -87,7 +87,7 @@ def add_norm(
     arguments = (weight, bias, kind == "layer", plain_float(eps), plain_float(offset))
     if residual is None:
         return _AddNorm.apply(x, None, *arguments)[0], x
-    return _AddNorm.apply(x, residual, *arguments)
+    return _AddNorm.apply(*distinct([x, residual]), *arguments)
 
 
 def check_parameters(like: Tensor, size: int, **parameters: Tensor | None) -> None:

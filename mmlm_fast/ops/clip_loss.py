@@ -15,6 +15,7 @@ from mmlm_fast.ops._contrastive import (
     positives_of,
     scalar_tensor,
 )
+from mmlm_fast.ops._derivatives import distinct
 from mmlm_fast.ops._formed import formed_dtype, wide, with_formed_gradients
 from mmlm_fast.ops._registry import SMALL_NUMBERS, autocast, register_op, takes_kernel, using_reference
 
@@ -94,7 +95,7 @@ def clip_loss(
         loss, *formed = _fwd(*inputs, *positives.arguments(), rows_only, needed)
         return loss, formed
 
-    return with_formed_gradients("clip_loss", forward, x, y, scale)
+    return with_formed_gradients("clip_loss", forward, *distinct([x, y]), scale)
 
 
 def takes_tiles(x: Tensor, y: Tensor, op: str) -> bool:

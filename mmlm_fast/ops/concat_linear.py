@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmlm_fast.ops._activations import activate
-from mmlm_fast.ops._derivatives import differentiable, unseen
-from mmlm_fast.ops._registry import autocast, check_like, check_tokens, register_op, using_reference
+from mmlm_fast.ops._derivatives import differentiable, distinct, unseen
+from mmlm_fast.ops._registry import autocast, check_like, check_tokens, num_tokens, register_op, using_reference
 
 # Derivative times incoming gradient of each.
 _DERIVATIVES: dict[str, Callable] = {
@@ -24,8 +24,8 @@ ACTIVATIONS = tuple(_DERIVATIVES)
 def concat_linear_ref(
     inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None = None, activation: str = "none"
 ) -> Tensor:
-    num_tokens = next((x.shape[-2] for x in inputs if x.shape[-2] != 1), 1)
-    joined = torch.cat([x.expand(*x.shape[:-2], num_tokens, x.shape[-1]) for x in inputs], dim=-1)
+    tokens = num_tokens(inputs)
+    joined = torch.cat([x.expand(*x.shape[:-2], tokens, x.shape[-1]) for x in inputs], dim=-1)
     return activate(F.linear(joined, weight, bias), activation)
 
 
@@ -70,16 +70,16 @@ def concat_linear(
         return concat_linear_ref(inputs, weight, bias, activation)
     # Not asked of the context in forward: Dynamo gives it none where nothing needs a gradient.
     keeps = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (weight, bias, *inputs))
-    return _ConcatLinear.apply(activation, keeps, weight, bias, *inputs)
+    return _ConcatLinear.apply(activation, keeps, weight, bias, *distinct(inputs))
 
 
-def _segments(inputs: Sequence[Tensor], num_tokens: int) -> tuple[list[tuple[Tensor, int]], list[tuple[Tensor, int]]]:
+def _segments(inputs: Sequence[Tensor], tokens: int) -> tuple[list[tuple[Tensor, int]], list[tuple[Tensor, int]]]:
     """(input, first weight column) of the inputs with all tokens, and of those that broadcast."""
     full: list[tuple[Tensor, int]] = []
     pooled: list[tuple[Tensor, int]] = []
     offset = 0
     for x in inputs:
-        (pooled if x.shape[-2] != num_tokens else full).append((x, offset))
+        (pooled if x.shape[-2] != tokens else full).append((x, offset))
         offset += x.shape[-1]
     return full, pooled
 
@@ -96,13 +96,8 @@ def _columns(weight: Tensor, segments: list[tuple[Tensor, int]]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _num_tokens(inputs: Sequence[Tensor]) -> int:
-    # Not max(): with no tokens at all a broadcast input still has one.
-    return next((x.shape[-2] for x in inputs if x.shape[-2] != 1), 1)
-
-
 def _preactivation(inputs: list[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
-    full, pooled = _segments(inputs, _num_tokens(inputs))
+    full, pooled = _segments(inputs, num_tokens(inputs))
     # One GEMM over the inputs that have all tokens: on a CPU a chain of accumulating GEMMs reads and writes the
     # output once more for each input, which costs what the concatenation costs, and rounds once more.
     joined = full[0][0] if len(full) == 1 else torch.cat([x for x, _ in full], dim=-1)
@@ -134,8 +129,8 @@ def _portable_bwd(
 ) -> list[Tensor]:
     dz = grad if activation == "none" else _DERIVATIVES[activation](grad, preactivation)
     rows = dz.reshape(-1, weight.shape[0])
-    num_tokens = _num_tokens(inputs)
-    per_sample = dz.sum(-2, keepdim=True) if any(x.shape[-2] != num_tokens for x in inputs) else dz
+    tokens = num_tokens(inputs)
+    per_sample = dz.sum(-2, keepdim=True) if any(x.shape[-2] != tokens for x in inputs) else dz
 
     needs_weight, needs_bias, *needs_inputs = needed
     nothing = grad.new_empty(0)
@@ -144,7 +139,7 @@ def _portable_bwd(
     for x, needs in zip(inputs, needs_inputs, strict=True):
         columns = slice(offset, offset + x.shape[-1])
         offset += x.shape[-1]
-        dz_x = dz if x.shape[-2] == num_tokens else per_sample
+        dz_x = dz if x.shape[-2] == tokens else per_sample
         dinputs.append(dz_x @ weight[:, columns] if needs else nothing)
         if needs_weight:
             dz_rows, x_rows = dz_x.reshape(-1, weight.shape[0]), x.reshape(-1, x.shape[-1])
@@ -154,7 +149,7 @@ def _portable_bwd(
 
 
 def _fake_fwd(inputs, weight, bias, activation, save_preactivation):
-    out = inputs[0].new_empty((*inputs[0].shape[:-2], _num_tokens(inputs), weight.shape[0]))
+    out = inputs[0].new_empty((*inputs[0].shape[:-2], num_tokens(inputs), weight.shape[0]))
     keeps = save_preactivation and activation != "none"
     return out, torch.empty_like(out) if keeps else out.new_empty(0)
 

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mmlm_fast.ops._derivatives import differentiable
+from mmlm_fast.ops._derivatives import differentiable, distinct
 from mmlm_fast.ops._native import address, as_rows, floats, num_rows, number_type, rows
 from mmlm_fast.ops._registry import (
     autocast,
     check_like,
     check_tokens,
+    num_tokens,
     register_op,
     takes_kernel,
     using_reference,
@@ -29,8 +30,8 @@ def fuse_modalities_ref(
     present: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The fused features and the fusion weights; see `fuse_modalities`."""
-    num_tokens = _num_tokens(features)
-    features = [x.expand(*x.shape[:-2], num_tokens, x.shape[-1]) for x in features]
+    tokens = num_tokens(features)
+    features = [x.expand(*x.shape[:-2], tokens, x.shape[-1]) for x in features]
     if present is not None:
         present = present.expand(*features[0].shape[:-1], len(features))
         # Selected, not multiplied: whatever a missing modality holds, NaN included, must not reach the output.
@@ -103,17 +104,17 @@ def fuse_modalities(
     if isinstance(features, Tensor):
         raise ValueError("features must be a sequence of tensors, one per modality, got one tensor")
     weight, bias, *features = autocast(weight, bias, *features)  # type: ignore[assignment]
-    num_tokens = check_tokens("features", list(features))
+    tokens = check_tokens("features", list(features))
     _check_parameters(features, mode, weight, bias)
     if present is not None:
-        present = _check_present(present, features, num_tokens)
+        present = _check_present(present, features, tokens)
     if using_reference() or not takes_kernel(features[0], "fuse_modalities") or len(features) > MAX_MODALITIES:
         out, weights = fuse_modalities_ref(features, mode, weight, bias, present)
         weights = weights if mode == "gated" else weights.to(_weights_dtype(weights.dtype))
     elif mode == "gated":
         out, weights = _gated(features, weight, bias, present)
     else:
-        out, weights = _FuseModalities.apply(mode, weight, present, *features)
+        out, weights = _FuseModalities.apply(mode, weight, present, *distinct(features))
     return (out, weights.detach()) if return_weights else out
 
 
@@ -139,8 +140,8 @@ def _check_parameters(features: Sequence[Tensor], mode: str, weight: Tensor | No
         check_like("bias", bias, features[0], (hidden_size,))
 
 
-def _check_present(present: Tensor, features: Sequence[Tensor], num_tokens: int) -> Tensor:
-    wanted = (*features[0].shape[:-2], num_tokens, len(features))
+def _check_present(present: Tensor, features: Sequence[Tensor], tokens: int) -> Tensor:
+    wanted = (*features[0].shape[:-2], tokens, len(features))
     if not isinstance(present, Tensor) or present.dtype != torch.bool:
         raise ValueError(f"present must be a bool tensor, got {getattr(present, 'dtype', type(present).__name__)}")
     if present.device != features[0].device:
@@ -149,10 +150,6 @@ def _check_present(present: Tensor, features: Sequence[Tensor], num_tokens: int)
         return present.expand(wanted)
     except RuntimeError:
         raise ValueError(f"present must broadcast to {wanted}, got {tuple(present.shape)}") from None
-
-
-def _num_tokens(features: Sequence[Tensor]) -> int:
-    return next((x.shape[-2] for x in features if x.shape[-2] != 1), 1)
 
 
 def _weights_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -164,11 +161,11 @@ def _weights_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _rows(features: list[Tensor]) -> tuple[list[Tensor], list[bool], int, int]:
     """Each feature as rows, which have one for all tokens, and how many tokens and rows there are."""
-    num_tokens, first = _num_tokens(features), features[0]
-    count = num_tokens
+    tokens, first = num_tokens(features), features[0]
+    count = tokens
     for size in first.shape[:-2]:
         count = count * size
-    return [as_rows(x) for x in features], [x.shape[-2] != num_tokens for x in features], num_tokens, count
+    return [as_rows(x) for x in features], [x.shape[-2] != tokens for x in features], tokens, count
 
 
 def _flat_present(present: Tensor | None, num: int) -> Tensor | None:
@@ -180,9 +177,9 @@ def _native_fwd(
 ) -> tuple[Tensor, Tensor]:
     from mmlm_fast import _C
 
-    flat, broadcast, num_tokens, count = _rows(features)
+    flat, broadcast, tokens, count = _rows(features)
     num, size = len(features), features[0].shape[-1]
-    shape = (*features[0].shape[:-2], num_tokens)
+    shape = (*features[0].shape[:-2], tokens)
     out = features[0].new_empty((*shape, size))
     weights, query = out.new_empty((*shape, num), dtype=torch.float32), None
     flat_present = _flat_present(present, num)
@@ -192,7 +189,7 @@ def _native_fwd(
         scores = weights.new_zeros(num) if mode == "mean" else weight.float()  # type: ignore[union-attr]
         weights.copy_(_weights(scores.expand(weights.shape), present))
     _C.fuse_forward(
-        number_type(out), count, size, num_tokens, [rows(x) for x in flat], broadcast, address(query),
+        number_type(out), count, size, tokens, [rows(x) for x in flat], broadcast, address(query),
         address(flat_present), weights.data_ptr(), rows(out), torch.get_num_threads(),
     )  # fmt: skip
     return out, weights
@@ -210,7 +207,7 @@ def _native_bwd(
 ) -> list[Tensor]:
     from mmlm_fast import _C
 
-    flat, broadcast, num_tokens, count = _rows(features)
+    flat, broadcast, tokens, count = _rows(features)
     num, size = len(features), features[0].shape[-1]
     g, weights, flat_present = as_rows(grad), weights.contiguous(), _flat_present(present, num)
     dfeatures = [grad.new_empty(grad.shape) for _ in features]
@@ -219,7 +216,7 @@ def _native_bwd(
     dscores = None if weight is None else torch.empty_like(weights)
     dquery = None if query is None else torch.zeros_like(query)
     _C.fuse_backward(
-        number_type(grad), count, size, num_tokens, [rows(x) for x in flat], broadcast, address(query),
+        number_type(grad), count, size, tokens, [rows(x) for x in flat], broadcast, address(query),
         address(flat_present), weights.data_ptr(), rows(g), [rows(d) for d in dfeatures], address(dscores),
         address(dquery), torch.get_num_threads(),
     )  # fmt: skip
@@ -236,7 +233,7 @@ def _sum_to(dx: Tensor, shape: torch.Size) -> Tensor:
 
 def _fake_fwd(features, mode, weight, present):
     first = features[0]
-    shape = (*first.shape[:-2], _num_tokens(features))
+    shape = (*first.shape[:-2], num_tokens(features))
     weights = first.new_empty((*shape, len(features)), dtype=_weights_dtype(first.dtype))
     return first.new_empty((*shape, first.shape[-1])), weights
 
@@ -308,11 +305,11 @@ def _gated(
 ) -> tuple[Tensor, Tensor]:
     assert weight is not None
     if present is not None:  # the GEMM and its weight gradient must not see what a missing modality holds
-        num_tokens = _num_tokens(features)
-        features = [x.expand(*x.shape[:-2], num_tokens, x.shape[-1]) for x in features]
+        tokens = num_tokens(features)
+        features = [x.expand(*x.shape[:-2], tokens, x.shape[-1]) for x in features]
         features = [torch.where(present[..., i, None], x, 0) for i, x in enumerate(features)]
     logits = concat_linear(features, weight, bias)
-    first, second = (x.expand(logits.shape) for x in features)
+    first, second = distinct([x.expand(logits.shape) for x in features])
     return _GatedMix.apply(first, second, logits, present)
 
 

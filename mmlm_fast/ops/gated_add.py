@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mmlm_fast.ops._derivatives import differentiable, unseen
+from mmlm_fast.ops._derivatives import differentiable, distinct, unseen
 from mmlm_fast.ops._native import address, as_rows, num_rows, number_type, rows
 from mmlm_fast.ops._registry import check_floating, register_op, takes_kernel, using_reference
 
@@ -52,7 +52,7 @@ def gated_add(x: Tensor, residual: Tensor, gate: Tensor, *, keep: Tensor | None 
         )
     if using_reference() or not takes_kernel(x, "gated_add"):
         return gated_add_ref(x, residual, gate, keep)
-    return _GatedAdd.apply(x, residual, gate, keep)
+    return _GatedAdd.apply(*distinct([x, residual]), gate, keep)
 
 
 def wide_gate(gate: Tensor, size: int) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from mmlm_fast.ops._activations import activate
-from mmlm_fast.ops._derivatives import differentiable
+from mmlm_fast.ops._derivatives import differentiable, distinct
 from mmlm_fast.ops._native import address, as_rows, floats, num_rows, number_type, rows
 from mmlm_fast.ops._registry import check_floating, register_op, takes_kernel, using_reference
 from mmlm_fast.ops.add_norm import check_parameters
@@ -53,7 +53,7 @@ def glu(gate: Tensor, up: Tensor | None = None, *, activation: str = "silu") -> 
             )
     if using_reference() or not takes_kernel(gate, "glu"):
         return glu_ref(gate, up, activation)
-    return _Glu.apply(gate, up, None, activation, up is None)
+    return _Glu.apply(*distinct([gate, up]), None, activation, up is None)
 
 
 def bias_act(x: Tensor, bias: Tensor | None = None, *, activation: str = "gelu") -> Tensor:

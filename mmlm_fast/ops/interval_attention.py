@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmlm_fast.masks import IntervalMask
-from mmlm_fast.ops._derivatives import differentiable, refuse_twice
+from mmlm_fast.ops._derivatives import differentiable, distinct, refuse_twice
 from mmlm_fast.ops._registry import (
     HAS_TRITON,
     NATIVE_TYPES,
@@ -127,7 +127,7 @@ def interval_attention(
     sees_all = mask is None or mask.kind_for(key.shape[2]) == "full"
     lo, hi = (None, None) if mask is None or sees_all else (mask.lo, mask.hi)
     softcap = 0.0 if softcap is None else plain_float(softcap)
-    out, lse = _IntervalAttention.apply(query, key, value, sinks, lo, hi, scale, softcap, return_lse)
+    out, lse = _IntervalAttention.apply(*distinct([query, key, value]), sinks, lo, hi, scale, softcap, return_lse)
     return (out, lse) if return_lse else out
 
 

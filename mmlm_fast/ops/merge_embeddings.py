@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmlm_fast.ops._derivatives import differentiable, unseen
+from mmlm_fast.ops._derivatives import differentiable, distinct, unseen
 from mmlm_fast.ops._native import number_type, rows
 from mmlm_fast.ops._registry import (
     SMALL_NUMBERS,
@@ -107,13 +107,14 @@ def merge_embeddings(
         raise ValueError(f"padding_idx must be in [0, {table.shape[0]}), got {padding_idx}")
     source = _sources(input_ids, features, table.shape[0], check)
     # One row of the table for its gradient to leave out; -1 where every row may mean a token.
-    unused = padding_idx if padding_idx is not None else next((t for t in features if 0 <= t < table.shape[0]), -1)
+    free = [token_id for token_id in features if 0 <= token_id < table.shape[0]]
+    unused = padding_idx if padding_idx is not None else free[0] if free else -1
     if is_transformed():
         out = gather_ref(source, table, list(features.values()), EMBED, scale, unused)
     elif using_reference() or not takes_kernel(table) or _is_small(input_ids, table):
         return merge_embeddings_ref(input_ids, table, features, scale, padding_idx)
     else:
-        out = _MergeEmbeddings.apply(EMBED, plain_float(scale), unused, source, table, *features.values())
+        out = _MergeEmbeddings.apply(EMBED, plain_float(scale), unused, source, *distinct([table, *features.values()]))
     return out.view(*input_ids.shape, table.shape[1])
 
 
@@ -153,7 +154,7 @@ def scatter_features(
     elif using_reference() or not takes_kernel(inputs_embeds, "merge_embeddings"):
         return scatter_features_ref(inputs_embeds, input_ids, features, add)
     else:
-        out = _MergeEmbeddings.apply(mode, 1.0, -1, source, base, *features.values())
+        out = _MergeEmbeddings.apply(mode, 1.0, -1, source, *distinct([base, *features.values()]))
     return out.view(inputs_embeds.shape)
 
 

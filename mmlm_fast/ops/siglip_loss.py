@@ -15,6 +15,7 @@ from mmlm_fast.ops._contrastive import (
     positives_of,
     scalar_tensor,
 )
+from mmlm_fast.ops._derivatives import distinct
 from mmlm_fast.ops._formed import formed_dtype, wide, with_formed_gradients
 from mmlm_fast.ops._registry import autocast, register_op, using_reference
 from mmlm_fast.ops.clip_loss import NAMES, POSITIVES, takes_tiles
@@ -82,7 +83,7 @@ def siglip_loss(
         loss, *formed = _fwd(*inputs, *positives.arguments(), needed)
         return loss, formed
 
-    return with_formed_gradients("siglip_loss", forward, x, y, scale, bias)
+    return with_formed_gradients("siglip_loss", forward, *distinct([x, y]), scale, bias)
 
 
 def siglip_over(
