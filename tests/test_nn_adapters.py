@@ -21,6 +21,7 @@ from mmlm_fast.ops import _registry
 peft = pytest.importorskip("peft", reason="peft is not installed")
 
 H = 16
+pytestmark = pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:.*quantize_per_tensor")
 
 
 @pytest.fixture(autouse=True)
