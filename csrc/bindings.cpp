@@ -145,6 +145,9 @@ struct Format {
   std::shared_ptr<Resampler> resampler;
 };
 
+// A fake tensor's address, or a meta tensor's.
+constexpr const char* kNoMemory = "samples and outputs must have memory, got a null pointer";
+
 std::vector<SpectralClip> clips_of(const Format& format, const std::vector<uintptr_t>& samples,
                                    const std::vector<int64_t>& num_input) {
   if (samples.size() != num_input.size()) throw py::value_error("samples and num_input must be of one length");
@@ -160,6 +163,7 @@ std::vector<SpectralClip> clips_of(const Format& format, const std::vector<uintp
     clip.sample_stride = format.sample_stride;
     clip.resampler = format.resampler.get();
     clip.num_input = num_input[i];
+    if (num_input[i] > 0 && samples[i] == 0) throw py::value_error(kNoMemory);
     clip.num_valid = clip.resampler != nullptr ? clip.resampler->num_output(num_input[i]) : num_input[i];
   }
   return clips;
@@ -183,6 +187,7 @@ std::vector<int64_t> run(const SpectralPlan& plan, const Format& format, const s
     clip.num_frames = num_frames[i];
     clip.out = reinterpret_cast<void*>(out[i]);
     clip.out_stride = out_stride;
+    if (clip.num_frames > 0 && out[i] == 0) throw py::value_error(kNoMemory);
     if (clip.num_frames < 0 || out_stride < (o.bins_first ? clip.num_frames : plan.num_out)) {
       throw py::value_error("num_frames must be at least 0 and out_stride a row of the output");
     }
@@ -207,7 +212,10 @@ void read_all(const Format& format, const std::vector<uintptr_t>& samples, const
               const std::vector<uintptr_t>& out, bool is_double, int num_threads) {
   std::vector<SpectralClip> clips = clips_of(format, samples, num_input);
   if (out.size() != clips.size()) throw py::value_error("samples and out must be of one length");
-  for (size_t i = 0; i < clips.size(); ++i) clips[i].out = reinterpret_cast<void*>(out[i]);
+  for (size_t i = 0; i < clips.size(); ++i) {
+    if (clips[i].num_valid > 0 && out[i] == 0) throw py::value_error(kNoMemory);
+    clips[i].out = reinterpret_cast<void*>(out[i]);
+  }
   py::gil_scoped_release release;
   read_samples(clips.data(), static_cast<int64_t>(clips.size()), is_double, num_threads);
 }
@@ -220,6 +228,7 @@ void standardize_all(const std::vector<uintptr_t>& features, const std::vector<i
   }
   for (size_t i = 0; i < features.size(); ++i) {
     if (num_valid[i] < 0 || num_valid[i] > num_frames[i]) throw py::value_error("num_valid must be in [0, num_frames]");
+    if (num_frames[i] * num_bins > 0 && features[i] == 0) throw py::value_error(kNoMemory);
   }
   const Standardize how{ddof, eps_inside, eps_outside, means, variances, padding};
   py::gil_scoped_release release;
@@ -746,6 +755,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       .def(py::init(&make_plan), py::arg("options"), py::arg("window"), py::arg("filters") = py::none(),
            py::arg("dct") = py::none())
       .def_readonly("num_out", &SpectralPlan::num_out)
+      .def_property_readonly("bins_first", [](const SpectralPlan& p) { return p.o.bins_first; })
+      .def_property_readonly("double_output", [](const SpectralPlan& p) { return p.o.double_output; })
       .def("run", &run)
       .def("device_tables", &device_tables)
       .def("device_bytes", &device_bytes)
@@ -756,6 +767,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       .def("push",
            [](SpectralStream& s, uintptr_t samples, int type, int64_t count) {
              const SampleType checked = sample_type(type);
+             if (count > 0 && samples == 0) throw py::value_error(kNoMemory);
              py::gil_scoped_release release;
              const int64_t ready = s.push(reinterpret_cast<const void*>(samples), checked, count);
              if (ready < 0) throw py::value_error("samples must be finite, got NaN or infinity");
@@ -764,6 +776,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       .def("finish", &SpectralStream::finish)
       .def("pull",
            [](SpectralStream& s, uintptr_t out, int64_t out_stride, int64_t count) {
+             if (count > 0 && out == 0) throw py::value_error(kNoMemory);
              py::gil_scoped_release release;
              return s.pull(reinterpret_cast<void*>(out), out_stride, count);
            })

@@ -20,6 +20,8 @@ class Format:
 
 class SpectralPlan:
     num_out: int
+    bins_first: bool
+    double_output: bool
     def __init__(
         self,
         options: dict[str, Any],

@@ -97,5 +97,5 @@ def test_preemphasis_of_the_signal_at_every_sample(edge):
     x = SIGNALS["noise"].double()[:20000]
     frames = 122
     out = torch.empty(spec.num_out, frames, dtype=torch.float64)
-    run_native(spec.plan, x[None].numpy(), [len(x)], frames, out[None].numpy(), 1)
+    run_native(spec.plan, [x.numpy()], [len(x)], [frames], out[None])
     torch.testing.assert_close(out, spectral_ref(spec, x, frames), rtol=1e-10, atol=1e-12)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mmlm_fast import _C
+from mmlm_fast.audio.plain import address_of
 from mmlm_fast.audio.resample import resample_ref
 from mmlm_fast.audio.spectral import SpectralSpec, offsets_of, spec_of, spectral_ref
 from mmlm_fast.audio.tables import kept_tables
@@ -91,6 +92,7 @@ def spectral(spec: SpectralSpec, waveforms: list[Tensor], num_samples: list[int]
     out = torch.empty(starts[-1], dtype=spec.dtype, device=first.device)
     clip_max = torch.empty(len(waveforms), dtype=torch.int32, device=first.device)
     tables = kept_tables((spec.key, "cuda"), device_plan(spec.key).device_tables, None, first)
+    start = address_of(out, spec.dtype, starts[-1], first.device)
     stream = torch.cuda.current_stream(first.device).cuda_stream
     # Clips of one length go in one launch of up to 64; rows of other lengths have another stride, a launch each.
     groups = (
@@ -98,17 +100,17 @@ def spectral(spec: SpectralSpec, waveforms: list[Tensor], num_samples: list[int]
     )
     for group in groups:
         device_plan(spec.key).run_device(
-            [t.data_ptr() for t in tables],
-            [waveforms[i].data_ptr() for i in group],
+            [address_of(t, t.dtype, device=first.device) for t in tables],
+            [address_of(waveforms[i], device=first.device) for i in group],
             [waveforms[i].shape[-1] for i in group],
             [num_samples[i] for i in group],
             [frames[i] for i in group],
-            [out.data_ptr() + starts[i] * out.element_size() for i in group],
+            [start + starts[i] * out.element_size() for i in group],
             first.stride(0) if first.shape[0] > 1 else 1,
             first.dtype == torch.int16,
             _OUT_TYPES[spec.dtype],
             frames[group[0]] if spec.bins_first else spec.num_out,
-            clip_max.data_ptr(),
+            address_of(clip_max, torch.int32, len(waveforms), first.device),
             stream,
             first.device.index,
             False,

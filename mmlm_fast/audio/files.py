@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmlm_fast.audio.plain import in_plain_torch
 from mmlm_fast.audio.resample import resample
 
 NO_READER = "not a format that soundfile reads; PyAV may: pip install 'mmlm-fast[audio]'"
@@ -106,7 +107,7 @@ def _with_av(path: Path) -> tuple[Tensor, int, str | None]:
             rate = stream.rate
     except (av.FFmpegError, OSError) as error:
         raise AudioFileError(path, f"cannot be decoded: {error}") from error
-    samples = torch.cat(parts, 1).t() if parts else torch.empty(0, 1)
+    samples = torch.cat(parts, 1).t() if parts else torch.empty(0, 1, dtype=torch.float32, device="cpu")
     if problem is None and promised is not None and len(samples) < (promised - 0.1) * rate:
         problem = f"cut short: its header promises {promised:.2f} s, {len(samples) / rate:.2f} s can be read"
     return samples, rate, problem
@@ -149,6 +150,7 @@ def audio_info(path: str | os.PathLike) -> AudioInfo:
         raise AudioFileError(path, f"cannot be read: {error or 'no audio stream'}") from error
 
 
+@in_plain_torch
 def read_audio(
     path: str | os.PathLike, *, sampling_rate: int | None = None, mono: bool = True, strict: bool = True
 ) -> tuple[Tensor, int]:

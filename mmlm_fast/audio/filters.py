@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmlm_fast.audio.plain import in_plain_torch
+
 Array = np.ndarray
 
 
@@ -22,6 +24,7 @@ def _table(tensor: Tensor) -> Array:
 
 
 @lru_cache
+@in_plain_torch
 def window_of(
     name: str,
     length: int,
@@ -78,6 +81,7 @@ def _triangles(points: Tensor, edges: Tensor) -> Tensor:
 
 
 @lru_cache
+@in_plain_torch
 def mel_filters(
     num_mel_bins: int,
     *,
@@ -125,6 +129,7 @@ def _vtln_warp(hz: Tensor, warp: float, low_freq: float, high_freq: float, vtln_
 
 
 @lru_cache
+@in_plain_torch
 def kaldi_mel_filters(
     num_mel_bins: int,
     n_fft: int,
@@ -162,6 +167,7 @@ def kaldi_mel_filters(
     return _table(torch.nn.functional.pad(_triangles(points, edges), (0, n_fft // 2 + 1 - len(points))))
 
 
+@in_plain_torch
 def cosine_matrix(
     num_ceps: int, num_mel_bins: int, norm: str | None = "ortho", dtype: torch.dtype = torch.float64
 ) -> Array:
@@ -179,6 +185,7 @@ def cosine_matrix(
     return _table(matrix * math.sqrt(2 / num_mel_bins))
 
 
+@in_plain_torch
 def lifter(num_ceps: int, coefficient: float, dtype: torch.dtype = torch.float64) -> Array:
     """Kaldi's cepstral lifter, ``1 + Q / 2 sin(pi i / Q)``; ones for Q = 0."""
     if not coefficient:

@@ -116,4 +116,6 @@ def log_mel(
     out = features_of(key, clips, num_samples)
     if isinstance(out, Tensor):
         return out
-    return torch.stack(out) if out else torch.empty(0, num_mel_bins, (num_samples or 0) // HOP_LENGTH, dtype=dtype)
+    if out:
+        return torch.stack(out)
+    return torch.empty(0, num_mel_bins, (num_samples or 0) // HOP_LENGTH, dtype=dtype, device="cpu")

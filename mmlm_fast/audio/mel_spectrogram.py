@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mmlm_fast.audio.filters import cosine_matrix, lifter, mel_filters, window_of
+from mmlm_fast.audio.plain import in_plain_torch, without_autocast
 from mmlm_fast.audio.resample import resample
 from mmlm_fast.audio.spectral import constant_in_graphs, dtype_name, family, features_of, plain_float
 from mmlm_fast.audio.tables import kept_tables
@@ -136,9 +137,18 @@ def _dct_rows(*arguments: Any) -> tuple[tuple[float, ...], ...]:
 
 
 @lru_cache(maxsize=64)
+@in_plain_torch
 def _called_window(window_fn: Callable, length: int, wkwargs: tuple) -> tuple[float, ...]:
     kwargs = dict(wkwargs)
-    return tuple(torch.as_tensor(window_fn(length, **kwargs)).double().tolist())
+    if getattr(torch, getattr(window_fn, "__name__", ""), None) is window_fn:
+        kwargs.setdefault("dtype", torch.float32)  # whatever the default is now: the window is kept
+    return _numbers(window_fn(length, **kwargs))
+
+
+@in_plain_torch
+def _numbers(window: Any) -> tuple[float, ...]:
+    dtype = None if hasattr(window, "dtype") else torch.float32
+    return tuple(torch.as_tensor(window, dtype=dtype, device="cpu").double().flatten().tolist())
 
 
 def _window_argument(window: Any, wkwargs: dict | None, length: int) -> tuple[float, ...] | str:
@@ -146,7 +156,7 @@ def _window_argument(window: Any, wkwargs: dict | None, length: int) -> tuple[fl
         return window
     if callable(window):
         return _called_window(window, length, tuple(sorted((wkwargs or {}).items())))
-    values = tuple(torch.as_tensor(window).double().flatten().tolist())
+    values = _numbers(window)
     if len(values) != length:
         raise ValueError(f"window must have win_length={length} values, got {len(values)}")
     return values
@@ -437,7 +447,8 @@ def mel_mfcc(
 
         def coefficients(mel: Tensor) -> Tensor:
             rows = kept_tables(("dct", *arguments), lambda: [np.array(_dct_rows(*arguments))], dtype, mel)
-            return rows[0] @ mel
+            with without_autocast(mel):
+                return rows[0] @ mel
 
         return coefficients(mel) if isinstance(mel, Tensor) else [coefficients(m) for m in mel]
     known: dict[str, Any] = mel_spectrogram.__kwdefaults__ or {}

@@ -3,11 +3,13 @@
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mmlm_fast import _C
 from mmlm_fast.audio.filters import mel_filters, window_of
+from mmlm_fast.audio.plain import address_of, has_memory, plain_torch
 from mmlm_fast.audio.resample import num_resampled
 from mmlm_fast.audio.spectral import dtype_name, family, features_of, plain_float
 from mmlm_fast.audio.waveforms import clips_of
@@ -135,26 +137,36 @@ def standardize(
     counts = [counts] * len(flat) if isinstance(counts, int) else list(counts)
     if len(counts) != len(flat) or any(not 0 <= n <= frames for n in counts):
         raise ValueError(f"num_valid must be one count a clip, from 0 to {frames}, got {counts} for {len(flat)} clips")
-    is_native = features.device.type == "cpu" and features.dtype in (torch.float32, torch.float64)
+    is_native = (
+        features.device.type == "cpu" and features.dtype in (torch.float32, torch.float64) and has_memory(features)
+    )
     if not is_native or per == "clip" or using_reference() or features.requires_grad or torch.compiler.is_compiling():
         out = _standardize_ref(flat, counts, per, ddof, eps_inside, eps_outside, means, variances, padding)
     else:
-        out = flat.clone(memory_format=torch.contiguous_format)
-        step = frames * bins * out.element_size()
-        _C.standardize(
-            [out.data_ptr() + i * step for i in range(len(out))],
-            [frames] * len(out),
-            counts,
-            bins,
-            out.dtype == torch.float64,
-            ddof,
-            eps_inside,
-            eps_outside,
-            means,
-            variances,
-            padding,
-        )
+        with plain_torch():
+            out = flat.clone(memory_format=torch.contiguous_format)
+        standardize_in_place(out, counts, ddof, eps_inside, eps_outside, means, variances, padding)
     return out.reshape(features.shape)
+
+
+def standardize_in_place(
+    features: Tensor | np.ndarray,
+    num_valid: Sequence[int],
+    ddof: int = 0,
+    eps_inside: float = 0.0,
+    eps_outside: float = 0.0,
+    means: bool = True,
+    variances: bool = True,
+    padding: float = 0.0,
+) -> None:
+    """Standardise dense features ``[clips, frames, bins]`` of float32 or float64 in the core; see `standardize`."""
+    is_double = features.dtype in (torch.float64, np.float64)
+    dtype = torch.float64 if is_double else torch.float32
+    clips, frames, bins = features.shape
+    start, step = address_of(features, dtype, clips * frames * bins), frames * bins * dtype.itemsize
+    starts = [start + i * step for i in range(clips)]
+    options = (ddof, eps_inside, eps_outside, means, variances, padding)
+    _C.standardize(starts, [frames] * clips, list(num_valid), bins, is_double, *options)
 
 
 def _standardize_ref(

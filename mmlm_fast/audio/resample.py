@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mmlm_fast import _C
+from mmlm_fast.audio.plain import address_of, without_autocast
 from mmlm_fast.audio.tables import kept_tables
 from mmlm_fast.audio.waveforms import Clips, as_float, clips_of, native_format
 from mmlm_fast.ops._registry import register_op, using_reference
@@ -84,7 +85,8 @@ def resample_ref(
     wanted = num_resampled(num_samples, orig_freq, new_freq)
     rows = waveform.reshape(math.prod(waveform.shape[:-1]), 1, num_samples)
     padded = torch.nn.functional.pad(rows, (before, before + old))
-    phases = torch.nn.functional.conv1d(padded, kernel, stride=old)  # [B, new, j]
+    with without_autocast(padded):
+        phases = torch.nn.functional.conv1d(padded, kernel, stride=old)  # [B, new, j]
     return phases.transpose(1, 2).flatten(1)[:, :wanted].reshape(*waveform.shape[:-1], wanted)
 
 
@@ -92,18 +94,18 @@ def _cpu(
     waveforms: list[Tensor], orig_freq: int, new_freq: int, width: int, rolloff: float, method: str, beta: float
 ) -> Tensor:
     lengths = [num_resampled(w.shape[-1], orig_freq, new_freq) for w in waveforms]
-    is_double = waveforms[0].dtype == torch.float64
-    out = torch.empty(sum(lengths), dtype=torch.float64 if is_double else torch.float32)
-    starts, size = [out.data_ptr()], out.element_size()
+    dtype = torch.float64 if waveforms[0].dtype == torch.float64 else torch.float32
+    out = torch.empty(sum(lengths), dtype=dtype, device="cpu")
+    starts, size = [address_of(out, dtype, sum(lengths))], out.element_size()
     for n in lengths[:-1]:
         starts.append(starts[-1] + n * size)
     format = native_format(waveforms, native_resampler(orig_freq, new_freq, width, rolloff, method, beta))
     _C.read_samples(
         format,
-        [w.data_ptr() for w in waveforms],
+        [address_of(w) for w in waveforms],
         [w.shape[-1] for w in waveforms],
         starts,
-        is_double,
+        dtype == torch.float64,
         torch.get_num_threads(),
     )
     return out
@@ -181,7 +183,8 @@ def _resampled(clips: Clips, orig_freq: int, new_freq: int, options: tuple) -> T
     if not clips.waveforms:
         if clips.batch is None:
             return []
-        return torch.empty(*clips.batch, num_resampled(clips.num_samples, orig_freq, new_freq), device=clips.device)
+        shape = (*clips.batch, num_resampled(clips.num_samples, orig_freq, new_freq))
+        return torch.empty(shape, dtype=torch.float32, device=clips.device)
     if using_reference() or any(w.requires_grad for w in clips.waveforms):
         dtype = torch.float64 if clips.waveforms[0].dtype == torch.float64 else torch.float32
         parts = [resample_ref(as_float(w, dtype), orig_freq, new_freq, *options) for w in clips.waveforms]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mmlm_fast import _C
+from mmlm_fast.audio.plain import address_of, autograd_within_an_op, without_autocast
 from mmlm_fast.audio.resample import native_resampler, num_resampled, resample_ref
 from mmlm_fast.audio.tables import kept_tables
 from mmlm_fast.audio.waveforms import SAMPLE_TYPES, Clips, as_float, native_format
@@ -223,6 +224,11 @@ def spectral_ref(spec: SpectralSpec, waveform: Tensor, num_frames: int) -> Tenso
 
 def spectrum_ref(spec: SpectralSpec, frames: Tensor) -> Tensor:
     """Features ``[*batch, num_frames, num_out]`` of frames ``[*batch, num_frames, frame_length]``."""
+    with without_autocast(frames):
+        return _spectrum_ref(spec, frames)
+
+
+def _spectrum_ref(spec: SpectralSpec, frames: Tensor) -> Tensor:
     o = spec.options
     dtype = frames.dtype
 
@@ -293,7 +299,7 @@ def _cpu(waveforms: list[Tensor], key: str, num_samples: list[int], orig_freq: i
     frames = [spec.layout.num_frames(n) for n in num_samples]
     sizes = [spec.num_out * f for f in frames]
     offsets = offsets_of(sizes)
-    out = torch.empty(offsets[-1], dtype=spec.compute_dtype)
+    out = torch.empty(offsets[-1], dtype=spec.compute_dtype, device="cpu")
     stride = spec.num_out
     if spec.bins_first:
         stride = max(frames, default=0)
@@ -303,10 +309,10 @@ def _cpu(waveforms: list[Tensor], key: str, num_samples: list[int], orig_freq: i
                 out[offsets[i] : offsets[i + 1]] = part
             return out.to(spec.dtype)
     format = native_format(waveforms, native_resampler(orig_freq, spec.sampling_rate))
-    start, size = out.data_ptr(), out.element_size()
+    start, size = address_of(out, spec.compute_dtype, offsets[-1]), out.element_size()
     bad = spec.plan.run(
         format,
-        [w.data_ptr() for w in waveforms],
+        [address_of(w) for w in waveforms],
         [w.shape[-1] for w in waveforms],
         num_samples,
         frames,
@@ -333,10 +339,10 @@ def _backward(grad: Tensor, waveforms: list[Tensor], key: str, num_samples: list
         shape = layout.shape(layout.num_frames(n))
         part = grad[start : start + math.prod(shape)].view(shape)
         start += math.prod(shape)
-        with torch.enable_grad():
+        with autograd_within_an_op(), without_autocast(waveform):
             x = waveform.detach().requires_grad_()
             out = _by_reference(spec, x, n, orig_freq)
-        grads.append(torch.autograd.grad(out, x, part)[0] if out.numel() else torch.zeros_like(x))
+            grads.append(torch.autograd.grad(out, x, part)[0] if out.numel() else torch.zeros_like(x))
     return grads
 
 
@@ -426,21 +432,30 @@ def _by_reference(spec: SpectralSpec, waveform: Tensor, num_samples: int, orig_f
 
 
 def run_native(
-    plan: "_C.SpectralPlan", rows: np.ndarray, num_valid: Sequence[int], frames: int, out: np.ndarray, threads: int
+    plan: "_C.SpectralPlan",
+    clips: Sequence[np.ndarray],
+    num_samples: list[int],
+    num_frames: list[int],
+    out: Tensor | np.ndarray,
 ) -> None:
-    """Features of equally long rows ``[num_clips, num_samples]`` (any strides between rows) into `out`."""
-    num_samples = rows.shape[-1]
-    kind = SAMPLE_TYPES[rows.dtype]
-    starts = [rows.__array_interface__["data"][0] + i * rows.strides[0] for i in range(len(rows))]
-    to = [out.__array_interface__["data"][0] + i * out.strides[0] for i in range(len(rows))]
+    """Features of dense 1-D clips of one dtype, each with zeros up to `num_samples`, into `out`.
+
+    `out`: ``[num_clips, rows, columns]``, bins and frames in the plan's order, with room for `num_frames` of each clip.
+    """
+    dtype = torch.float64 if plan.double_output else torch.float32
+    needed = plan.num_out if plan.bins_first else max(num_frames, default=0)
+    if out.ndim != 3 or len(out) != len(clips) or out.shape[1] < needed:
+        raise ValueError(f"out must be [{len(clips)}, at least {needed}, …], got {tuple(out.shape)}")
+    row = out.shape[1] * out.shape[2]
+    start, step = address_of(out, dtype, len(clips) * row), row * dtype.itemsize
     bad = plan.run(
-        _C.Format(kind, 1, 0, 1, None),
-        starts,
-        list(num_valid),
-        [num_samples] * len(rows),
-        [frames] * len(rows),
-        to,
-        out.shape[-1],
-        threads,
+        _C.Format(SAMPLE_TYPES[clips[0].dtype], 1, 0, 1, None),
+        [address_of(c) for c in clips],
+        [len(c) for c in clips],
+        num_samples,
+        num_frames,
+        [start + i * step for i in range(len(clips))],
+        out.shape[2],
+        torch.get_num_threads(),
     )
     raise_if_not_finite(bad)

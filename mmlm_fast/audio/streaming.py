@@ -11,6 +11,7 @@ from torch import Tensor
 from mmlm_fast import _C
 from mmlm_fast.audio import kaldi
 from mmlm_fast.audio.log_mel import DYNAMIC_RANGE, checked_key
+from mmlm_fast.audio.plain import address_of, in_plain_torch
 from mmlm_fast.audio.spectral import SpectralSpec, spec_of
 from mmlm_fast.audio.waveforms import SAMPLE_TYPES
 
@@ -43,6 +44,7 @@ class _Stream:
         """Frames given out so far."""
         return self._stream.next_frame
 
+    @in_plain_torch
     def accept(self, waveform: Tensor | np.ndarray) -> Tensor:
         """Take the next samples, any number of them, and return the frames that are complete.
 
@@ -65,10 +67,11 @@ class _Stream:
         with self._lock:
             if self._flushed:
                 raise ValueError("the stream was flushed: reset() it to start another signal")
-            return self._pull(self._stream.push(array.__array_interface__["data"][0], kind, array.shape[0]))
+            return self._pull(self._stream.push(address_of(array), kind, array.shape[0]))
 
     __call__ = accept
 
+    @in_plain_torch
     def flush(self) -> Tensor:
         """End the signal and return its last frames, which the edge is made up for as on the whole signal.
 
@@ -89,8 +92,8 @@ class _Stream:
         self._start(self._spec, self._settings)
 
     def _pull(self, frames: int) -> Tensor:
-        out = torch.empty(self._spec.layout.shape(frames), dtype=self._dtype)
-        if frames and not self._stream.pull(out.data_ptr(), out.shape[1], frames):
+        out = torch.empty(self._spec.layout.shape(frames), dtype=self._dtype, device="cpu")
+        if frames and not self._stream.pull(address_of(out, self._dtype), out.shape[1], frames):
             raise ValueError("samples must not be too large for their squares, got an overflow")
         return out
 

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmlm_fast.audio.plain import plain_torch
+
 # A few hundred KiB a function, rate and dtype; what comes when this is full is made again at every call.
 MAX_BYTES = 256 * 2**20
 
@@ -46,10 +48,8 @@ def _make(place: tuple, make: Callable[[], Sequence[np.ndarray]]) -> tuple[Tenso
             f"a CUDA graph cannot capture the first call of an audio function on {device}, which copies its tables "
             f"there: call the function once before, with the same options"
         )
-    with torch.inference_mode(False):  # else nothing that needs a gradient could use them later
+    with plain_torch():  # later calls use them, in other modes and with gradients
         tables = tuple(torch.tensor(array, dtype=dtype, device=device) for array in make())
-    if not all(type(t) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tables):
-        return tables  # of a mode or transform that ends
     size = sum(t.nbytes for t in tables)
     with _lock:
         if place not in _kept and _kept_bytes + size <= MAX_BYTES:

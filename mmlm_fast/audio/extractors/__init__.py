@@ -10,6 +10,8 @@ from functools import wraps
 from importlib import import_module
 from typing import Any
 
+from mmlm_fast.audio.plain import in_plain_torch
+
 
 @dataclass(frozen=True)
 class Extractor:
@@ -100,6 +102,7 @@ def _saying_what_is_missing(cls: type) -> type:
     """
     make = cls.__init__  # type: ignore[misc]
 
+    @in_plain_torch
     @wraps(make)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         try:
@@ -111,4 +114,5 @@ def _saying_what_is_missing(cls: type) -> type:
             raise
 
     cls.__init__ = init  # type: ignore[misc]
+    cls.__call__ = in_plain_torch(cls.__call__)  # type: ignore[method-assign, operator]
     return cls

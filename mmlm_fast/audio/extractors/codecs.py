@@ -9,12 +9,16 @@ from transformers.audio_utils import make_list_of_audio
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.utils import logging
 
-from mmlm_fast import _C
 from mmlm_fast.audio.extractors.plans import Original
 from mmlm_fast.audio.kaldi import kaldi_fbank
+from mmlm_fast.audio.nemo import standardize_in_place
 from mmlm_fast.ops._registry import using_reference
 
 logger = logging.get_logger("transformers." + __name__)
+
+
+def _as_tensor(clip: Any) -> Tensor:
+    return torch.as_tensor(clip, dtype=None if hasattr(clip, "dtype") else torch.float32, device="cpu")
 
 
 class NeuCodecMixin(Original):
@@ -36,10 +40,7 @@ class NeuCodecMixin(Original):
             sample_frequency=self.sampling_rate,
             scale=2.0**15,
         )
-        frames = features.shape[0]
-        _C.standardize(
-            [features.data_ptr()], [frames], [frames], features.shape[1], False, 1, 1e-7, 0.0, True, True, 0.0
-        )
+        standardize_in_place(features[None], [features.shape[0]], ddof=1, eps_inside=1e-7)
         return features
 
     def __call__(
@@ -72,7 +73,7 @@ class NeuCodecMixin(Original):
         for clip in clips:
             if clip.ndim > 2:
                 raise ValueError(f"Expected input shape (channels, length) but got shape {clip.shape}")
-        clips = [pad(torch.as_tensor(clip), (0, 1)) for clip in clips]
+        clips = [pad(_as_tensor(clip), (0, 1)) for clip in clips]
         padded = self.acoustic_encoder_padder.pad(
             BatchFeature({"audio": clips}),
             max_length=max_length,

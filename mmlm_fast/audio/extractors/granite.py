@@ -61,7 +61,7 @@ class GraniteSpeechMixin(Original):
         batched, lengths = self._get_audios_and_audio_lengths(audios)
         sizes = self._get_num_audio_features(lengths)
         features = self._extract_mel_spectrograms(batched, device=device)
-        mask = torch.arange(max(sizes)).view(1, -1) < torch.tensor(sizes).view(-1, 1)
+        mask = torch.arange(max(sizes), device="cpu").view(1, -1) < torch.tensor(sizes, device="cpu").view(-1, 1)
         return BatchFeature(dict(input_features=features, audio_embed_sizes=sizes, input_features_mask=mask))
 
 

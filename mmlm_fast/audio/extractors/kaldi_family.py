@@ -3,7 +3,6 @@
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from mmlm_fast import _C
@@ -24,7 +23,8 @@ from mmlm_fast.audio.extractors.plans import (
 )
 from mmlm_fast.audio.filters import kaldi_mel_filters, window_of
 from mmlm_fast.audio.kaldi import EPSILON, kaldi_fbank
-from mmlm_fast.audio.spectral import raise_if_not_finite
+from mmlm_fast.audio.nemo import standardize_in_place
+from mmlm_fast.audio.spectral import run_native
 from mmlm_fast.ops._registry import using_reference
 
 
@@ -134,23 +134,9 @@ class SeamlessM4TCallMixin(SeamlessM4TMixin):
         valid = [(len(clip) - _KALDI.frame_length) // _KALDI.hop_length + 1 for clip in clips]
         frames = rounded_up(max(valid), pad_to_multiple_of)
         out = np.empty((len(clips), frames, plan.num_out), np.float32)
-        starts = [out.ctypes.data + i * out.strides[0] for i in range(len(clips))]
-        bad = plan.run(
-            _C.Format(2, 1, 0, 1, None),
-            [clip.__array_interface__["data"][0] for clip in clips],
-            [len(clip) for clip in clips],
-            [len(clip) for clip in clips],
-            valid,
-            starts,
-            plan.num_out,
-            torch.get_num_threads(),
-        )
-        raise_if_not_finite(bad)
+        run_native(plan, clips, [len(clip) for clip in clips], valid, out)
         if do_normalize_per_mel_bins:
-            padding_value = float(self.padding_value)
-            _C.standardize(
-                starts, [frames] * len(clips), valid, plan.num_out, False, 1, 1e-7, 0.0, True, True, padding_value
-            )
+            standardize_in_place(out, valid, ddof=1, eps_inside=1e-7, padding=float(self.padding_value))
         else:
             for row, n in zip(out, valid, strict=True):
                 row[n:] = self.padding_value

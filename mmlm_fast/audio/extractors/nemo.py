@@ -19,7 +19,8 @@ from mmlm_fast.audio.extractors.plans import (
     rounded_up,
 )
 from mmlm_fast.audio.filters import window_of
-from mmlm_fast.audio.spectral import raise_if_not_finite
+from mmlm_fast.audio.nemo import standardize_in_place
+from mmlm_fast.audio.spectral import run_native
 from mmlm_fast.ops._registry import using_reference
 
 
@@ -41,8 +42,8 @@ class ParakeetMixin(Original):
             window, filters = window_of("hann", self.win_length, False), self.mel_filters
             if self.mel_filters_dtype != "float32":
                 dtype = getattr(torch, self.mel_filters_dtype)
-                window = torch.hann_window(self.win_length, periodic=False).to(dtype).double().numpy()
-                filters = filters.to(dtype)
+                rounded = torch.tensor(window_of("hann", self.win_length, False, dtype=torch.float32)).to(dtype)
+                window, filters = rounded.double().numpy(), filters.to(dtype)
             all_options = options | framing.options() | dict(log="natural", add=2.0**-24, bins_first=False)
             return _C.SpectralPlan(all_options, window, filters.double().numpy())
 
@@ -105,19 +106,8 @@ class ParakeetCallMixin(ParakeetMixin):
 
         plan = cached_plan(("parakeet call", framing, emphasis), [self.mel_filters], make)
         frames = num_frames(num_samples)
-        out = torch.empty(len(clips), frames, plan.num_out)
-        starts = [out.data_ptr() + i * frames * plan.num_out * 4 for i in range(len(clips))]
-        bad = plan.run(
-            _C.Format(2, 1, 0, 1, None),
-            [clip.__array_interface__["data"][0] for clip in clips],
-            lengths,
-            [num_samples] * len(clips),
-            [frames] * len(clips),
-            starts,
-            plan.num_out,
-            torch.get_num_threads(),
-        )
-        raise_if_not_finite(bad)
-        _C.standardize(starts, [frames] * len(clips), valid, plan.num_out, False, 1, 0.0, 1e-5, True, True, 0.0)
-        mask = torch.arange(frames)[None, :] < torch.tensor(valid)[:, None]
+        out = torch.empty(len(clips), frames, plan.num_out, dtype=torch.float32, device="cpu")
+        run_native(plan, clips, [num_samples] * len(clips), [frames] * len(clips), out)
+        standardize_in_place(out, valid, ddof=1, eps_outside=1e-5)
+        mask = torch.arange(frames, device="cpu")[None, :] < torch.tensor(valid, device="cpu")[:, None]
         return BatchFeature({"input_features": out, "attention_mask": mask}, tensor_type=return_tensors)

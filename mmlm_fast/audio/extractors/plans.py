@@ -31,7 +31,7 @@ def _identity(array: Any) -> Any:
         array.setflags(write=False)
         return id(array)
     if isinstance(array, Tensor):
-        return id(array), array._version
+        return id(array), 0 if array.is_inference() else array._version  # they have no count of changes
     return array
 
 
@@ -89,7 +89,7 @@ def features(plan: "_C.SpectralPlan", waveform: Any, frames: int, *, bins_first:
     rows = rows_of(waveform)
     shape = (plan.num_out, frames) if bins_first else (frames, plan.num_out)
     out = np.empty((len(rows), *shape), dtype)
-    run_native(plan, rows, [rows.shape[1]] * len(rows), frames, out, torch.get_num_threads())
+    run_native(plan, list(rows), [rows.shape[1]] * len(rows), [frames] * len(rows), out)
     return out
 
 

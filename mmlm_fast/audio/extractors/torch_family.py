@@ -62,12 +62,12 @@ class Phi4MultimodalMixin(Original):
         out = torch.from_numpy(features(plan, waveform, num_frames(waveform.shape[-1]), bins_first=False))
         # In a batch the original zeroes the frames of shorter clips that see both the clip and its padding, in a range
         # that depends on all of them; a frame of zeros is ln(1).
-        shorter = torch.arange(len(out))[audio_lengths != audio_lengths.max()]
+        shorter = torch.arange(len(out), device="cpu")[audio_lengths != audio_lengths.max()]
         if len(out) > 1 and shorter.numel() > 0:
             down = (audio_lengths[shorter] - self.win_length) // self.hop_length + 1
             up = audio_lengths[shorter] // self.hop_length - 1
             first, last = int(down.min()), int(up.max())
-            index = torch.arange(last - first)
+            index = torch.arange(last - first, device="cpu")
             mask = ((down - first)[:, None] <= index) & (index < (up - first)[:, None])
             out[shorter, first:last] = out[shorter, first:last].masked_fill(mask[..., None], 0)
         return out

@@ -8,15 +8,13 @@ from transformers import BatchFeature
 from transformers.models.whisper.feature_extraction_whisper import logger
 from transformers.utils import PaddingStrategy
 
-from mmlm_fast import _C
 from mmlm_fast.audio.extractors.whisper_family import WhisperMixin
 from mmlm_fast.audio.log_mel import HOP_LENGTH, N_FFT
-from mmlm_fast.audio.spectral import raise_if_not_finite
+from mmlm_fast.audio.spectral import run_native
 from mmlm_fast.audio.waveforms import check_mono
 from mmlm_fast.ops._registry import using_reference
 
 MIN_SAMPLES = N_FFT // 2 + 1
-_FORMAT = _C.Format(2, 1, 0, 1, None)  # float32, mono, contiguous
 
 
 class FastWhisperMixin(WhisperMixin):
@@ -79,19 +77,9 @@ class FastWhisperMixin(WhisperMixin):
         num_valid, num_samples = lengths
         _check_length(num_samples)
         frames = num_samples // HOP_LENGTH
-        out = torch.empty(len(clips), self.feature_size, frames)
-        step, start = self.feature_size * frames * 4, out.data_ptr()
-        bad = self.log_mel_plan().run(
-            _FORMAT,
-            [clip.__array_interface__["data"][0] for clip in clips],
-            num_valid,
-            [num_samples] * len(clips),
-            [frames] * len(clips),
-            [start + step * i for i in range(len(clips))],
-            frames,
-            torch.get_num_threads(),
-        )
-        raise_if_not_finite(bad)
+        out = torch.empty(len(clips), self.feature_size, frames, dtype=torch.float32, device="cpu")
+        valid = [clip[:n] for clip, n in zip(clips, num_valid, strict=True)]
+        run_native(self.log_mel_plan(), valid, [num_samples] * len(clips), [frames] * len(clips), out)
 
         wants_tensor = return_tensors == "pt"
         features: dict[str, Any] = {"input_features": out if wants_tensor else out.numpy()}

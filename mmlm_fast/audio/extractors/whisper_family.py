@@ -37,7 +37,7 @@ class WhisperMixin(Original):
         refuse_short(waveform.shape[-1], self.n_fft // 2 + 1)
         samples = torch.from_numpy(np.ascontiguousarray(waveform)).float()
         if self.dither != 0.0:  # the same draw from the same generator as in the original
-            samples = samples + self.dither * torch.randn(samples.shape)
+            samples = samples + self.dither * torch.randn(samples.shape, dtype=samples.dtype, device="cpu")
         frames = samples.shape[-1] // self.hop_length if self.n_fft % 2 == 0 else -1
         if frames < 0:  # an odd transform has another last frame
             frames = (samples.shape[-1] - 1) // self.hop_length
