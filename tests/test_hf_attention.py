@@ -1,6 +1,7 @@
 """Attention inside transformers' models, against eager: outputs, gradients, generation, masks, compilation."""
 
 import copy
+import itertools
 import warnings
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import transformers
 from packaging.version import Version
 from speech import need_recordings
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import LlamaConfig, masking_utils
 from transformers.cache_utils import DynamicCache, StaticCache
 
@@ -90,30 +92,6 @@ def test_bfloat16_and_float16():
         exact = run(tiny.build("sdpa", torch.float64), tiny, double=True)
         for a, t, e in zip(actual, twin, exact, strict=True):
             assert difference(a, t, e).ok
-
-
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
-def test_packed_towers_call_once_a_layer(name, monkeypatch):
-    """After the first layer of the first call has shown that its tower loops over pieces, no layer does."""
-    tiny = tiny_models.MODELS[name]()
-    model, calls = tiny.build("mmlm_fast"), []
-    inner = attention_module.interval_attention
-    monkeypatch.setattr(
-        attention_module, "interval_attention", lambda *a, **k: (calls.append(a[0].shape), inner(*a, **k))[1]
-    )
-    tiny_models.output_of(model, tiny.inputs)
-    assert len(calls) > 3 + 2
-    calls.clear()
-    packed, twin = run(model, tiny)[0], run(tiny.build("eager"), tiny)[0]
-    assert difference(packed, twin, run(tiny.build("sdpa", torch.float64), tiny, double=True)[0]).ok
-    assert len(calls) == 3 + 2  # layers of the tower and of the decoder
-    assert [shape[2] for shape in calls[:3]] == [96, 96, 96]
-    assert model.config.get_text_config()._attn_implementation == "mmlm_fast"
-    model.set_attn_implementation("eager")
-    assert model.config.vision_config._attn_implementation == "eager"
-    tiny.build("eager").set_attn_implementation(
-        {"": "mmlm_fast", "text_config": "mmlm_fast", "vision_config": "mmlm_flash"}
-    )
 
 
 def test_image_blocks_reach_the_kernel_as_intervals(monkeypatch):
@@ -316,6 +294,112 @@ def test_cu_seqlens():
     torch.testing.assert_close(ours, torch.cat(parts, 1))
 
 
+@pytest.mark.parametrize("what", ["dropout", "bool mask", "float mask", "softcap", "sinks"])
+def test_cu_seqlens_on_dense_paths(what):
+    """Samples stay apart whichever way a call goes."""
+    cu, pieces = torch.tensor([0, 4, 9], dtype=torch.int32), [slice(0, 4), slice(4, 9)]
+    q, k, v = (torch.randn(1, h, 9, 8) for h in (4, 2, 2))
+    options, mask = {}, None
+    if what.endswith("mask"):
+        mask = torch.randn(1, 1, 9, 9) if what == "float mask" else torch.rand(1, 1, 9, 9) + torch.eye(9) > 0.5
+    else:
+        options["dropout"] = 1e-9  # drops nothing, and takes that way
+    if what == "softcap":
+        options["softcap"] = 2.0
+    if what == "sinks":
+        options["s_aux"] = torch.randn(4)
+    with pytest.warns(UserWarning, match="dense mask"):
+        ours = call("mmlm_fast", q, k, v, mask, cu_seq_lens_q=cu, cu_seq_lens_k=cu, **options)
+    parts = []
+    for p in pieces:
+        part = None if mask is None else mask[..., p, p]
+        parts.append(call("mmlm_fast", q[:, :, p], k[:, :, p], v[:, :, p], part, **options))
+    torch.testing.assert_close(ours, torch.cat(parts, 1))
+
+
+def test_cu_seqlens_of_several_rows():
+    """As transformers' flash attention counts them: through all rows of the batch."""
+    cu = torch.tensor([0, 4, 9, 12, 18], dtype=torch.int32)
+    q, k, v = (torch.randn(2, h, 9, 8) for h in (4, 2, 2))
+    ours = call("mmlm_fast", q, k, v, None, cu_seq_lens_q=cu, cu_seq_lens_k=cu)
+    for row, places in enumerate(((0, 4, 9), (0, 3, 9))):
+        for a, b in itertools.pairwise(places):
+            alone = call("mmlm_fast", *(x[row : row + 1, :, a:b] for x in (q, k, v)), None)
+            torch.testing.assert_close(ours[row : row + 1, a:b], alone)
+    with pytest.raises(ValueError, match="a sequence goes over the end of a row"):
+        call("mmlm_fast", q, k, v, None, cu_seq_lens_q=torch.tensor([0, 4, 18]))
+    for wrong in ([0, 4, 20], [4, 5], [0, 5, 4, 18], [2, 18]):
+        with pytest.raises(ValueError, match="cu_seqlens must be the places where sequences begin"):
+            call("mmlm_fast", q, k, v, None, cu_seq_lens_q=torch.tensor(wrong))
+
+
+def test_kept_masks_of_cu_seqlens_are_those_of_their_tensors():
+    """Made once for all layers, and again where a tensor changed, or another took its place."""
+    cu = torch.tensor([0, 4, 9], dtype=torch.int32)
+    q, k, v = (torch.randn(1, h, 9, 8) for h in (4, 2, 2))
+    bounds = interval_mask(1, 9, 9, mask_function=masking_utils.sliding_window_causal_mask_function(3))
+    kept = call("mmlm_fast", q, k, v, bounds, cu_seq_lens_q=cu)
+    fresh = call("mmlm_fast", q, k, v, bounds.clone(), cu_seq_lens_q=cu.clone())
+    assert torch.equal(kept, call("mmlm_fast", q, k, v, bounds, cu_seq_lens_q=cu))
+    assert torch.equal(kept, fresh)
+    bounds[..., 0] = 0
+    changed = call("mmlm_fast", q, k, v, bounds, cu_seq_lens_q=cu)
+    assert torch.equal(changed, call("mmlm_fast", q, k, v, None, cu_seq_lens_q=cu))
+    cu[1] = 6
+    torch.testing.assert_close(call("mmlm_fast", q, k, v, None, cu_seq_lens_q=cu)[:, :6],
+                               call("mmlm_fast", *(x[:, :, :6] for x in (q, k, v)), None))  # fmt: skip
+
+
+def packed_families():
+    """Decoders with layers that see a window or a chunk, besides those that see all."""
+    sizes, layers = tiny_models.text(head_dim=8), ["sliding_attention", "full_attention"]
+    window = dict(sliding_window=4, **sizes)
+    chunks = dict(attention_chunk_size=4, intermediate_size_mlp=48, num_local_experts=2, no_rope_layers=[1, 0])
+    experts = dict(num_local_experts=2, num_experts_per_tok=1)
+    return {
+        "Llama": sizes,
+        "Mistral": window,
+        "Phi3": window,
+        "Qwen2": dict(use_sliding_window=True, max_window_layers=1, **window),
+        "Gemma2": dict(layer_types=layers, query_pre_attn_scalar=8, **window),
+        "Gemma3": dict(layer_types=layers, query_pre_attn_scalar=8, **window),
+        "Cohere2": dict(layer_types=layers, **window),
+        "GptOss": dict(layer_types=layers, **experts, **window),
+        "Llama4": chunks | sizes,
+    }
+
+
+@pytest.mark.parametrize("name", packed_families())
+def test_packed_samples_by_cu_seqlens(name):
+    """Each as if it were alone, whatever else the layers see, with a mask of ones or a cache, trained or not."""
+    text = "Text" if name in ("Gemma3", "Llama4") else ""
+    config = getattr(transformers, f"{name}{text}Config")(**packed_families()[name])
+    model = tiny_models.Tiny(getattr(transformers, f"{name}ForCausalLM"), config, {}).build("mmlm_fast")
+    sizes = [9, 3, 11]
+    ids, cu = torch.randint(10, 90, (1, 23)), torch.tensor([0, 9, 12, 23], dtype=torch.int32)
+    packed = dict(input_ids=ids, position_ids=torch.cat([torch.arange(n) for n in sizes])[None])
+    flash = dict(cu_seq_lens_q=cu, cu_seq_lens_k=cu, max_length_q=11, max_length_k=11)
+    with torch.no_grad():
+        alone = torch.cat([model(input_ids=x).logits for x in ids.split(sizes, 1)], 1)
+        cached = dict(use_cache=True, past_key_values=StaticCache(config=model.config, max_cache_len=40))
+        for more in (dict(use_cache=False), dict(use_cache=True), dict(attention_mask=torch.ones_like(ids)), cached):
+            torch.testing.assert_close(model(**packed, **flash, **more).logits, alone, rtol=1e-4, atol=1e-5)
+        by_positions = model(**packed, use_cache=False).logits  # which GptOss's masks are not told, in transformers
+        model.set_attn_implementation("eager")
+        torch.testing.assert_close(by_positions, model(**packed, use_cache=False).logits, rtol=1e-4, atol=1e-5)
+        model.set_attn_implementation("mmlm_fast")
+    weights = torch.randn(128)
+    gradients = []
+    for logits in (
+        model(**packed, **flash, attention_mask=torch.ones_like(ids)).logits,
+        torch.cat([model(input_ids=x).logits for x in ids.split(sizes, 1)], 1),
+    ):
+        model.zero_grad()
+        (logits @ weights).square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
+
+
 def test_gradient_checkpointing_and_training_step():
     tiny = tiny_models.gemma3()
     pixels, gradients = tiny.inputs["pixel_values"], []
@@ -333,8 +417,6 @@ def test_gradient_checkpointing_and_training_step():
 
 def test_compiles_in_one_graph():
     """The mask built inside the graph; new padding does not compile again."""
-    from torch._dynamo.testing import CompileCounterWithBackend
-
     tiny = tiny_models.llava()
     decoder = tiny.build("mmlm_fast").model.language_model
     counter = CompileCounterWithBackend("aot_eager")
@@ -353,16 +435,103 @@ def test_compiles_in_one_graph():
     assert counter.frame_count == 1
 
 
-def test_compiled_generation_with_a_static_cache():
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_any_padding_compiles(fullgraph):
+    """Also what is no interval, with gradients and without, where the lengths change too; as eager computes it."""
+    config = LlamaConfig(**tiny_models.text(num_hidden_layers=1))
+    twin, exact = (
+        tiny_models.Tiny(transformers.LlamaForCausalLM, config, {}).build("sdpa", dtype)
+        for dtype in (torch.float32, torch.float64)
+    )
+    model = tiny_models.Tiny(transformers.LlamaForCausalLM, config, {}).build("mmlm_fast")
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, fullgraph=fullgraph, dynamic=True, backend=counter)
+    for length, places in ((17, [5, 6]), (17, [0, 1, 2]), (23, [2, 9])):
+        ids = torch.randint(3, 90, (2, length))
+        mask = torch.ones_like(ids)
+        mask[1, places] = 0
+        inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+        results = []
+        for m in (compiled, twin, exact):
+            (model if m is compiled else m).zero_grad()
+            out = m(**inputs).logits[mask.bool()]
+            out.square().sum().backward()
+            grads = [p.grad.flatten() for p in (model if m is compiled else m).parameters()]
+            results.append((out.detach(), torch.cat(grads)))
+        for a, t, e in zip(*results, strict=True):
+            assert difference(a, t, e).ok
+    with torch.no_grad():
+        assert difference(compiled(**inputs).logits[mask.bool()], results[1][0], results[2][0]).ok
+    assert counter.frame_count > 0
+
+
+def test_an_image_in_two_places_compiles():
+    """As eager: with a dense mask."""
+    ids = torch.full((1, 12), -1)
+    ids[:, 2:4] = ids[:, 7:9] = 0
+    config = LlamaConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=2)
+    config._attn_implementation = "mmlm_fast"
+
+    def build(embeds, ids):
+        return masking_utils.create_causal_mask(config, embeds, None, None, block_sequence_ids=ids)
+
+    embeds = torch.zeros(1, 12, 32)
+    for fullgraph in (False, True):
+        torch._dynamo.reset()
+        compiled = torch.compile(build, fullgraph=fullgraph, backend="eager")
+        assert torch.equal(compiled(embeds, ids), build(embeds, ids))
+
+
+def test_plainly_causal_masks_are_none_in_a_graph():
+    config = LlamaConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=2)
+    config._attn_implementation = "mmlm_fast"
+    compiled = torch.compile(
+        lambda x: masking_utils.create_causal_mask(config, x, None, None), fullgraph=True, backend="eager"
+    )
+    assert compiled(EMBEDS) is None
+
+
+@pytest.mark.parametrize("padding", ["holes", "left"])
+def test_compiled_generation_with_a_static_cache(padding):
     from transformers.generation.configuration_utils import CompileConfig
 
     tiny = tiny_models.llava()
+    if padding == "holes":
+        tiny.inputs["attention_mask"][0, 10:12] = 0
     model = tiny.build("mmlm_fast")
     compile_config = CompileConfig(fullgraph=True, dynamic=False, backend="aot_eager", mode=None)
     compile_config._compile_all_devices = True
     options = dict(max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0, cache_implementation="static")
     plain = model.generate(**tiny.inputs, **options)
     assert torch.equal(plain, model.generate(**tiny.inputs, **options, compile_config=compile_config))
+    assert torch.equal(plain, tiny.build("sdpa").generate(**tiny.inputs, **options))
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "GptOss"])
+def test_continuous_batching(name):
+    """The tokens of sdpa, or of eager where sdpa has no sinks; afterwards the model runs on our attention again."""
+    config = getattr(transformers, f"{name}Config")(**packed_families()[name])
+    tiny = tiny_models.Tiny(getattr(transformers, f"{name}ForCausalLM"), config, {})
+    options = dict(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
+
+    few = transformers.ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=64)
+
+    def tokens(model):
+        results = model.generate_batch(
+            inputs=[[5, 6, 7], [8, 9], list(range(10, 25))],
+            generation_config=transformers.GenerationConfig(**options),
+            continuous_batching_config=few,
+        )
+        return [r.generated_tokens for r in results.values()]
+
+    model = tiny.build("mmlm_fast")
+    expected = tokens(tiny.build("eager" if name == "GptOss" else "sdpa"))
+    for _ in range(2):
+        assert tokens(model) == expected
+        assert model.config._attn_implementation == "mmlm_fast"
+    plain = model.generate(torch.tensor([[5, 6, 7]]), **options | {"eos_token_id": None})
+    assert plain[0, 3:].tolist() == expected[0]
 
 
 def test_saved_models_do_not_need_us(tmp_path):

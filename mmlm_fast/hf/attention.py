@@ -1,23 +1,25 @@
 """Our attention as an implementation of transformers: ``model.set_attn_implementation("mmlm_fast")``.
 
-``"mmlm_flash"`` is the same function under a name in which transformers sees a flash attention: towers whose images or
-clips lie packed in one sequence then hand over ``cu_seqlens`` in one call, instead of a Python loop over the pieces.
+Towers whose images or clips lie packed in one sequence hand over ``cu_seqlens`` in one call, as to a flash attention,
+instead of a Python loop over the pieces. ``"mmlm_flash"`` is another name for the same.
 """
 
-import inspect
+import sys
 import threading
 import weakref
-from functools import lru_cache
+from functools import cache, lru_cache, wraps
+from inspect import Parameter, signature, unwrap
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.generation.continuous_batching import continuous_api
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mmlm_fast.hf.interval_mask import interval_mask, say_once
-from mmlm_fast.masks import IntervalMask
+from mmlm_fast.masks import IntervalMask, _require
 from mmlm_fast.ops.interval_attention import interval_attention
 
 NAME, PACKED_NAME = "mmlm_fast", "mmlm_flash"
@@ -28,6 +30,17 @@ def register() -> None:
     for name in (NAME, PACKED_NAME):
         AttentionInterface.register(name, attention)
         AttentionMaskInterface.register(name, interval_mask)
+    _wrap(PreTrainedModel, "get_correct_attn_implementation", _when_requested)
+    _wrap(continuous_api.ContinuousBatchingManager, "switch_to_cb_friendly_attn", _batched_by_torch)
+
+
+def _wrap(owner: Any, name: str, wrapper: Any) -> None:
+    """Replace a function of `owner` by ``wrapper(function)``, once, where this version of transformers has it."""
+    inner = getattr(owner, name, None)
+    if inner is not None and not hasattr(inner, "_mmlm_fast"):
+        outer: Any = wraps(inner)(wrapper(inner))
+        outer._mmlm_fast = True
+        setattr(owner, name, outer)
 
 
 def attention(
@@ -58,33 +71,44 @@ def attention(
     if kwargs.get("output_attentions"):
         _say("mmlm_fast: attention weights are never formed, output_attentions=True gives none; use eager")
     is_causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    intervals = None
-    if attention_mask is not None and attention_mask.dtype == torch.int32 and attention_mask.shape[-1] == 2:
-        intervals = IntervalMask(attention_mask[:, 0, :, 0], attention_mask[:, 0, :, 1])
-    reason = _why_dense(attention_mask, intervals, dropout, position_bias, cache)
+    bounds = attention_mask if attention_mask is not None and attention_mask.dtype == torch.int32 else None
+    mask = None if bounds is None else _intervals(bounds)
+    reason = _why_dense(attention_mask, mask, dropout, position_bias, cache)
+    cu_seqlens = kwargs.get("cu_seq_lens_q")
+    if cu_seqlens is not None and cache is None:
+        sizes = query.shape[2], key.shape[2], bool(is_causal) and attention_mask is None, query.shape[0]
+        chunk_size = None if bounds is None else _chunk_size(module)
+        mask = _packed(cu_seqlens, kwargs.get("cu_seq_lens_k"), *sizes, bounds, chunk_size)
     if reason is not None:
         _say(f"mmlm_fast: {type(module).__name__}: {reason}; torch's attention runs with a dense mask")
-        dense = attention_mask if intervals is None else intervals.dense(key.shape[2])[:, None]
-        options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, "position_bias": position_bias}
+        dense = _dense_mask(attention_mask if bounds is None else None, mask, key.shape[2])
         if softcap is not None or s_aux is not None:
             return _dense(query, key, value, dense, dropout, scaling, is_causal, softcap, s_aux), None
+        options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, "position_bias": position_bias}
         return sdpa_attention_forward(module, query, key, value, dense, cache=cache, **options, **kwargs)
-    cu_seqlens = kwargs.get("cu_seq_lens_q")
-    if intervals is not None:
-        mask: IntervalMask | None = intervals
-    elif cu_seqlens is not None:
-        mask = _packed(cu_seqlens, kwargs.get("cu_seq_lens_k"), query.shape[2], key.shape[2], bool(is_causal))
-    else:
-        if query.shape[0] == 1:
-            _ask_for_packed_calls(module)
-        mask = None
-        if is_causal and query.shape[2] > 1:
-            # Behind the queries an empty static cache has room, as in transformers' sdpa; the mask was plainly causal.
-            key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-            mask = _causal(query.shape[2], key.shape[2], query.device)
+    if mask is None and is_causal and query.shape[2] > 1:
+        # Behind the queries an empty static cache has room, as in transformers' sdpa; the mask was plainly causal.
+        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+        mask = _causal(query.shape[2], key.shape[2], query.device)
     out = interval_attention(query, key, value, mask, scale=scaling, softcap=softcap, sinks=s_aux)
     assert isinstance(out, Tensor)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _intervals(attention_mask: Tensor) -> IntervalMask:
+    return IntervalMask(attention_mask[:, 0, :, 0], attention_mask[:, 0, :, 1])
+
+
+def _dense_mask(attention_mask: Tensor | None, intervals: IntervalMask | None, kv_len: int) -> Tensor | None:
+    """What both show, as one mask, bool or additive."""
+    if intervals is None:
+        return attention_mask
+    visible = intervals.dense(kv_len)[:, None]
+    if attention_mask is None:
+        return visible
+    if attention_mask.dtype == torch.bool:
+        return attention_mask & visible
+    return attention_mask.masked_fill(~visible, torch.finfo(attention_mask.dtype).min)
 
 
 def _say(message: str) -> None:
@@ -143,43 +167,155 @@ def _causal(q_len: int, kv_len: int, device: torch.device) -> IntervalMask:
     return _kept_causal(q_len, kv_len, device, _stream(device))
 
 
-def _packed(cu_q: Tensor, cu_k: Tensor | None, q_len: int, kv_len: int, is_causal: bool) -> IntervalMask:
-    """`IntervalMask.packed`, made once of tensors that have not changed since: a dozen launches, in each layer."""
-    tensors = [cu_q] if cu_k is None else [cu_q, cu_k]
+def _packed(
+    cu_q: Tensor,
+    cu_k: Tensor | None,
+    q_len: int,
+    kv_len: int,
+    is_causal: bool,
+    batch: int = 1,
+    attention_mask: Tensor | None = None,
+    chunk_size: int | None = None,
+) -> IntervalMask:
+    """The packed sequences, and of them what the intervals of `attention_mask` show, if it holds some.
+
+    Made once of tensors that have not changed since: it is a dozen launches, in each layer.
+    """
+    tensors = cu_q, cu_k, attention_mask
+    given = [t for t in tensors if t is not None]
+    sizes: Any = q_len, kv_len, is_causal, batch, chunk_size
     # Of inference tensors changes are not counted; fakes and other subclasses end with what made them.
-    if not _may_keep(cu_q.device) or any(type(t) is not Tensor or t.is_inference() for t in tensors):
-        return IntervalMask.packed(cu_q, q_len, is_causal=is_causal, cu_seqlens_k=cu_k, kv_len=kv_len)
+    if not _may_keep(cu_q.device) or any(type(t) is not Tensor or t.is_inference() for t in given):
+        return _make_packed(*tensors, *sizes)
     kept = _masks.packed.setdefault(cu_q, {})
-    key = q_len, kv_len, is_causal, _stream(cu_q.device), None if cu_k is None else id(cu_k)
-    state = [t._version for t in tensors]
-    if key in kept:
-        known, of_keys, mask = kept[key]
-        if known == state and (of_keys is None or of_keys() is cu_k):
+    place = *sizes, _stream(cu_q.device), *map(id, tensors)
+    state = [t._version for t in given]
+    if place in kept:
+        known, sources, mask = kept[place]
+        if known == state and all(source() is t for source, t in zip(sources, given, strict=True)):
             return mask
     with torch.inference_mode(False):
-        mask = IntervalMask.packed(cu_q, q_len, is_causal=is_causal, cu_seqlens_k=cu_k, kv_len=kv_len)
+        mask = _make_packed(*tensors, *sizes)
     if len(kept) >= MAX_MASKS:
         kept.clear()
-    kept[key] = state, None if cu_k is None else weakref.ref(cu_k), mask
+    kept[place] = state, [weakref.ref(t) for t in given], mask
     return mask
 
 
-# ---- towers that cut their packed sequence into pieces ---------------------------------------------------------------
+def _make_packed(
+    cu_q: Tensor,
+    cu_k: Tensor | None,
+    attention_mask: Tensor | None,
+    q_len: int,
+    kv_len: int,
+    is_causal: bool,
+    batch: int,
+    chunk_size: int | None,
+) -> IntervalMask:
+    options: dict[str, Any] = dict(cu_seqlens_k=cu_k, kv_len=batch * kv_len)
+    mask = IntervalMask.packed(cu_q, batch * q_len, is_causal=is_causal, **options)
+    lo, hi = mask.lo, mask.hi
+    if chunk_size is not None:
+        # Chunks are counted from where a sequence begins, not the row. A query's own key is the last that causal shows.
+        own = IntervalMask.packed(cu_q, batch * q_len, is_causal=True, **options).hi - 1
+        lo = lo + (own - lo).clamp(min=0) // chunk_size * chunk_size
+    if batch > 1:  # sequences are counted through all rows
+        row = torch.arange(0, batch * kv_len, kv_len, device=lo.device, dtype=torch.int32)[:, None]
+        lo, hi = (x.view(batch, q_len) - row for x in (lo, hi))
+        inside = ((lo >= 0) & (hi <= kv_len)) | (hi <= lo)
+        _require(inside.all(), "cu_seq_lens_q: a sequence goes over the end of a row of the batch")
+    mask = IntervalMask(lo, hi)
+    if attention_mask is None:
+        return mask
+    intervals = _intervals(attention_mask)
+    if chunk_size is not None:
+        intervals = IntervalMask(torch.zeros_like(intervals.lo), intervals.hi)
+    return intervals & mask
 
 
-@lru_cache(maxsize=256)
-def _packs_its_input(cls: Any) -> bool:
-    return "cu_seqlens" in inspect.signature(cls.forward).parameters
-
-
-def _ask_for_packed_calls(module: nn.Module) -> None:
-    """A tower that has just cut its packed sequence into pieces gives it whole to the name with "flash" from now on."""
+def _chunk_size(module: nn.Module) -> int | None:
+    """Of an attention in chunks, as Llama 4's layers without full attention are."""
     config: Any = getattr(module, "config", None)
-    if torch.compiler.is_compiling() or getattr(config, "_attn_implementation", None) != NAME:
+    kinds, layer = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    if not kinds or layer is None or kinds[layer] != "chunked_attention":
+        return None
+    return config.attention_chunk_size
+
+
+# ---- what transformers asks a name for -------------------------------------------------------------------------------
+
+
+def _when_requested(inner: Any) -> Any:
+    """A model is to run on our attention: its modules learn to hand over what they pack, before their first call."""
+
+    def get_correct_attn_implementation(self, requested_attention, *args, **kwargs):
+        if requested_attention == PACKED_NAME:
+            requested_attention = NAME  # for a name with "flash" transformers would load a package
+        if requested_attention == NAME:
+            for cls in type(self).__mro__:
+                _ask_for_packed_calls(cls.__module__)
+        return inner(self, requested_attention, *args, **kwargs)
+
+    return get_correct_attn_implementation
+
+
+@cache
+def _ask_for_packed_calls(module_name: str) -> None:
+    """Attention modules that take ``cu_seqlens`` ask `is_flash_attention_requested` whether to loop over the pieces, a
+    function that sees ``"flash"`` in a name: in their file it shall see it in ours, for the configurations of these."""
+    module = sys.modules.get(module_name)
+    if not hasattr(module, "is_flash_attention_requested"):
         return
-    cls: Any = type(module)
-    if _packs_its_input(cls):
-        config._attn_implementation_internal = PACKED_NAME
+    towers = [
+        cls
+        for cls in vars(module).values()
+        if isinstance(cls, type) and issubclass(cls, nn.Module) and cls.__module__ == module_name
+        if "cu_seqlens" in signature(cls.forward).parameters
+        if "is_flash_attention_requested" in unwrap(cls.forward).__code__.co_names
+    ]
+    arguments = [signature(cls.__init__).parameters.get("config") for cls in towers]
+    annotations = [Parameter.empty if a is None else a.annotation for a in arguments]
+    configs: Any = tuple(a if isinstance(a, type) and a is not Parameter.empty else object for a in annotations)
+
+    def asks(inner: Any) -> Any:
+        def is_flash_attention_requested(config: Any = None, *args, **kwargs):
+            if isinstance(config, configs) and not args and not kwargs and config._attn_implementation == NAME:
+                return True
+            return inner(config, *args, **kwargs)
+
+        return is_flash_attention_requested
+
+    if configs:
+        _wrap(module, "is_flash_attention_requested", asks)
+
+
+def _batched_by_torch(inner: Any) -> Any:
+    """Continuous batching takes torch's or eager attention, by their names, and a dense mask of its own: they run until
+    it is stopped."""
+
+    def switch_to_cb_friendly_attn(self, model, *args, **kwargs):
+        before = {"": model.config._attn_implementation}
+        if before[""] not in (NAME, PACKED_NAME):
+            return inner(self, model, *args, **kwargs)
+        for name in model.config.sub_configs:
+            if getattr(model.config, name) is not None:
+                before[name] = getattr(model.config, name)._attn_implementation
+        try:
+            model.set_attn_implementation("sdpa")
+        except ValueError:  # with sinks
+            model.set_attn_implementation("paged|eager")
+        try:
+            inner(self, model, *args, **kwargs)
+        except BaseException:
+            model.set_attn_implementation(before)
+            raise
+        self._original_attn_impl = before
+        return None
+
+    return switch_to_cb_friendly_attn
+
+
+# ---- what no kernel of ours takes ------------------------------------------------------------------------------------
 
 
 def _dense(

@@ -63,7 +63,9 @@ def interval_mask(
     Returns:
         int32 ``[B, 1, Q, 2]``; None where nothing is masked, or the mask is plainly causal and the attention is told;
         or, for a mask that is no interval a row (holes in the padding, an image in two places), transformers' own dense
-        bool mask ``[B, 1, Q, K]``, said once.
+        bool mask ``[B, 1, Q, K]``, said once. What it is lies in closures and values, which a compiler does not see:
+        the graph breaks here, and where it must not (``fullgraph=True``, exports) a mask that hides more than the
+        future is dense, too.
     """
     arguments = dict(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
@@ -72,9 +74,15 @@ def interval_mask(
     if getattr(config, "model_type", None) in READ_THEIR_MASK:
         return _dense(arguments)
     if torch.compiler.is_compiling():
-        return _by_evaluation(
-            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, device
+        skips = allow_is_causal_skip and mask_function is masking_utils.causal_mask_function and attention_mask is None
+        if skips and isinstance(q_offset, int) and _is_plain(q_length, kv_length, q_offset, kv_offset):
+            return None
+        if not _may_break_the_graph():
+            return _dense(arguments)
+        arguments |= dict(
+            allow_is_causal_skip=allow_is_causal_skip, allow_is_bidirectional_skip=allow_is_bidirectional_skip
         )
+        return _outside_the_graph(**arguments)
     questions = Questions(device, q_length)
     everything = kv_offset, kv_offset + kv_length
     try:
@@ -279,32 +287,22 @@ def _padding(
     return padding
 
 
-# ---- by evaluation, where Dynamo cannot look into closures ---------------------------------------------------------
+# ---- under torch.compile, where Dynamo cannot look into closures ---------------------------------------------------
 
 
-def _by_evaluation(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor,
-    kv_offset: int,
-    mask_function: Callable,
-    attention_mask: Tensor | None,
-    device: Any,
-) -> Tensor:
-    """First and last visible key of each row, asserted on the device; Inductor fuses predicate and reduction."""
-    if attention_mask is not None:
-        padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
-        mask_function = masking_utils.and_masks(mask_function, masking_utils.padding_mask_function(padding))
-    batch = torch.arange(batch_size, device=device)[:, None, None, None]
-    head = torch.zeros((1, 1, 1, 1), dtype=torch.int64, device=device)
-    query = (torch.arange(q_length, device=device) + q_offset)[None, None, :, None]
-    key = torch.arange(kv_length, device=device)
-    visible = mask_function(batch, head, query, (key + kv_offset)[None, None, None, :])
-    visible = visible.expand(batch_size, 1, q_length, kv_length)[:, 0]
-    lo, hi = torch.where(visible, key, kv_length).amin(-1), torch.where(visible, key + 1, 0).amax(-1)
-    count = visible.sum(-1)
-    torch._assert_async(
-        ((hi - lo == count) | (count == 0)).all(), "mmlm_fast: under torch.compile masks must be one interval a query"
-    )
-    return _as_tensor(lo, hi, batch_size)
+def _may_break_the_graph() -> bool:
+    """Whether what is traced may become several graphs: not with ``fullgraph=True``, nor for an export."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        return not InstructionTranslator.current_tx().one_graph
+    except AttributeError:  # nothing is traced by Dynamo
+        return False
+
+
+_may_break_the_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo calls it while tracing
+
+
+@torch.compiler.disable
+def _outside_the_graph(**arguments: Any) -> Tensor | None:
+    return interval_mask(**arguments)
