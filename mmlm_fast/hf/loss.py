@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mmlm_fast.nn import LazyLinear
-from mmlm_fast.nn.lazy_logits import is_hooked, logits_on_demand
+from mmlm_fast.nn.lazy_logits import logits_on_demand
+from mmlm_fast.nn.plain import is_plain
 from mmlm_fast.testing import difference
 
 ROWS, CLASSES = 64, 1024  # of the proof: the head's first classes
@@ -43,7 +44,7 @@ def why_not(model: PreTrainedModel, head: nn.Module, verify: bool) -> tuple[str 
         return f"not a plain nn.Linear but {cls.__module__}.{cls.__qualname__}, whose forward would be lost", None
     if type(head.weight) is not nn.Parameter or head.weight.device.type not in ("cpu", "cuda"):
         return f"its weight is {type(head.weight).__name__} on {head.weight.device}, whole only in its forward", None
-    if is_hooked(head):
+    if not is_plain(head, nn.Linear):
         return "it has hooks or a forward of its own, which want its output", None
     if not verify:
         return None, None

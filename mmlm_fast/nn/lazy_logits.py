@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmlm_fast.nn.on_demand import OnDemand, Values
+from mmlm_fast.nn.plain import is_plain
 from mmlm_fast.ops._formed import _graph_is_kept
 from mmlm_fast.ops._registry import using_reference
 from mmlm_fast.ops.linear_cross_entropy import linear_cross_entropy
@@ -481,7 +482,7 @@ def _lazily(head: Any, hidden: Tensor) -> Tensor | None:
     """
     if not head.training or not torch.is_grad_enabled() or using_reference() or torch.compiler.is_compiling():
         return None
-    if torch.jit.is_tracing() or type(head) not in (nn.Linear, LazyLinear) or is_hooked(head):
+    if torch.jit.is_tracing() or not any(is_plain(head, cls) for cls in (nn.Linear, LazyLinear)):
         return None
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return None
@@ -504,19 +505,6 @@ def _lazily(head: Any, hidden: Tensor) -> Tensor | None:
         return None
     hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     return _LinearLayer.apply(hidden, weight, bias, _Head(head, hidden, weight, bias))
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether a call of a module does more than its class's forward."""
-    everywhere = nn.modules.module
-    return "forward" in module.__dict__ or any(
-        hooks
-        for hooks in (
-            module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
-            everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks,
-            everywhere._global_backward_hooks, everywhere._global_backward_pre_hooks,
-        )
-    )  # fmt: skip
 
 
 class LazyLinear(nn.Linear):
