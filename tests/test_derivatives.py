@@ -232,11 +232,12 @@ def test_second_derivatives(name, size, dtype):
     with mmlm_fast.reference():
         _, first, second = first_and_second(loss, inputs)
     if size == "large" and name in FORMED and dtype != torch.float64:
-        gradients = torch.autograd.grad(loss(*inputs), inputs, create_graph=True)
-        close([g.detach() for g in gradients], first, dtype)
-        for gradient in gradients:  # each, and where other terms are there too, and where zeros would be let pass
-            with pytest.raises(RuntimeError, match=r"second derivatives of .*: call it in mmlm_fast.reference\(\)"):
-                torch.autograd.grad(gradient.sum() + inputs[0].sum(), inputs, allow_unused=True, retain_graph=True)
+        close([g.detach() for g in torch.autograd.grad(loss(*inputs), inputs, create_graph=True)], first, dtype)
+        for f in (loss, function):
+            for gradient in torch.autograd.grad(f(*inputs), inputs, create_graph=True):
+                # Also where other terms are there, and where zeros would be let pass.
+                with pytest.raises(RuntimeError, match=r"second derivatives of .*: call it in mmlm_fast.reference\(\)"):
+                    torch.autograd.grad(gradient.sum() + inputs[0].sum(), inputs, allow_unused=True, retain_graph=True)
         return
     reached, *got = first_and_second(loss, inputs)
     if size == "large" and dtype != torch.float64 and wanted:
