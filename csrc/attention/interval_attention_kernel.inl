@@ -216,12 +216,13 @@ MMLM_OUTLINE void accumulate_rows(const float* w, const float* b, int lanes, int
 struct Bounds {
   int32_t lo[kBlock], hi[kBlock];
   int64_t first, last;   // keys that some query of the block sees lie in [first, last)
-  int64_t inner, outer;  // every query that sees any key sees those in [inner, outer)
+  int64_t inner, outer;  // every query of the block sees the keys in [inner, outer)
 };
 
 // The rows' intervals; rows from `count` on see none.
 Bounds bounds_of(const Attention& a, int64_t b, const int64_t* queries, int count) {
   Bounds out;
+  bool sees_none = false;
   out.first = a.kv_len, out.last = 0, out.inner = 0, out.outer = a.kv_len;
   for (int i = 0; i < kBlock; ++i) {
     int64_t lo = 0, hi = i < count ? a.kv_len : 0;
@@ -231,10 +232,14 @@ Bounds bounds_of(const Attention& a, int64_t b, const int64_t* queries, int coun
     }
     out.lo[i] = static_cast<int32_t>(lo);
     out.hi[i] = static_cast<int32_t>(std::max<int64_t>(hi, 0));
-    if (hi <= lo) continue;
+    if (hi <= lo) {
+      sees_none |= i < count;
+      continue;
+    }
     out.first = std::min(out.first, lo), out.last = std::max(out.last, hi);
     out.inner = std::max(out.inner, lo), out.outer = std::min(out.outer, hi);
   }
+  if (sees_none) out.inner = a.kv_len, out.outer = 0;  // all is masked: a query that sees nothing may hold NaN
   if (out.last <= out.first) out.first = out.last = 0;
   return out;
 }
@@ -252,17 +257,18 @@ MMLM_OUTLINE void finish_scores(const Attention& a, const Bounds& bounds, int64_
     std::memcpy(&hi, bounds.hi + v * kLanes, sizeof hi);
     for (int n = begin; n < end; ++n) {
       float* p = s + n * kBlock + v * kLanes;
-      V x = load(p);
+      V x = load(p), slope = {};
       if (a.softcap > 0) {
         const V t = tanh_of(x / a.softcap);
-        x = t * a.softcap;
-        if (slopes != nullptr) store(slopes + n * kBlock + v * kLanes, 1.f - t * t);
+        x = t * a.softcap, slope = 1.f - t * t;
       }
       if (masked) {
         const int32_t key = static_cast<int32_t>(tile + n);
-        x = select((Int)(lo <= key) & (Int)(hi > key), x, broadcast(-kInf));
+        const Int visible = (Int)(lo <= key) & (Int)(hi > key);
+        x = select(visible, x, broadcast(-kInf)), slope = select(visible, slope, V{});
       }
       store(p, x);
+      if (a.softcap > 0 && slopes != nullptr) store(slopes + n * kBlock + v * kLanes, slope);
     }
   }
 }
