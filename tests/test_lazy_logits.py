@@ -131,6 +131,26 @@ def hook_that_changes(z, y):
     return ce(z, y)
 
 
+def hook_on_scaled(z, y):
+    """What it multiplies by is not what undoes the scale."""
+    scaled = z * 0.5
+    scaled.register_hook(lambda grad: grad * 0.3)
+    return ce(scaled, y)
+
+
+def hook_on_slice(z, y):
+    seen, part = [], z[:, :-1]
+    part.register_hook(lambda grad: seen.append(torch.ops.aten.slice_backward(grad, z.shape, 1, 1, 5, 1)))
+    loss = F.cross_entropy(part.reshape(-1, V), y[:, 1:].reshape(-1))
+    torch.autograd.grad(loss, z, retain_graph=True)
+    return (seen[0] * z).sum()
+
+
+def gradient_of_smoothed(z, y):
+    (grad,) = torch.autograd.grad(ce(z.float(), y, label_smoothing=0.3, reduction="sum"), z, retain_graph=True)
+    return (grad * z).sum()
+
+
 def hook_that_looks(z, y):
     seen = []
     z.register_hook(lambda grad: seen.append(grad.sum(-1)))
@@ -232,10 +252,7 @@ LOSSES = {
     "shift": lambda z, y: F.cross_entropy(z[:, :-1].reshape(-1, V).float(), y[:, 1:].reshape(-1)),
     "shift_contiguous": lambda z, y: F.cross_entropy(z[..., :-1, :].contiguous().view(-1, V), y[:, 1:].reshape(-1)),
     "every_second": lambda z, y: F.cross_entropy(z[:, ::2].reshape(-1, V), y[:, ::2].reshape(-1)),
-    "last_token": lambda z, y: F.cross_entropy(z[:, -1], y[:, -1]),
-    "one_sample": lambda z, y: F.cross_entropy(z[1], y[1]),
     "flatten": lambda z, y: F.cross_entropy(z.flatten(0, 1), y.flatten()),
-    "transposed_batch": lambda z, y: F.cross_entropy(z.transpose(0, 1).reshape(-1, V), y.T.reshape(-1)),
     "cap": lambda z, y: ce(torch.tanh(z / 3.0) * 3.0, y),
     "scale": lambda z, y: ce(z * 0.3 / 2, y),
     "bias": lambda z, y: ce(z + torch.linspace(0, 1, V, dtype=z.dtype)[None], y),
@@ -250,6 +267,9 @@ OTHERS = {
     "learned_bias": lambda z, y: ce(z + torch.linspace(0, 1, V).requires_grad_(), y),
     "double": lambda z, y: ce(z.double(), y),
     "rows_by_mask": lambda z, y: F.cross_entropy(z[y > 100], y[y > 100]),
+    "last_token": lambda z, y: F.cross_entropy(z[:, -1], y[:, -1]),
+    "one_sample": lambda z, y: F.cross_entropy(z[1], y[1]),
+    "transposed_batch": lambda z, y: F.cross_entropy(z.transpose(0, 1).reshape(-1, V), y.T.reshape(-1)),
     "some_classes": lambda z, y: F.cross_entropy(z[..., :200].reshape(-1, 200), y.clamp(max=199).reshape(-1)),
     "expanded": lambda z, y: F.cross_entropy(z[:, :1].expand(2, 5, V).reshape(-1, V), y.reshape(-1)),
     "z_loss": lambda z, y: ce(z.float(), y) + 0.1 * z.float().logsumexp(-1).square().mean(),
@@ -271,7 +291,8 @@ OTHERS = {
     "function_in_place": lambda z, y: InPlace.apply(z).square().sum(),
 } | {f.__name__: f for f in (
     read_without_gradients, read_in_inference_mode, read_under_autocast, change_view, change_slice, change_after_loss,
-    change_after_derived, change_derived_after_loss, change_shape_in_place, take_gradient, hook_that_changes,
+    change_after_derived, change_derived_after_loss, change_shape_in_place, take_gradient,
+    hook_that_changes, hook_on_scaled, hook_on_slice, gradient_of_smoothed,
     hook_that_looks, retain_gradient, hessian, twice, script, compiled, saved, reentrant, checkpointed, in_a_thread,
     hooks_on_saved_tensors,
 )}  # fmt: skip
@@ -307,7 +328,7 @@ def assert_same(function, dtype=torch.float32, bias=True):
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_that_need_no_logits(name, bias, short_ways, monkeypatch):
     read = []
-    monkeypatch.setattr(LazyLogits, "logits", lambda self: read.append(self))
+    monkeypatch.setattr(module.OnDemand, "read", lambda self: read.append(self))
     assert_same(LOSSES[name], bias=bias)
     assert short_ways[0] == 1
     assert not read

@@ -19,6 +19,7 @@ from mmlm_fast.ops.linear_cross_entropy import linear_cross_entropy
 
 _aten = torch.ops.aten
 _SAME = (_aten.clone.default, _aten.alias.default, _aten.detach.default, _aten.add.Tensor)  # gradients pass unchanged
+_SCALES = (_aten.mul.Tensor, _aten.div.Tensor)
 _RESHAPES = (_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default, _aten._reshape_alias.default)
 _SAMPLE = 32  # rows of the weight
 
@@ -113,7 +114,6 @@ class _Stage:
         nothing: tuple[Any, tuple, dict] = (None, (), {})
         self.func, self.args, self.kwargs = call or nothing
         self.is_view = parent is not None and parent.values is values
-        self.tensor: weakref.ref[Tensor] | None = None
 
     def before(self) -> "_Stage":
         """The first stage with the same gradient."""
@@ -193,6 +193,11 @@ class _Stage:
             return _aten.tanh_backward(grad, self.numbers())
         return self.func(grad, *self.args)
 
+    def comes_back(self) -> bool:
+        """Whether a gradient that waits can wait all the way back to the head: see `pulls_back_by`."""
+        known = (*_RESHAPES, *_SAME, *_SCALES, _aten.slice.Tensor, _aten._to_copy.default, _aten.tanh.default)
+        return self.parent is None or (self.func in known and self.parent.comes_back())
+
     def pulls_back_by(self, func: Any, args: tuple, kwargs: dict) -> bool:
         """Whether an operator on the gradient of this stage's result gives exactly that of the parent's."""
         parent = self.parent
@@ -206,7 +211,7 @@ class _Stage:
             return self.func is func and kwargs.get("dtype") == parent.meta.dtype and not args
         if func is _aten.tanh_backward.default:
             return self.func is _aten.tanh.default
-        if func in (_aten.mul.Tensor, _aten.div.Tensor) and self.func is func and not kwargs:
+        if func in _SCALES and self.func is func and not kwargs:
             return isinstance(args[0], (int, float)) and args[0] == self.args[0]
         return False
 
@@ -234,7 +239,6 @@ class LazyLogits(OnDemand):
     def of(stage: _Stage) -> "LazyLogits":
         self = LazyLogits(stage.values, stage.meta, stage.head.hidden.device)
         self._stage = stage
-        stage.tensor = weakref.ref(self)
         return self
 
     def logits(self) -> Tensor:
@@ -257,7 +261,7 @@ class LazyLogits(OnDemand):
         stage = self._stage
         args = tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in args)
         meta = func(self._meta, *(a.to("meta") if isinstance(a, Tensor) else a for a in args), **kwargs)
-        values = self._shared.derive(lambda: func(stage.numbers(), *args, **kwargs), meta)
+        values = Values(lambda: func(stage.numbers(), *args, **kwargs), meta)
         return LazyLogits.of(_Stage(stage.head, stage, (func, args, kwargs), values, meta))
 
     def _may_wait(self, func: Any, args: tuple, kwargs: dict) -> bool:
@@ -269,7 +273,7 @@ class LazyLogits(OnDemand):
             row = isinstance(other, Tensor) and not other.requires_grad and other.shape[-1:] == self.shape[-1:]
             row = row and other.numel() == self.shape[-1] and other.dim() <= self.dim() and other.dtype == self.dtype
             return row and not kwargs and type(other) in (Tensor, nn.Parameter) and other.device == self.device
-        if func in (_aten.mul.Tensor, _aten.div.Tensor):
+        if func in _SCALES:
             return type(args[0]) in (int, float) and args[0] != 0 and not kwargs
         return func in (_aten.clone.default, _aten._unsafe_view.default, _aten.tanh.default)
 
@@ -300,7 +304,7 @@ class LazyLogits(OnDemand):
         options = self._stage.options()
         if options is None or (options["cap"] is not None and not options["cap"] > 0):
             return None
-        if self._stage.rows(self._stage.head.hidden) is None:
+        if not self._stage.comes_back() or self._stage.rows(self._stage.head.hidden) is None:
             return None
         return _CrossEntropy.apply(self, target, ignore_index, reduction, label_smoothing, options)
 
@@ -365,7 +369,9 @@ class _CrossEntropy(torch.autograd.Function):
             rows: Any = stage.rows(hidden)
             loss = linear_cross_entropy(rows, weight, target, bias, logit_scale=scale, softcap=cap, **ctx.keywords)
         ctx.loss = loss
-        loss = loss.detach().to(logits.dtype)
+        if not torch.is_autocast_enabled(target.device.type):  # which takes cross-entropies in float32
+            loss = loss.to(logits.dtype)
+        loss = loss.detach()
         if reduction == "mean":
             loss = torch.where((target != ignore_index).any(), loss, torch.nan)  # the original's mean over nothing
         return loss
@@ -381,18 +387,7 @@ class _CrossEntropy(torch.autograd.Function):
         waiting = _Waiting(ctx.loss, ctx.leaves, grad, kept, logits._stage, ctx.target, ctx.keywords)
         if not kept:
             ctx.loss = ctx.leaves = None
-        lazy = LazyGradient.of(waiting, logits._stage)
-        return lazy if not _is_retained(logits._stage) else lazy.read(), *rest
-
-
-def _is_retained(stage: _Stage | None) -> bool:
-    """Whether someone keeps the gradient of logits or of what was made of them, for longer than their weights live."""
-    while stage is not None:
-        tensor = None if stage.tensor is None else stage.tensor()
-        if tensor is not None and tensor.retains_grad:
-            return True
-        stage = stage.parent
-    return False
+        return LazyGradient.of(waiting, logits._stage), *rest
 
 
 class _Waiting:
@@ -453,7 +448,7 @@ class LazyGradient(OnDemand):
 
     def _view(self, func: Any, args: tuple, kwargs: dict, meta: Tensor) -> OnDemand:
         stage = self._stage
-        if stage is not None and func not in _SAME:
+        if stage is not None:
             stage = stage.parent if stage.pulls_back_by(func, args, kwargs) else None
         view = LazyGradient(self._shared, meta, self.device)
         view._waiting, view._stage = self._waiting, None if stage is None else stage.before()

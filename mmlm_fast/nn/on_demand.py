@@ -1,6 +1,5 @@
 """Tensors of the autograd graph whose numbers are computed when something reads them."""
 
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -24,7 +23,6 @@ class Values:
     def __init__(self, make: Callable[[], Tensor], like: Tensor) -> None:
         self._make: Callable[[], Tensor] | None = make
         self._like = like
-        self._derived: weakref.WeakSet[Values] = weakref.WeakSet()  # made from these, perhaps later
         self.tensor: Tensor | None = None
         self.changed = False  # in place, since they were made
 
@@ -38,16 +36,8 @@ class Values:
         assert self.tensor is not None
         return self.tensor
 
-    def derive(self, make: Callable[[], Tensor], like: Tensor) -> "Values":
-        """Values that `make` computes from these as they are now."""
-        derived = Values(make, like)
-        self._derived.add(derived)
-        return derived
-
     def will_change(self) -> None:
-        """Call before a change in place: what is to be made from these is made now."""
-        for derived in list(self._derived):
-            derived.read()
+        """Call before a change in place."""
         self.read()
         self.changed = True
 
