@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from mmlm_fast.nn.plain import is_plain
+from mmlm_fast.ops._registry import num_tokens
 from mmlm_fast.ops.concat_linear import concat_linear
 from mmlm_fast.ops.fuse_modalities import fuse_modalities
 
@@ -44,8 +45,8 @@ def linear_of_parts(linear: nn.Module, *inputs: Tensor) -> Tensor:
     """
     if is_plain(linear, nn.Linear):
         return concat_linear(inputs, linear.weight, linear.bias)  # type: ignore[arg-type]
-    num_tokens = next((x.shape[-2] for x in inputs if x.shape[-2] != 1), 1)
-    return linear(torch.cat([x.expand(*x.shape[:-2], num_tokens, -1) for x in inputs], -1))
+    tokens = num_tokens(inputs)
+    return linear(torch.cat([x.expand(*x.shape[:-2], tokens, -1) for x in inputs], -1))
 
 
 class FuseModalities(nn.Module):

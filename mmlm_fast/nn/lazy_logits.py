@@ -85,8 +85,8 @@ class _Habit:
         self.plain = False
 
     def is_plain(self) -> bool:
-        """Decide, at the start of a forward pass that repeats none for a backward pass."""
-        if not self.plain and not _in_backward() and self.reads >= 2 and 2 * self.reads > self.losses:
+        """Decide, at the start of a forward pass; one that is repeated for a backward pass is plain anyway."""
+        if not self.plain and self.reads >= 2 and 2 * self.reads > self.losses:
             self.plain = True
             where = "beside its loss" if self.losses else "by its loss"
             warnings.warn(
@@ -98,10 +98,6 @@ class _Habit:
 
 
 _HABITS: "weakref.WeakKeyDictionary[nn.Module, _Habit]" = weakref.WeakKeyDictionary()
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
 
 
 class _Stage:
