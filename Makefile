@@ -64,17 +64,17 @@ aot-tables: env
 wheel: env
 	$(BIN)/pip wheel --no-deps --no-build-isolation -w dist .
 
-# The native core under AddressSanitizer and UndefinedBehaviorSanitizer, over the tests of audio, glue and losses.
+# The native core under AddressSanitizer and UndefinedBehaviorSanitizer, over the tests of audio, attention, glue and losses.
+SANITIZED = tests/test_isas.py $(filter-out %_extractors.py %_files.py %_real_whisper.py %_robust.py,$(wildcard tests/test_audio_*.py)) \
+  $(patsubst %,tests/test_%.py,interval_attention add_norm glu gated_add qk_norm_rope merge_embeddings norm_pixel_shuffle patch_embed \
+  fuse_modalities linear_cross_entropy clip_loss siglip_loss)
 sanitize: env
 	rm -rf build/sanitize && mkdir -p build/sanitize
-	MMLM_FAST_CUDA=0 CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -g" LDFLAGS="-fsanitize=address,undefined" \
-	  $(BIN)/python setup.py -q build_ext --build-lib build/sanitize --build-temp build/sanitize/temp
+	MMLM_FAST_CUDA=0 MMLM_FAST_WIDE=1 CXXFLAGS="-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
+	  LDFLAGS="-fsanitize=address,undefined" $(BIN)/python setup.py -q build_ext --build-lib build/sanitize --build-temp build/sanitize/temp
 	cp build/sanitize/mmlm_fast/_C*.so build/sanitize/_C.so
 	MMLM_FAST_SANITIZED=$(abspath build/sanitize/_C.so) LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  $(RUN) pytest -q tests/test_audio_log_mel.py tests/test_audio_whisper.py tests/test_audio_kaldi.py tests/test_audio_mel_spectrogram.py \
-	  tests/test_audio_resample.py tests/test_audio_streaming.py tests/test_audio_cuda.py tests/test_audio_fuzz.py tests/test_add_norm.py tests/test_glu.py tests/test_gated_add.py \
-	  tests/test_qk_norm_rope.py tests/test_merge_embeddings.py tests/test_norm_pixel_shuffle.py tests/test_patch_embed.py \
-	  tests/test_fuse_modalities.py tests/test_linear_cross_entropy.py tests/test_clip_loss.py tests/test_siglip_loss.py -m "not slow" -k "not fork and not compile and not kernel"
+	  $(RUN) pytest -q $(SANITIZED) -m "not slow" -k "not fork and not compile and not kernel"
 
 clean:
 	rm -rf $(VENV) build dist report *.egg-info mmlm_fast/_C*.so

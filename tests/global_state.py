@@ -62,12 +62,15 @@ TRANSFORMS = ("functionalize", "grad", "vmap")  # of torch.func
 ALL_STATES = (*STATES, *TRANSFORMS)
 # Where torch itself may refuse real tensors, or a custom op; it must be an exception.
 MAY_REFUSE = ("fake", *TRANSFORMS)
+DEVICES = ("device", "default_device")
 HAVE_NO_GRADIENTS = ("inference", "no_grad", *MAY_REFUSE)
 
 
 class Function(NamedTuple):
     call: Callable[[], Any]
-    kind: str  # "array": makes its tensors itself; "tensor": is given real ones; "gradient": and differentiates
+    # "array": makes its tensors itself; "made": so, as torch's factories do, where a default device says; "tensor": is
+    # given real ones; "gradient": and differentiates.
+    kind: str
 
 
 def plain(tree: Any) -> Any:
@@ -103,8 +106,10 @@ def same(a: Any, b: Any, nearly: bool = False) -> bool:
 
 def outcome(function: Function, expected: Any, state: str | None) -> str:
     """What is wrong; empty where nothing is."""
-    refused = (state in MAY_REFUSE and function.kind != "array") or (
-        state in HAVE_NO_GRADIENTS and function.kind == "gradient"
+    refused = (
+        (state in MAY_REFUSE and function.kind != "array")
+        or (state in HAVE_NO_GRADIENTS and function.kind == "gradient")
+        or (state in DEVICES and function.kind == "made")
     )
     from mmlm_fast.audio.plain import plain_torch
 
@@ -289,9 +294,62 @@ def audio_functions(folder: str) -> dict[str, Function]:
     return functions
 
 
+# ---- ops ------------------------------------------------------------------------------------------------------------
+
+
+def op_functions(folder: str) -> dict[str, Function]:
+    from op_calls import calls
+
+    from mmlm_fast.masks import IntervalMask
+    from mmlm_fast.ops import _registry, rope_tables
+
+    _registry.SMALL_NUMBERS.update(dict.fromkeys(_registry.SMALL_NUMBERS, 0))
+    functions: dict[str, Function] = {}
+    for call in calls(17, torch.float32):
+
+        def forward(call=call) -> Any:
+            return call.function(*call.inputs)
+
+        def gradient(call=call) -> Any:
+            inputs = [x.clone().requires_grad_() for x in call.inputs]
+            outputs = [x for x in pytree.tree_leaves(call.function(*inputs)) if x is not None and x.requires_grad]
+            assert outputs, "no gradients here"
+            return torch.autograd.grad([x.sum() for x in outputs], inputs, allow_unused=True)
+
+        functions[f"{call.op} {call.name}"] = Function(forward, "tensor")
+        if call.inputs:
+            functions[f"gradient of {call.op} {call.name}"] = Function(gradient, "gradient")
+    counts, starts = torch.tensor([3, 5]), torch.tensor([0, 4, 9], dtype=torch.int32)
+    blocks = torch.tensor([[-1, 0, 0, -1, 1, 1]])
+    places = torch.tensor([[True, False, False, True, False]])
+    dense = IntervalMask.causal(5, 9).dense(9)
+    masks: dict[str, Callable] = {
+        "full": lambda: IntervalMask.full(5, 9),
+        "causal": lambda: IntervalMask.causal(5, 9),
+        "causal, offsets": lambda: IntervalMask.causal(5, 9, q_offset=counts),
+        "sliding_window": lambda: IntervalMask.sliding_window(5, 9, window=3),
+        "chunked": lambda: IntervalMask.chunked(9, chunk_size=4),
+        "packed": lambda: IntervalMask.packed(starts, 9, is_causal=True),
+        "padded": lambda: IntervalMask.padded(counts, 9, q_len=5),
+        "prefix": lambda: IntervalMask.prefix(counts, 9),
+        "image_blocks": lambda: IntervalMask.image_blocks(blocks),
+        "latest_image": lambda: IntervalMask.latest_image(places, 4),
+        "from_dense": lambda: IntervalMask.from_dense(dense),
+        "and": lambda: IntervalMask.causal(9) & IntervalMask.padded(counts, 9),
+        "batch": lambda: IntervalMask.batch([IntervalMask.full(5, 9), IntervalMask.causal(5, 9)]),
+    }
+    # Made of numbers alone, these follow a default device, as torch's own factories do.
+    for name, make in masks.items():
+        is_given = name in ("packed", "padded", "prefix", "image_blocks", "latest_image", "from_dense")
+        functions[f"mask {name}"] = Function(lambda make=make: (make().lo, make().hi), "tensor" if is_given else "made")
+    positions, inverse = torch.arange(7)[None], 1.0 / 10 ** torch.arange(5, dtype=torch.float32)
+    functions["rope_tables"] = Function(lambda: rope_tables(positions, inverse), "tensor")
+    return functions
+
+
 if __name__ == "__main__":
     sys.path.append(os.path.dirname(os.path.abspath(__file__)))
     if "MMLM_FAST_SANITIZED" in os.environ:
         import conftest  # noqa: F401
     with tempfile.TemporaryDirectory() as folder:
-        main({"audio": audio_functions}[sys.argv[1]](folder), sys.argv[2:])
+        main({"audio": audio_functions, "ops": op_functions}[sys.argv[1]](folder), sys.argv[2:])

@@ -110,8 +110,9 @@ def calls(width: int, dtype: torch.dtype, rows: int = 5) -> Iterator[Call]:
             mask = IntervalMask.sliding_window(q_len, kv_len, window=11)
             yield Call("interval_attention", f"{q_len} {kv_len} {size}", lambda *a, m=mask: ops.interval_attention(
                 *a[:3], m, sinks=a[3], softcap=2.0), [q, k, v, draw(4, like=torch.float32)])  # fmt: skip
-            yield Call("interval_attention", f"lse {q_len} {kv_len} {size}", lambda *a: ops.interval_attention(
-                *a, IntervalMask.full(*(t.shape[-2] for t in a[:2])), return_lse=True), [q, k, v])  # fmt: skip
+            full = IntervalMask.full(q_len, kv_len)
+            yield Call("interval_attention", f"lse {q_len} {kv_len} {size}", lambda *a, m=full: ops.interval_attention(
+                *a, m, return_lse=True), [q, k, v])  # fmt: skip
         lengths = torch.tensor([0, width, width + 3], dtype=torch.int32)
         packed = [draw(width + 3, heads, 24) for heads in (4, 2, 2)]
         yield Call("interval_attention_varlen", "", lambda *a: ops.interval_attention_varlen(
