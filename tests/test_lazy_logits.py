@@ -345,6 +345,13 @@ def test_whatever_else_is_done_with_logits(name):
     assert_same(OTHERS[name])
 
 
+@pytest.mark.parametrize("name", ["last_token", "one_sample", "transposed_batch"])
+def test_no_gradients_are_formed_in_vain(name, short_ways):
+    """Where a gradient could not wait on its way back through a view, the loss takes logits from the start."""
+    assert_same(OTHERS[name])
+    assert short_ways[0] == 0
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_views_share_and_products_are_not_repeated(name, monkeypatch):
     """The head's product is computed at most once, however often and through whatever views logits are read."""
