@@ -317,6 +317,17 @@ def test_cu_seqlens_on_dense_paths(what):
     torch.testing.assert_close(ours, torch.cat(parts, 1))
 
 
+@pytest.mark.parametrize("name", ["llava", "gemma3", "qwen2_5_vl", "mllama"])
+def test_cu_seqlens_of_the_text_beside_pictures(name):
+    """They are handed to every attention of a decoder, and mean its own; each row here is one sample."""
+    tiny = tiny_models.MODELS[name]()
+    inputs = {k: v for k, v in tiny.inputs.items() if k != "attention_mask"}
+    length = inputs["input_ids"].shape[1]
+    cu = torch.tensor([0, length, 2 * length], dtype=torch.int32)
+    out = tiny_models.output_of(tiny.build("mmlm_fast"), inputs, cu_seq_lens_q=cu, cu_seq_lens_k=cu)
+    torch.testing.assert_close(out, tiny_models.output_of(tiny.build("mmlm_fast"), inputs))
+
+
 def test_cu_seqlens_of_several_rows():
     """As transformers' flash attention counts them: through all rows of the batch."""
     cu = torch.tensor([0, 4, 9, 12, 18], dtype=torch.int32)

@@ -63,7 +63,9 @@ def attention(
     Args:
         query: ``[B, Hq, Q, D]``; `key` and `value` ``[B, Hkv, K, D]``.
         attention_mask: None, the intervals of `interval_mask`, or a dense bool or additive mask.
-        kwargs: ``cu_seq_lens_q`` and ``cu_seq_lens_k`` are heeded, everything else is not ours.
+        kwargs: ``cu_seq_lens_q`` and ``cu_seq_lens_k`` are heeded, beside any mask, but for cross-attention, which is
+            handed those of the text: on a CPU a ValueError says where they cannot be such, elsewhere nothing looks.
+            Everything else is not ours.
 
     Returns:
         ``[B, Q, Hq, D]``, and no weights.
@@ -75,7 +77,7 @@ def attention(
     mask = None if bounds is None else _intervals(bounds)
     reason = _why_dense(attention_mask, mask, dropout, position_bias, cache)
     cu_seqlens = kwargs.get("cu_seq_lens_q")
-    if cu_seqlens is not None and cache is None:
+    if cu_seqlens is not None and cache is None and "CrossAttention" not in type(module).__name__:
         sizes = query.shape[2], key.shape[2], bool(is_causal) and attention_mask is None, query.shape[0]
         chunk_size = None if bounds is None else _chunk_size(module)
         mask = _packed(cu_seqlens, kwargs.get("cu_seq_lens_k"), *sizes, bounds, chunk_size)
