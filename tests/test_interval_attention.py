@@ -371,6 +371,7 @@ def test_varlen_and_compiled_with_keys_behind_those_of_the_mask():
     out = interval_attention_varlen(*packed, lengths(0, 7), lengths(0, 6))
     expected = interval_attention_ref(q, k, v, IntervalMask.full(7, 6))
     torch.testing.assert_close(out.transpose(0, 1), expected[0])
+    torch._dynamo.reset()
     compiled = torch.compile(interval_attention, fullgraph=True, backend="aot_eager")
     for keys in (6, 40, 50):  # the number of keys at hand is a shape, that of the mask a number
         mask = IntervalMask.full(7, keys)
@@ -403,6 +404,7 @@ def test_scales_of_any_sign_with_options(native):
     for scale in (-0.2, 0.0):
         for options in (dict(return_lse=True), dict(softcap=2.0), dict(sinks=torch.randn(4))):
             check(IntervalMask.causal(40, 50), *inputs, scale=scale, **options)
+    torch._dynamo.reset()
     compiled = torch.compile(interval_attention, fullgraph=True, dynamic=True, backend="aot_eager")
     for scale in (0.5, -0.5, 0.0):
         out = compiled(*inputs, IntervalMask.causal(40, 50), scale=scale)
@@ -735,6 +737,7 @@ def test_gradcheck():
 
 
 def test_compiles_in_one_graph_with_dynamic_shapes():
+    torch._dynamo.reset()
     compiled = torch.compile(interval_attention, fullgraph=True, dynamic=True, backend="aot_eager")
     for tokens in (5, 9):
         q, k, v = (x.requires_grad_() for x in draw(tokens, tokens, 16, torch.float32))
@@ -751,6 +754,7 @@ def test_new_mask_contents_do_not_recompile():
     from torch._dynamo.testing import CompileCounterWithBackend
 
     counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
     compiled = torch.compile(interval_attention, fullgraph=True, backend=counter)
     q, k, v = (x.requires_grad_() for x in draw(40, 40, 16, torch.float32))
     for layout in ([(2, 9)], [(0, 20), (25, 30)], [], [(39, 40)]):
