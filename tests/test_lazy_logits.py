@@ -101,6 +101,13 @@ def change_after_loss(z, y):
     return loss + z.square().sum()
 
 
+def change_after_inference(z, y):
+    with torch.inference_mode():
+        z.argmax(-1)
+    z[..., 3:] = 0.0
+    return z.square().sum() + (z.view(-1, V) * torch.ones(V, requires_grad=True)).sum()
+
+
 def change_after_derived(z, y):
     scaled = z * 2.0
     z[..., 3:] = 0.0
@@ -291,7 +298,7 @@ OTHERS = {
     "function_in_place": lambda z, y: InPlace.apply(z).square().sum(),
 } | {f.__name__: f for f in (
     read_without_gradients, read_in_inference_mode, read_under_autocast, change_view, change_slice, change_after_loss,
-    change_after_derived, change_derived_after_loss, change_shape_in_place, take_gradient,
+    change_after_inference, change_after_derived, change_derived_after_loss, change_shape_in_place, take_gradient,
     hook_that_changes, hook_on_scaled, hook_on_slice, gradient_of_smoothed,
     hook_that_looks, retain_gradient, hessian, twice, script, compiled, saved, reentrant, checkpointed, in_a_thread,
     hooks_on_saved_tensors,
@@ -371,6 +378,14 @@ def test_views_share_and_products_are_not_repeated(name, monkeypatch):
             value.backward()
     changed = "change" in name  # the loss of logits that are overwritten then computes them again in its backward pass
     assert products[0] <= 1 + changed
+
+
+def test_numbers_read_in_inference_mode_serve_training():
+    head, x, _ = make()
+    z = logits_of(head, x, fast=True)
+    with torch.inference_mode():
+        z.argmax(-1)
+    (z.logits() * torch.ones(V, requires_grad=True)).sum().backward()
 
 
 def test_a_copy_of_logits_in_the_graph_is_refused_as_torch_refuses_it():

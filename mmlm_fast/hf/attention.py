@@ -7,6 +7,7 @@ instead of a Python loop over the pieces. ``"mmlm_flash"`` is another name for t
 import sys
 import threading
 import weakref
+from contextlib import suppress
 from functools import cache, lru_cache, wraps
 from inspect import Parameter, signature, unwrap
 from typing import Any
@@ -15,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.generation.continuous_batching import continuous_api
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mmlm_fast.hf.interval_mask import interval_mask, say_once
@@ -31,7 +31,10 @@ def register() -> None:
         AttentionInterface.register(name, attention)
         AttentionMaskInterface.register(name, interval_mask)
     _wrap(PreTrainedModel, "get_correct_attn_implementation", _when_requested)
-    _wrap(continuous_api.ContinuousBatchingManager, "switch_to_cb_friendly_attn", _batched_by_torch)
+    with suppress(ImportError):  # where this version of transformers has it
+        from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
+
+        _wrap(ContinuousBatchingManager, "switch_to_cb_friendly_attn", _batched_by_torch)
 
 
 def _wrap(owner: Any, name: str, wrapper: Any) -> None:
