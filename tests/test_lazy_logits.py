@@ -1,6 +1,7 @@
 """Logits that wait: whatever reads, changes, hooks or differentiates them gets what a plain head gives."""
 
 import copy
+import functools
 import gc
 import io
 import pickle
@@ -56,7 +57,7 @@ def make(dtype=torch.float32, bias=True):
 def logits_of(head, x, fast):
     if not fast:
         return F.linear(x, head.weight, head.bias)
-    with logits_on_demand():
+    with logits_on_demand(few_rows=True):
         z = head(x)
     assert type(z) is LazyLogits
     return z
@@ -388,6 +389,179 @@ def test_numbers_read_in_inference_mode_serve_training():
     (z.logits() * torch.ones(V, requires_grad=True)).sum().backward()
 
 
+COPIES = {
+    "reshape": lambda z: z[:, :-1].reshape(-1, V),
+    "contiguous": lambda z: z[:, :-1].contiguous(),
+    "flatten": lambda z: z[:, 1:].flatten(0, 1),
+    "ravel": lambda z: z[:, 1:].ravel(),
+    "reshape_as": lambda z: z.reshape_as(torch.empty(10, V)),
+    "movedim": lambda z: z.movedim(0, 1).reshape(10, V),
+    "narrow": lambda z: z.narrow(1, 1, 3).reshape(-1, V),
+    "expand": lambda z: z[:1].expand(3, 5, V).reshape(-1, V),
+    "unflatten": lambda z: z.unflatten(-1, (3, V // 3)).reshape(2, -1),
+    "einsum": lambda z: torch.einsum("btv->tbv", z),
+    "swapaxes": lambda z: z.swapaxes(0, 1).contiguous(),
+    "float": lambda z: z.float(),
+    "double": lambda z: z.double(),
+    "to": lambda z: z.to(torch.float64, copy=True),
+    "type": lambda z: z.type(torch.float64),
+    "half": lambda z: z.half(),
+    "cpu": lambda z: z.cpu(),
+    "shift": lambda z: z[:, :-1].contiguous().view(-1, V).argmax(-1),
+    "bits": lambda z: z.detach().view(torch.int16 if z.dtype == torch.bfloat16 else torch.int32).double(),
+    "complex": lambda z: torch.view_as_complex(z.detach().float().view(2, 5, V // 2, 2)).abs(),
+    "likes": lambda z: torch.zeros_like(z) + torch.ones_like(z).sum() + z.new_full((2,), 3).sum(),
+    "numbers": lambda z: torch.tensor([z.detach()[0, 0, 3], z.detach()[0, 0, 7]]),
+    "chunk": lambda z: torch.cat(z.chunk(2, -1), -1),
+    "cross_entropy": lambda z: F.cross_entropy(z[:, :-1].reshape(-1, V), torch.arange(8)),
+    "cross_entropy_rows": lambda z: F.cross_entropy(input=z.view(-1, V), target=torch.arange(10), reduction="none"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", COPIES)
+def test_copies_in_every_mode(name, mode, dtype):
+    head, x, _ = make(dtype)
+    z, plain = logits_of(head, x, fast=True), logits_of(head, x, fast=False)
+    with mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ours, theirs = COPIES[name](z), COPIES[name](plain)
+        assert ours.dtype == theirs.dtype
+        assert ours.shape == theirs.shape
+        assert ours.device == theirs.device
+        if name.startswith("cross_entropy"):
+            tolerance = 4 * torch.finfo(dtype).eps
+            torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+        else:
+            assert torch.equal(ours + 0, theirs)
+
+
+@pytest.mark.parametrize("change", ["transpose_", "squeeze_", "swapaxes_", "t_"])
+@pytest.mark.parametrize("derived", [False, True])
+def test_shapes_changed_in_place(change, derived):
+    head, x, _ = make()
+    x = (x[:1, :1] if change == "squeeze_" else x[0, :5] if change == "t_" else x).detach().requires_grad_()
+    arguments = {"transpose_": (0, 1), "squeeze_": (0,), "swapaxes_": (0, 2), "t_": ()}[change]
+    found = []
+    for fast in (True, False):
+        z = logits_of(head, x, fast)
+        z = z * 2 if derived else z
+        later = z * 3
+        getattr(z, change)(*arguments)
+        found.append([z.detach() + 0, later.detach() + 0, *torch.autograd.grad((z.square() * 2).sum(), x)])
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
+
+
+def test_memory_and_data_written_directly():
+    def numpy(z):
+        scaled = z * 2
+        z.detach().numpy()[...] = 0
+        return scaled.sum() + z.sum()
+
+    def data(z):
+        z.data = torch.full((2, 5, V), 2.0)
+        return z.square().sum()
+
+    def elements(z):
+        z.detach().apply_(lambda value: value + 1)
+        return z.sum()
+
+    for function in (numpy, data, elements):
+        assert_same(lambda z, y, function=function: function(z))
+    head, x, _ = make()
+    with pytest.raises(RuntimeError, match=r"can only become a tensor of \(2, 5, 300\), .* got \(3,\)"):
+        logits_of(head, x, fast=True).data = torch.zeros(3)
+
+
+def test_copies_share_what_the_originals_share():
+    head, x, _ = make()
+    z = logits_of(head, x, fast=True).detach()
+    both = copy.deepcopy({"a": z, "b": z[0]})
+    both["a"].zero_()
+    assert (both["b"] == 0).all()
+    assert z.abs().sum() > 0
+
+
+def test_threads_read_the_same_memory():
+    head, x, _ = make()
+    for _ in range(20):
+        module._HABITS.clear()
+        z, found = logits_of(head, x, fast=True), []
+        read = functools.partial(lambda z, found: found.append(z.logits().data_ptr()), z, found)
+        threads = [threading.Thread(target=read) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert found[0] == found[1]
+
+
+def test_a_batch_of_gradients():
+    head, x, y = make()
+    found = []
+    for fast in (True, False):
+        z = logits_of(head, x, fast)
+        loss = ce(z, y.clamp(min=0), reduction="none")
+        found.append(torch.autograd.grad(loss, z, torch.eye(10), is_grads_batched=True)[0])
+    torch.testing.assert_close(*found)
+
+
+def test_a_loss_that_is_kept_keeps_no_more():
+    """Lists of losses, running sums: after the backward pass nothing of the step hangs on them."""
+    head, x, y = make()
+    hidden = x * 1
+    with torch.autocast("cpu", torch.bfloat16):
+        z = logits_of(head, hidden, fast=True)
+        loss = ce(z.float(), y)
+    seen = [weakref.ref(z._stage.head), weakref.ref(z)]
+    del z, hidden
+    loss.backward()
+    assert [ref() for ref in seen] == [None, None]
+    assert loss.isfinite()
+
+
+def test_frozen_body_steps_between_two_backward_passes():
+    head, x, y = make()
+    x = x.detach()
+    loss = ce(logits_of(head, x, fast=True), y)
+    loss.backward(retain_graph=True)
+    torch.optim.SGD(head.parameters(), lr=0.1).step()
+    before = head.weight.grad.clone()
+    loss.backward()
+    torch.testing.assert_close(head.weight.grad, 2 * before)
+
+
+def test_few_rows_have_logits():
+    """A loss without logits holds the weight's gradient from the forward pass on: more than a few rows of logits."""
+    head = LazyLinear(64, V)
+    for rows, kind in ((31, torch.Tensor), (32, LazyLogits)):
+        with logits_on_demand():
+            assert type(head(torch.randn(rows, 64))) is kind
+            head.weight.requires_grad_(False)
+            assert type(head(torch.randn(rows, 64))) is LazyLogits
+            head.weight.requires_grad_(True)
+    with logits_on_demand():
+        assert type(head.bfloat16()(torch.randn(63, 64).bfloat16())) is torch.Tensor
+
+
+def test_classes_ruled_out():
+    """Minus infinity for a class, as padded vocabularies have it."""
+    row = torch.zeros(V)
+    row[-8:] = -torch.inf
+    for size in (0, 2**30):  # in chunks, and by the reference
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(_registry.SMALL_NUMBERS, "linear_cross_entropy", size)
+            assert_same(lambda z, y: ce(z + row, y.clamp(max=V - 9)))
+            assert_same(lambda z, y: ce(z + row, y.clamp(max=V - 9), reduction="sum"))
+        head, x, y = make()
+        with torch.no_grad():
+            head.bias += row
+        loss = mmlm_fast.ops.linear_cross_entropy(x, head.weight, y.clamp(max=V - 9), head.bias)
+        assert loss.isfinite()
+        assert torch.autograd.grad(loss, x)[0].isfinite().all()
+
+
 def test_a_copy_of_logits_in_the_graph_is_refused_as_torch_refuses_it():
     head, x, _ = make()
     for fast in (True, False):
@@ -400,6 +574,16 @@ def test_a_copy_of_logits_in_the_graph_is_refused_as_torch_refuses_it():
 def sgd_on_data(head):
     for p in head.parameters():
         p.data.sub_(0.1 * p.grad)
+
+
+@pytest.mark.parametrize("change", [lambda w: w.data.mul_(0.5), lambda w: w.data[-1:].add_(1e-3)])
+def test_weights_written_past_their_version(change):
+    """Averages swapped in, a row that learns: before any backward pass of these logits."""
+    head, x, _ = make()
+    z = logits_of(head, x, fast=True)
+    change(head.weight)
+    with pytest.raises(RuntimeError, match="have changed or gone since"):
+        z.sum()
 
 
 @pytest.mark.parametrize("step", [torch.optim.SGD, torch.optim.AdamW, sgd_on_data])
@@ -605,6 +789,7 @@ def test_fully_sharded(units, reshard, group):
             fully_shard(part, mesh=mesh, reshard_after_forward=reshard)
         out = sharded(input_ids=IDS, labels=IDS)
         out.loss.backward()
+        out.logits.argmax(-1)  # a metric afterwards
         found.append([out.loss.detach(), *(g.full_tensor() for g in gradients(sharded))])
     torch.testing.assert_close(*found)
 
@@ -751,6 +936,18 @@ def test_quantisers_find_the_head(inplace):
     m = model(True).eval()
     quantised = torch.ao.quantization.quantize_dynamic(m, {nn.Linear}, dtype=torch.qint8, inplace=inplace)
     assert "quantized" in type(quantised.lm_head).__module__
+
+
+def test_undo_below_a_forward_that_someone_kept():
+    """Accelerate stores a model's forward, wrapped, on the instance."""
+    m = model(False)
+    done = mmlm_fast.accelerate(m)
+    kept = m.forward
+    m.forward = lambda *args, **kwargs: kept(*args, **kwargs)
+    assert type(m(input_ids=IDS, labels=IDS).logits) is LazyLogits
+    done.undo()
+    assert type(m(input_ids=IDS, labels=IDS).logits) is torch.Tensor
+    assert type(m.lm_head) is nn.Linear
 
 
 def test_report_of_wrapped_and_of_compiled_models():

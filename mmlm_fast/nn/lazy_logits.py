@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mmlm_fast.nn.on_demand import OnDemand, Values
 from mmlm_fast.nn.plain import is_plain
+from mmlm_fast.ops._derivatives import is_seen_through
 from mmlm_fast.ops._formed import _graph_is_kept
 from mmlm_fast.ops._registry import using_reference
 from mmlm_fast.ops.linear_cross_entropy import linear_cross_entropy
@@ -21,25 +22,28 @@ _aten = torch.ops.aten
 _SAME = (_aten.clone.default, _aten.alias.default, _aten.detach.default, _aten.add.Tensor)  # gradients pass unchanged
 _SCALES = (_aten.mul.Tensor, _aten.div.Tensor)
 _RESHAPES = (_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default, _aten._reshape_alias.default)
-_SAMPLE = 32  # rows of the weight
 
 
 class _Following(threading.local):
     loss = False
+    few_rows = False
 
 
 _following = _Following()
 
 
 @contextmanager
-def logits_on_demand() -> Iterator[None]:
-    """Run the forward pass of a model that computes its own loss: a `LazyLinear` in it waits with its output."""
-    before = _following.loss
-    _following.loss = True
+def logits_on_demand(few_rows: bool = False) -> Iterator[None]:
+    """Run the forward pass of a model that computes its own loss: a `LazyLinear` in it waits with its output.
+
+    With `few_rows` also where logits are so few that they cost less than not to have them.
+    """
+    before = _following.loss, _following.few_rows
+    _following.loss, _following.few_rows = True, few_rows
     try:
         yield
     finally:
-        _following.loss = before
+        _following.loss, _following.few_rows = before
 
 
 class _Head:
@@ -52,19 +56,13 @@ class _Head:
         self.versions = [t._version for t in parts if t is not None]
         self.habit = _HABITS.setdefault(module, _Habit())
         self.lossed = False
-        self.sample: tuple[Tensor, Tensor] | None = None
-        self.was_backward = False
+        self.bits = _sum_of_bits(self.weight)
 
     def check(self) -> None:
         """Raise RuntimeError where the logits of the forward pass can't be had any more."""
         parts = [t for t in (self.hidden, self.weight, self.bias) if t is not None]
-        changed = [t._version for t in parts] != self.versions
-        if self.weight.untyped_storage().size() == 0:
-            changed = True
-        elif self.was_backward and self.sample is not None and not changed:  # optimizers may write past the counter
-            rows, numbers = self.sample
-            changed = not torch.equal(self.weight.index_select(0, rows), numbers)
-        if changed:
+        changed = [t._version for t in parts] != self.versions or self.weight.untyped_storage().size() == 0
+        if changed or not torch.equal(_sum_of_bits(self.weight), self.bits):  # optimizers may write past the counter
             raise RuntimeError(
                 "these logits were not computed in the forward pass, whose loss needed none, and the weights they are "
                 "made of have changed or gone since: read outputs.logits before optimizer.step(), or call the model "
@@ -72,9 +70,15 @@ class _Head:
             )
 
     def logits(self) -> Tensor:
-        self.check()
         self.habit.reads += 1
+        self.check()
         return F.linear(self.hidden, self.weight, self.bias)
+
+
+def _sum_of_bits(weight: Tensor) -> Tensor:
+    """A number that changes with any of the weight's."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
+    return weight.view(integers).sum(dtype=torch.int64)
 
 
 class _Habit:
@@ -275,8 +279,8 @@ class LazyLogits(OnDemand):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is F.cross_entropy and args and type(args[0]) is LazyLogits:
-            loss = args[0]._cross_entropy(*args[1:], **(kwargs or {}))
+        if func is F.cross_entropy:
+            loss = _short_way(*args, **(kwargs or {}))
             if loss is not None:
                 return loss
         return super().__torch_function__(func, types, args, kwargs)
@@ -293,6 +297,7 @@ class LazyLogits(OnDemand):
     ) -> Tensor | None:
         """The loss without logits, or None where there is no such way."""
         plain = weight is None and size_average is None and reduce is None and self._shared.tensor is None
+        plain = plain and 0 <= label_smoothing < 1
         if not plain or self.dim() != 2 or type(target) is not Tensor or reduction not in ("mean", "sum", "none"):
             return None
         if target.dtype != torch.int64 or target.shape != self.shape[:1] or target.device != self.device:
@@ -302,7 +307,15 @@ class LazyLogits(OnDemand):
             return None
         if not self._stage.comes_back() or self._stage.rows(self._stage.head.hidden) is None:
             return None
-        return _CrossEntropy.apply(self, target, ignore_index, reduction, label_smoothing, options)
+        arguments = (self, target, ignore_index, reduction, label_smoothing, options)
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False), torch.no_grad():
+                return _CrossEntropy.apply(*arguments)
+        return _CrossEntropy.apply(*arguments)
+
+
+def _short_way(input: Any, target: Any, *args: Any, **kwargs: Any) -> Tensor | None:
+    return input._cross_entropy(target, *args, **kwargs) if type(input) is LazyLogits else None
 
 
 class _LinearLayer(torch.autograd.Function):
@@ -310,7 +323,9 @@ class _LinearLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: _Head) -> Tensor:
-        ctx.save_for_backward(hidden, weight)
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(hidden if needs_weight else None, weight if needs_hidden else None)
+        ctx.sizes = hidden.shape, weight.shape
         meta = torch.empty(*hidden.shape[:-1], weight.shape[0], dtype=hidden.dtype, device="meta")
         ctx.stage = _Stage(head, None, None, Values(head.logits, meta), meta)
         return LazyLogits.of(ctx.stage)
@@ -318,14 +333,15 @@ class _LinearLayer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        ctx.stage.head.was_backward = True
-        if type(grad) is LazyGradient and grad.is_of(ctx.stage):
+        (shape, (num_classes, size)), needs, stage = ctx.sizes, ctx.needs_input_grad[:3], ctx.stage
+        if not _graph_is_kept():
+            ctx.stage = None  # a loss that is kept keeps no hidden states
+        if type(grad) is LazyGradient and grad.is_of(stage):
             return *grad.formed(needs), None
-        flat = grad.reshape(-1, weight.shape[0])
+        flat = grad.reshape(-1, num_classes)
         return (
-            (flat @ weight).view(hidden.shape) if needs[0] else None,
-            flat.T @ hidden.reshape(-1, weight.shape[1]) if needs[1] else None,
+            (flat @ weight).view(shape) if needs[0] else None,
+            flat.T @ hidden.reshape(-1, size) if needs[1] else None,
             flat.sum(0) if needs[2] else None,
             None,
         )
@@ -348,9 +364,8 @@ class _CrossEntropy(torch.autograd.Function):
         head.check()
         head.habit.losses += not head.lossed
         head.lossed = True
-        some = target[:_SAMPLE].clamp(0, head.weight.shape[0] - 1)
-        head.sample = some, head.weight.index_select(0, some)
-        ctx.logits, ctx.target = logits, target
+        ctx.save_for_backward(target)
+        ctx.logits = logits
         ctx.keywords = dict(ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
         needs = head.needs if ctx.needs_input_grad[0] else [False] * 3
         ctx.leaves = [
@@ -374,15 +389,16 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        logits, rest = ctx.logits, (None,) * 5
-        if torch.is_grad_enabled():  # to be differentiated again: as the original
-            with torch._C.DisableTorchFunctionSubclass():
-                loss = F.cross_entropy(logits, ctx.target, **ctx.keywords)
-            return torch.autograd.grad(loss, logits, grad, create_graph=True)[0], *rest
+        (target,), logits, rest = ctx.saved_tensors, ctx.logits, (None,) * 5
+        if is_seen_through([grad]):  # to be differentiated again, or by many at once: as the original
+            twice = torch.is_grad_enabled()
+            with torch._C.DisableTorchFunctionSubclass(), torch.enable_grad():
+                loss = F.cross_entropy(logits, target, **ctx.keywords)
+            return torch.autograd.grad(loss, logits, grad, create_graph=twice)[0], *rest
         kept = _graph_is_kept()
-        waiting = _Waiting(ctx.loss, ctx.leaves, grad, kept, logits._stage, ctx.target, ctx.keywords)
+        waiting = _Waiting(ctx.loss, ctx.leaves, grad, kept, logits._stage, target, ctx.keywords)
         if not kept:
-            ctx.loss = ctx.leaves = None
+            ctx.loss = ctx.leaves = ctx.logits = None
         return LazyGradient.of(waiting, logits._stage), *rest
 
 
@@ -485,7 +501,7 @@ def _lazily(head: Any, hidden: Tensor) -> Tensor | None:
         return None
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1] or not any(t.requires_grad for t in parts):
         return None
-    if _HABITS.setdefault(head, _Habit()).is_plain():
+    if _HABITS.setdefault(head, _Habit()).is_plain() or (weight.requires_grad and _is_few(hidden, weight)):
         return None
     dtype = hidden.dtype
     if torch.is_autocast_enabled(hidden.device.type):
@@ -496,6 +512,16 @@ def _lazily(head: Any, hidden: Tensor) -> Tensor | None:
         return None
     hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     return _LinearLayer.apply(hidden, weight, bias, _Head(head, hidden, weight, bias))
+
+
+def _is_few(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether logits cost less than what a loss without them needs: the weight's gradient in its forward pass.
+
+    That is V·H numbers in float32, and a copy in half precision, where a loss keeps 2·N·V of logits and their softmax.
+    """
+    half = weight.element_size() == 2 or torch.is_autocast_enabled(hidden.device.type)
+    rows = hidden.numel() // weight.shape[1]
+    return not _following.few_rows and rows * (1 if half else 2) < weight.shape[1]
 
 
 class LazyLinear(nn.Linear):

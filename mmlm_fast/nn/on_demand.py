@@ -1,5 +1,6 @@
 """Tensors of the autograd graph whose numbers are computed when something reads them."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -13,8 +14,20 @@ from torch.utils._mode_utils import no_dispatch
 _MEMORY = {
     Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage,
     Tensor.__dlpack__, Tensor.__reduce_ex__, Tensor.__repr__, Tensor.share_memory_, Tensor.is_shared,
-    Tensor.__cuda_array_interface__.__get__,
+    Tensor.__cuda_array_interface__.__get__, Tensor.apply_, Tensor.map_,
+    *(getattr(Tensor, name) for name in ("const_data_ptr", "mutable_data_ptr") if hasattr(Tensor, name)),
 }  # fmt: skip
+
+
+_aten = torch.ops.aten
+_FACTORIES = {
+    getattr(_aten, name).default
+    for name in (
+        "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones",
+        "new_empty", "new_full", "new_empty_strided",
+    )
+}  # fmt: skip
+_reading = threading.RLock()
 
 
 class Values:
@@ -27,14 +40,18 @@ class Values:
         self.changed = False  # in place, since they were made
 
     def read(self) -> Tensor:
+        with _reading:
+            self._read()
+        assert self.tensor is not None
+        return self.tensor
+
+    def _read(self) -> None:
         if self._make is not None:
             with as_in_the_forward():
                 made = self._make()
                 if made.stride() != self._like.stride():
                     made = torch.empty_like(self._like, device=made.device).copy_(made)
             self.tensor, self._make = made, None
-        assert self.tensor is not None
-        return self.tensor
 
     def will_change(self) -> None:
         """Call before a change in place."""
@@ -74,7 +91,8 @@ class OnDemand(Tensor):
             dtype=meta.dtype,
             device=device,
         )
-        self._shared, self._meta = values, meta
+        self._shared = values
+        self._meta = meta.as_strided(meta.shape, meta.stride(), meta.storage_offset())  # changes of shape in place
         return self
 
     def read(self) -> Tensor:
@@ -90,8 +108,10 @@ class OnDemand(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func == Tensor.data.__set__ and isinstance(args[0], OnDemand):  # type: ignore[attr-defined]
+            return _set_data(*args)
         if func in _MEMORY or (func is Tensor.__deepcopy__ and args[0].is_leaf):
-            args, kwargs = pytree.tree_map_only(OnDemand, _plain, (args, kwargs or {}))
+            args = tuple(_plain(a) if isinstance(a, OnDemand) else a for a in args)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
@@ -100,9 +120,16 @@ class OnDemand(Tensor):
         cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+            out = func.decompose(*args, **kwargs)  # in inference mode these come whole
+            if out is not NotImplemented:
+                return out
         self = args[0] if args and isinstance(args[0], OnDemand) else None
         if self is not None and not any(isinstance(a, OnDemand) for a in args[1:]):
+            if func in _FACTORIES:
+                return func(self._meta, *args[1:], **kwargs | {"device": kwargs.get("device") or self.device})
             if torch.Tag.inplace_view in func.tags:
+                self._shared.will_change()
                 func(self._meta, *args[1:], **kwargs)
                 with no_dispatch():
                     func(*args, **kwargs)
@@ -110,7 +137,11 @@ class OnDemand(Tensor):
             if _is_view(func):
                 with nullcontext() if not torch.is_inference_mode_enabled() else torch.inference_mode(False):
                     views = func(self._meta, *args[1:], **kwargs)  # of a normal tensor, also in inference mode
-                    return pytree.tree_map_only(Tensor, lambda meta: self._view(func, args[1:], kwargs, meta), views)
+                    if all(v.dtype == self.dtype and v.dim() for v in pytree.tree_leaves(views)):
+                        return pytree.tree_map_only(
+                            Tensor, lambda meta: self._view(func, args[1:], kwargs, meta), views
+                        )
+                    self._shared.will_change()  # of single numbers, or of their bits: who holds these may write
         if self is not None and self._shared.tensor is None:
             lazy = self._lazily(func, args[1:], kwargs)
             if lazy is not None:
@@ -120,8 +151,19 @@ class OnDemand(Tensor):
 
 def _plain(tensor: OnDemand) -> Tensor:
     """Numbers that refuse what the tensor itself would refuse."""
+    tensor._shared.will_change()  # who has the memory may write to it
     read = tensor.read()
     return read.detach().requires_grad_() if tensor.requires_grad else read
+
+
+def _set_data(tensor: OnDemand, data: Tensor) -> None:
+    if data.shape != tensor.shape or data.dtype != tensor.dtype or data.device != tensor.device:
+        raise RuntimeError(
+            f"the data of these logits can only become a tensor of {tuple(tensor.shape)}, {tensor.dtype} on "
+            f"{tensor.device}, got {tuple(data.shape)}, {data.dtype} on {data.device}"
+        )
+    tensor._shared.will_change()
+    tensor.read().copy_(data.detach())
 
 
 def _is_view(func: Any) -> bool:

@@ -47,7 +47,9 @@ def linear_cross_entropy_ref(
     ignored = torch.zeros_like(target, dtype=torch.bool) if ignore_index is None else target == ignore_index
     log_probs = logits.log_softmax(-1)
     nll = -log_probs.gather(-1, torch.where(ignored, 0, target)[:, None])[:, 0]
-    loss = (1 - label_smoothing) * nll - label_smoothing * log_probs.mean(-1)
+    loss = nll
+    if label_smoothing:  # else 0 times the infinity of a class that is ruled out
+        loss = (1 - label_smoothing) * nll - label_smoothing * log_probs.mean(-1)
     if z_loss:
         loss = loss + z_loss * logits.logsumexp(-1).square()
     loss = torch.where(ignored, 0, loss)
