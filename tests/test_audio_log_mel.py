@@ -77,11 +77,17 @@ def errors_of(name, num_mel_bins):
 
 
 @pytest.mark.parametrize("num_mel_bins", [80, 128])
-@pytest.mark.parametrize("name", SIGNALS)
-def test_mean_error_no_larger_than_transformers(name, num_mel_bins, isa):
-    ours, theirs = errors_of(name, num_mel_bins)
-    # Half a unit in the last place of features near 1 is what neither can help on a few frames.
-    assert ours.mean() <= max(theirs.mean(), 6e-8)
+def test_mean_error_no_larger_than_transformers(num_mel_bins, isa):
+    """Signal by signal, and over those of one or two frames together: the mean of a hundred roundings is luck."""
+    short = []
+    for name in SIGNALS:
+        ours, theirs = errors_of(name, num_mel_bins)
+        if len(ours) <= 2 * num_mel_bins:
+            short.append((ours, theirs))
+        else:
+            assert ours.mean() <= theirs.mean(), name
+    ours, theirs = (torch.cat(errors) for errors in zip(*short, strict=True))
+    assert ours.mean() <= theirs.mean()
 
 
 @pytest.mark.parametrize("num_mel_bins", [80, 128])
