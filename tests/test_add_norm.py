@@ -117,7 +117,7 @@ def test_keeps_the_sum_and_the_weight(monkeypatch):
     assert kept == (64 * 256 + 256) * 4
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "wide"])
 def test_every_instruction_set(isa, monkeypatch):
     from mmlm_fast import _C
 

@@ -5,7 +5,6 @@ import copy
 import pytest
 import tiny_models
 import torch
-import torch.nn.functional as F
 import transformers
 from torch import nn
 

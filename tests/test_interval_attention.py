@@ -188,7 +188,7 @@ def test_portable_heads_sinks_softcap_lse(heads, q_len, dtype, native):
     check(None, *inputs, sinks=torch.randn(heads[0], dtype=dtype), gradients=False)
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "wide"])
 def test_portable_instruction_sets(isa, native):
     from mmlm_fast import _C
 

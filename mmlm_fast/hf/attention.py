@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mmlm_fast.hf.interval_mask import interval_mask, say_once
 from mmlm_fast.masks import IntervalMask, _require
+from mmlm_fast.ops._registry import is_transformed
 from mmlm_fast.ops.interval_attention import interval_attention
 
 NAME, PACKED_NAME = "mmlm_fast", "mmlm_flash"
@@ -77,10 +79,18 @@ def attention(
         _say("mmlm_fast: attention weights are never formed, output_attentions=True gives none; use eager")
     is_causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     bounds = attention_mask if attention_mask is not None and attention_mask.dtype == torch.int32 else None
+    if bounds is not None and bounds.shape[1:] != (1, query.shape[2], 2):
+        raise ValueError(
+            f"attention_mask must be bool or floating [B, 1 or H, {query.shape[2]}, {key.shape[2]}], or the int32 "
+            f"[B, 1, {query.shape[2]}, 2] of interval_mask, got {bounds.dtype} {tuple(bounds.shape)}"
+        )
     mask = None if bounds is None else _intervals(bounds)
     reason = _why_dense(attention_mask, mask, dropout, position_bias, cache)
     cu_seqlens = kwargs.get("cu_seq_lens_q")
-    if cu_seqlens is not None and cache is None and "CrossAttention" not in type(module).__name__:
+    if cu_seqlens is not None and cache is None and _is_of_the_text(module, is_causal):
+        for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+            if not isinstance(kwargs.get(name), (Tensor, type(None))):
+                raise ValueError(f"{name} must be a tensor, got {type(kwargs[name]).__name__}")
         sizes = query.shape[2], key.shape[2], bool(is_causal) and attention_mask is None, query.shape[0]
         chunk_size = None if bounds is None else _chunk_size(module)
         mask = _packed(cu_seqlens, kwargs.get("cu_seq_lens_k"), *sizes, bounds, chunk_size)
@@ -98,6 +108,12 @@ def attention(
     out = interval_attention(query, key, value, mask, scale=scaling, softcap=softcap, sinks=s_aux)
     assert isinstance(out, Tensor)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _is_of_the_text(module: nn.Module, is_causal: bool) -> bool:
+    """Whether ``cu_seq_lens`` are of what a module attends to: encoders and cross-attention get the decoder's, too."""
+    in_seq2seq = getattr(getattr(module, "config", None), "is_encoder_decoder", False)
+    return "CrossAttention" not in type(module).__name__ and (bool(is_causal) or not in_seq2seq)
 
 
 def _intervals(attention_mask: Tensor) -> IntervalMask:
@@ -150,7 +166,7 @@ _masks = _Masks()
 
 def _may_keep(device: torch.device) -> bool:
     """Not what a compiler traces, nor what a CUDA graph fills only when it is replayed."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_transformed() or _get_current_dispatch_mode() is not None:
         return False
     return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
@@ -196,14 +212,17 @@ def _packed(
     place = *sizes, _stream(cu_q.device), *map(id, tensors)
     state = [t._version for t in given]
     if place in kept:
-        known, sources, mask = kept[place]
-        if known == state and all(source() is t for source, t in zip(sources, given, strict=True)):
+        known, sources, copies, mask = kept[place]
+        same = known == state and all(source() is t for source, t in zip(sources, given, strict=True))
+        # A collator's buffer is written past the count of versions. On a GPU, where looking would stall, no copies.
+        if same and all(torch.equal(kept_, t) for kept_, t in zip(copies, given, strict=False)):
             return mask
     with torch.inference_mode(False):
         mask = _make_packed(*tensors, *sizes)
     if len(kept) >= MAX_MASKS:
         kept.clear()
-    kept[place] = state, [weakref.ref(t) for t in given], mask
+    copies = [t.clone() for t in given] if cu_q.device.type == "cpu" else []
+    kept[place] = state, [weakref.ref(t) for t in given], copies, mask
     return mask
 
 
@@ -220,22 +239,22 @@ def _make_packed(
     options: dict[str, Any] = dict(cu_seqlens_k=cu_k, kv_len=batch * kv_len)
     mask = IntervalMask.packed(cu_q, batch * q_len, is_causal=is_causal, **options)
     lo, hi = mask.lo, mask.hi
-    if chunk_size is not None:
-        # Chunks are counted from where a sequence begins, not the row. A query's own key is the last that causal shows.
-        own = IntervalMask.packed(cu_q, batch * q_len, is_causal=True, **options).hi - 1
-        lo = lo + (own - lo).clamp(min=0) // chunk_size * chunk_size
+    # A query's own key is the last that causal shows.
+    own = hi if chunk_size is None else IntervalMask.packed(cu_q, batch * q_len, is_causal=True, **options).hi - 1
     if batch > 1:  # sequences are counted through all rows
         row = torch.arange(0, batch * kv_len, kv_len, device=lo.device, dtype=torch.int32)[:, None]
-        lo, hi = (x.view(batch, q_len) - row for x in (lo, hi))
+        lo, hi, own = (x.view(batch, q_len) - row for x in (lo, hi, own))
         inside = ((lo >= 0) & (hi <= kv_len)) | (hi <= lo)
         _require(inside.all(), "cu_seq_lens_q: a sequence goes over the end of a row of the batch")
-    mask = IntervalMask(lo, hi)
-    if attention_mask is None:
-        return mask
-    intervals = _intervals(attention_mask)
-    if chunk_size is not None:
-        intervals = IntervalMask(torch.zeros_like(intervals.lo), intervals.hi)
-    return intervals & mask
+    intervals = None if attention_mask is None else _intervals(attention_mask)
+    if chunk_size is not None:  # counted from where a sequence begins, behind the padding, not from the row
+        if intervals is not None:
+            padding = torch.where(intervals.hi > intervals.lo, intervals.lo, kv_len).amin(-1, keepdim=True)
+            intervals = IntervalMask(padding.expand_as(intervals.lo), intervals.hi)
+            lo = torch.maximum(lo, padding)
+        lo = lo + (own - lo).clamp(min=0) // chunk_size * chunk_size
+    mask = IntervalMask(lo, torch.maximum(lo, hi))
+    return mask if intervals is None else intervals & mask
 
 
 def _chunk_size(module: nn.Module) -> int | None:

@@ -18,6 +18,7 @@ from transformers import masking_utils
 
 from mmlm_fast.hf.looks import Questions, Shape, is_run
 from mmlm_fast.masks import _each_id_runs_once, _runs
+from mmlm_fast.ops._registry import is_transformed
 
 # Models that compute with the mask that the interface returns, so that it must be the dense one.
 READ_THEIR_MASK = frozenset(
@@ -71,7 +72,7 @@ def interval_mask(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
         mask_function=mask_function, attention_mask=attention_mask, device=device, config=config, **kwargs,
     )  # fmt: skip
-    if getattr(config, "model_type", None) in READ_THEIR_MASK:
+    if getattr(config, "model_type", None) in READ_THEIR_MASK or is_transformed():
         return _dense(arguments)
     if torch.compiler.is_compiling():
         skips = allow_is_causal_skip and mask_function is masking_utils.causal_mask_function and attention_mask is None
