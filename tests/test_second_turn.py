@@ -1,8 +1,10 @@
 """A turn on the cache of earlier ones gives what the whole conversation gives at once, pictures and sound with it."""
 
+import contextlib
 import copy
 import pickle
 
+import peft
 import pytest
 import torch
 import transformers
@@ -12,6 +14,7 @@ from transformers import DynamicCache, StaticCache
 from mmlm_fast.data import load_image
 from mmlm_fast.models import MMLMForConditionalGeneration, MMLMForSeq2SeqLM, presets
 from mmlm_fast.models.configuration import DECODER_FUSIONS, SEQ2SEQ_FUSIONS
+from mmlm_fast.models.turns import keep_context, turn_context
 
 IMAGE = load_image()[0]
 MIRRORED = IMAGE.transpose(0)
@@ -242,6 +245,117 @@ def test_the_same_pictures_again(fusion):
             model.generate(**other, past_key_values=copy.deepcopy(out.past_key_values), **GREEDY)
 
 
+def in_float32(model, batch, dtype=torch.float32):
+    return copy.deepcopy(model).to(dtype), {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
+
+
+def same_from(model, cache, turn, given, context=contextlib.nullcontext):
+    """A turn that is `given` its pictures and sound again goes on as one that is not, from what the cache holds."""
+    with torch.no_grad(), context():
+        turn = dict(attention_mask=turn["attention_mask"], input_ids=turn["input_ids"][:, cache.get_seq_length() :])
+        expected = model(**turn, past_key_values=copy.deepcopy(cache))
+        again = copy.deepcopy(cache)
+        out = model(**turn, **given, past_key_values=again)
+    assert torch.equal(out.logits, expected.logits)
+    assert again.fusion[0].equal(cache.fusion[0])
+
+
+@EVERY_FUSED
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_pictures_again_but_for_rounding(fusion, dtype):
+    """Of one conversation of two, under autocast, by another implementation of attention; others stay refused."""
+    model, processor = build(fusion)
+    model, batch = in_float32(model, make_batch(processor), dtype)
+    out = started(model, batch)
+    cache = out.past_key_values
+    turn = continued(out.sequences, batch["attention_mask"])
+    given = {k: v for k, v in batch.items() if k not in turn}
+    same_from(model, cache, turn, given)
+    if dtype == torch.float32:
+        same_from(model, cache, turn, given, lambda: torch.autocast("cpu", torch.bfloat16))
+        model.set_attn_implementation("eager")
+        same_from(model, cache, turn, given)
+        model.set_attn_implementation("sdpa")
+    for row in (0, 1):
+        chosen = copy.deepcopy(cache)
+        chosen.batch_select_indices(torch.tensor([row]))
+        one, its = ({k: v[row : row + 1] for k, v in x.items()} for x in (turn, given))
+        same_from(model, chosen, one, its)
+        other = {k: v[1 - row :][:1] for k, v in given.items()}
+        refused = [other, given | {"image_mask": torch.tensor([True, False])}]
+        if row:  # has no sound
+            same_from(model, chosen, one, dict(pixel_values=its["pixel_values"]))
+            refused.append(dict(pixel_values=its["pixel_values"], input_features=its["input_features"]))
+        for x, which, c in zip(refused, (one, turn, one), (chosen, cache, chosen), strict=False):
+            with pytest.raises(ValueError, match="must be those of the first turn, got others"):
+                model.generate(**which, **x, past_key_values=copy.deepcopy(c), **GREEDY)
+
+
+@pytest.mark.parametrize("fusion", ["mean", "gated_cross_attention"])
+def test_the_same_pictures_again_compiled(fusion):
+    model, processor = build(fusion)
+    model, batch = in_float32(model, make_batch(processor))
+    out = started(model, batch)
+    turn = continued(out.sequences, batch["attention_mask"])
+    seen = out.past_key_values.get_seq_length()
+    turn["input_ids"] = turn["input_ids"][:, seen:]
+    step = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        expected = model(**turn, past_key_values=copy.deepcopy(out.past_key_values)).logits
+        made = step(**batch | turn, past_key_values=copy.deepcopy(out.past_key_values)).logits
+        torch.testing.assert_close(made, expected)
+        other = make_batch(processor, (MIRRORED, IMAGE))["pixel_values"].float()
+        with pytest.raises(ValueError, match="must be those of the first turn, got others"):
+            step(**batch | turn | {"pixel_values": other}, past_key_values=copy.deepcopy(out.past_key_values))
+
+
+def test_the_same_pictures_again_after_adapters_are_merged():
+    model, processor = build("mean")
+    model, batch = in_float32(model, make_batch(processor))
+    adapters = peft.LoraConfig(target_modules="all-linear", init_lora_weights=False)
+    model = peft.get_peft_model(model, adapters).eval()
+    out = started(model, batch)
+    turn = continued(out.sequences, batch["attention_mask"])
+    model.merge_adapter()
+    same_from(model, out.past_key_values, turn, {k: v for k, v in batch.items() if k not in turn})
+
+
+def test_one_other_picture_among_many():
+    """Is found, however little it weighs in the whole."""
+    held = torch.randn(1, 500, 8), torch.ones(1, 500, dtype=torch.bool)
+    cache = DynamicCache()
+    keep_context(cache, held)
+    near = held[0] * (1 + 1e-3 * torch.randn(1, 500, 8))
+    assert turn_context(cache, 1, (near, held[1])) is held
+    near[0, 77] = torch.randn(8)
+    with pytest.raises(ValueError, match="must be those of the first turn, got others"):
+        turn_context(cache, 1, (near, held[1]))
+
+
+@EVERY_FUSED
+def test_prefix_tuning_of_a_batch_without_pictures(fusion):
+    """Its virtual tokens are in a cache of another origin; the error names the way out, which works."""
+    model, processor = build(fusion)
+    model, batch = in_float32(model, make_batch(processor, (IMAGE, IMAGE), (None, None)))
+    text = model.config.get_text_config()
+    config = peft.PrefixTuningConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=3,
+        num_layers=text.num_hidden_layers,
+        token_dim=text.num_key_value_heads * text.head_dim,
+        num_attention_heads=text.num_key_value_heads,
+    )
+    model = peft.get_peft_model(model, config)
+    turn = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    with pytest.raises(ValueError, match="pass fillers with image_mask=False or audio_mask=False"):
+        model(**turn)
+    fillers = dict(pixel_values=torch.zeros_like(batch["pixel_values"]), image_mask=torch.tensor([False, False]))
+    loss = model(**turn, **fillers, labels=batch["input_ids"]).loss
+    loss.backward()
+    assert loss.isfinite()
+    assert any(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
 @EVERY_FUSED
 def test_a_picture_after_a_first_turn_without(fusion):
     model, processor = build(fusion)
@@ -337,3 +451,39 @@ def test_turns_of_a_decoder_with_a_memory(name, fusion):
     with torch.no_grad():
         step = model(decoder_input_ids=words[:, -4:], past_key_values=original).logits
         torch.testing.assert_close(step, model(**batch, **turn, use_cache=False).logits[:, -4:])
+
+
+@pytest.mark.parametrize(("name", "fusion"), SEQ2SEQ)
+def test_the_same_inputs_of_an_encoder_but_for_rounding(name, fusion):
+    """One conversation of two goes on, from the memory that the cache holds."""
+    model, batch = build_seq2seq(name, fusion)
+    model, batch = in_float32(model, batch)
+    out = started(model, batch)
+    cache = out.past_key_values
+    words = torch.cat([out.sequences, WORDS], 1)
+    with torch.no_grad():
+        expected = model(decoder_input_ids=words[:, -4:], past_key_values=copy.deepcopy(cache)).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            encoded = model.encoder(**batch)
+        encoded.last_hidden_state = encoded.last_hidden_state.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            again = model(**batch, decoder_input_ids=words[:, -4:], past_key_values=copy.deepcopy(cache))
+        assert torch.equal(again.encoder_last_hidden_state, cache.fusion[0])
+        again = model(**batch, decoder_input_ids=words[:, -4:], past_key_values=copy.deepcopy(cache))
+        assert torch.equal(again.logits, expected)
+    turn = dict(decoder_input_ids=words, decoder_attention_mask=torch.ones_like(words))
+    again = model.generate(
+        encoder_outputs=encoded,
+        **turn,
+        past_key_values=copy.deepcopy(cache),
+        **GREEDY | dict(max_new_tokens=1, return_dict_in_generate=True, output_logits=True),
+    )
+    assert torch.equal(again.logits[0], expected[:, -1])
+    cache.batch_select_indices(torch.tensor([1]))
+    one = {k: v[1:] for k, v in batch.items()}
+    turn = dict(decoder_input_ids=words[1:], decoder_attention_mask=torch.ones_like(words[1:]))
+    made = model.generate(**one, **turn, past_key_values=copy.deepcopy(cache), **GREEDY)
+    assert torch.equal(made, whole(model, one, turn))
+    other = {k: v[:1] for k, v in batch.items()}
+    with pytest.raises(ValueError, match="must be those of the first turn, got others"):
+        model.generate(**other, **turn, past_key_values=cache, **GREEDY)

@@ -15,7 +15,7 @@ from mmlm_fast.models.configuration import DECODER_FUSIONS, POOLED_FUSIONS, MMLM
 from mmlm_fast.models.fusion import MMLMFusion, add_cross_attention, merge_tokens
 from mmlm_fast.models.objectives import MMLMAlignment, MMLMReconstruction, pooled_by_sample
 from mmlm_fast.models.towers import tokens_of
-from mmlm_fast.models.turns import check_turn, keep_context, kept_context
+from mmlm_fast.models.turns import keep_context, turn_context
 from mmlm_fast.nn.lazy_logits import logits_for_loss
 
 
@@ -103,8 +103,7 @@ class MMLMModel(MMLMPreTrainedModel):
     ) -> tuple[Tensor, Tensor]:
         """What the text is fused with: that of earlier turns, or of this one."""
         found = self._pooled(features, like) if features else None
-        check_turn(past_key_values, like.shape[0], found)
-        return found or kept_context(past_key_values) or self._pooled({}, like)
+        return turn_context(past_key_values, like.shape[0], found) or self._pooled({}, like)
 
     def _pooled(self, features: dict[str, tuple[Tensor, Tensor]], like: Tensor) -> tuple[Tensor, Tensor]:
         """Each modality's mean, or all tokens; and what of it is there."""

@@ -14,7 +14,7 @@ from transformers.utils import can_return_tuple
 from mmlm_fast.models.base import MMLMPreTrainedModel
 from mmlm_fast.models.configuration import SEQ2SEQ_FUSIONS, MMLMConfig, check_fusion, width_of
 from mmlm_fast.models.encoders import MMLMEncoderModel, MMLMJoin
-from mmlm_fast.models.turns import check_turn, keep_context, kept_context
+from mmlm_fast.models.turns import keep_context, kept_context, turn_context
 from mmlm_fast.nn.lazy_logits import logits_for_loss
 
 
@@ -114,7 +114,7 @@ class MMLMForSeq2SeqLM(MMLMPreTrainedModel, GenerationMixin):
             encoder_outputs = MMLMMemory(last_hidden_state=kept[0], memory_mask=kept[1])
         if encoder_outputs is None:
             encoder_outputs = self.encoder(*given, image_mask, audio_mask, attention_mask)
-            _check_memory(past_key_values, encoder_outputs)
+            encoder_outputs = _memory_of_turn(past_key_values, encoder_outputs)
         if decoder_input_ids is None:
             if labels is None:
                 raise ValueError("pass labels or decoder_input_ids, got neither")
@@ -150,7 +150,8 @@ class MMLMForSeq2SeqLM(MMLMPreTrainedModel, GenerationMixin):
         # generate() encodes before it comes here, and hands the memory to every step.
         input_ids, model_kwargs = super()._expand_inputs_for_generation(*args, **model_kwargs)
         if model_kwargs.get("encoder_outputs") is not None:
-            _check_memory(model_kwargs.get("past_key_values"), model_kwargs["encoder_outputs"])
+            encoder_outputs = _memory_of_turn(model_kwargs.get("past_key_values"), model_kwargs["encoder_outputs"])
+            model_kwargs["encoder_outputs"] = encoder_outputs
         return input_ids, model_kwargs
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
@@ -163,6 +164,8 @@ class MMLMForSeq2SeqLM(MMLMPreTrainedModel, GenerationMixin):
         return shifted.masked_fill(shifted == -100, pad)
 
 
-def _check_memory(past_key_values: Any, memory: Any) -> None:
+def _memory_of_turn(past_key_values: Any, memory: Any) -> MMLMMemory:
     states = memory.last_hidden_state
-    check_turn(past_key_values, states.shape[0], (states, memory.memory_mask))
+    context = turn_context(past_key_values, states.shape[0], (states, memory.memory_mask))
+    assert context is not None  # for one was given
+    return MMLMMemory(*context, getattr(memory, "fusion_weights", None))

@@ -5,6 +5,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -79,8 +80,8 @@ def kept_context(past_key_values: Any) -> Context | None:
     return getattr(past_key_values, "fusion", None)
 
 
-def check_turn(past_key_values: Any, batch_size: int, context: Context | None) -> None:
-    """Raise where a turn does not continue what a cache holds.
+def turn_context(past_key_values: Any, batch_size: int, context: Context | None) -> Context | None:
+    """Return what a turn goes on with: what the tokens in its cache were fused with, or else what it brings.
 
     Args:
         past_key_values: A cache, or None.
@@ -96,13 +97,32 @@ def check_turn(past_key_values: Any, batch_size: int, context: Context | None) -
         if context is None and past_key_values is not None and _num_tokens(past_key_values):
             raise ValueError(
                 "past_key_values must hold what its tokens were fused with, as a cache does that this model filled, or "
-                "pictures and sound must be passed (fillers and masks where there are none), got neither"
+                "pictures and sound must be passed, got neither; where there are none (PEFT's prefix tuning of text, "
+                "say), pass fillers with image_mask=False or audio_mask=False for every sample"
             )
-        return
+        return context
     if held[0].shape[0] != batch_size:
         raise ValueError(f"past_key_values holds {held[0].shape[0]} conversations, got a batch of {batch_size}")
-    if context is not None and not all(a.shape == b.shape and a.equal(b) for a, b in zip(held, context, strict=True)):
+    if context is not None and not _same_but_for_rounding(held, context):
         raise ValueError(
             "pictures, sound and what else is encoded must be those of the first turn, got others: the tokens in "
             "past_key_values were fused with them, so that others need a new cache and the whole conversation"
         )
+    return held
+
+
+# How far a feature may lie from the one held, relative to its length. Encoded again in another batch, under autocast,
+# by another kernel or with merged adapters it is rounded otherwise: measured 4e-7 in float32 and, in bfloat16 after 24
+# layers, 1.8 %; features of other pictures and sounds lie 26 % away and more.
+_ROUNDING = 0.05
+
+
+def _same_but_for_rounding(held: Context, context: Context) -> bool:
+    # What is missing is at the end, as much as the longest sample of the batch wanted.
+    longest = max(held[0].shape[1], context[0].shape[1])
+    (a, there), (b, there_too) = (
+        (F.pad(x.float(), (0, 0, 0, longest - x.shape[1])), F.pad(present, (0, longest - x.shape[1])))
+        for x, present in (held, context)
+    )
+    near = (a - b).norm(dim=-1) <= _ROUNDING * a.norm(dim=-1)
+    return bool(((there == there_too) & (near | ~there)).all())  # one look from the host
