@@ -576,10 +576,13 @@ def sgd_on_data(head):
         p.data.sub_(0.1 * p.grad)
 
 
+@pytest.mark.parametrize("odd", [False, True])
 @pytest.mark.parametrize("change", [lambda w: w.data.mul_(0.5), lambda w: w.data[-1:].add_(1e-3)])
-def test_weights_written_past_their_version(change):
+def test_weights_written_past_their_version(change, odd):
     """Averages swapped in, a row that learns: before any backward pass of these logits."""
     head, x, _ = make()
+    if odd:
+        head, x = LazyLinear(7, V), x[..., :7].detach().requires_grad_()
     z = logits_of(head, x, fast=True)
     change(head.weight)
     with pytest.raises(RuntimeError, match="have changed or gone since"):

@@ -76,7 +76,9 @@ class _Head:
 
 
 def _sum_of_bits(weight: Tensor) -> Tensor:
-    """A number that changes with any of the weight's."""
+    """A number that changes with any of the weight's, at the price of reading it once."""
+    if weight.is_contiguous() and weight.shape[1] * weight.element_size() % 8 == 0:
+        return weight.view(torch.int64).sum()  # a tenth of the time of summing narrower integers
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
     return weight.view(integers).sum(dtype=torch.int64)
 
