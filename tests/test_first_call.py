@@ -3,14 +3,12 @@
 What a model learns or keeps in its first call must not depend on how that is made; the accuracy rule against eager.
 """
 
-import warnings
 from contextlib import ExitStack
 from functools import cache
 
 import pytest
 import tiny_models
 import torch
-import transformers
 
 import mmlm_fast.hf  # noqa: F401  registers the implementation
 from mmlm_fast.testing import difference
@@ -20,12 +18,8 @@ WAYS = ["checkpoint", "reentrant checkpoint", "no_grad", "inference_mode", "auto
 
 @pytest.fixture(autouse=True)
 def _quiet():
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with tiny_models.quiet():
         yield
-    transformers.logging.set_verbosity(before)
 
 
 def run(model, tiny, way):

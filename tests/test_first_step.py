@@ -1,13 +1,11 @@
 """The first training step of a fresh, accelerated model, in every user's loop: loss and gradients of the original."""
 
-import warnings
 from functools import cache
 
 import pytest
 import tiny_models
 import torch
 import torch.distributed as dist
-import transformers
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -29,12 +27,8 @@ WAYS = [
 def _surroundings(monkeypatch):
     monkeypatch.setitem(_registry.SMALL_NUMBERS, "linear_cross_entropy", 0)
     monkeypatch.setattr(lazy_logits, "_is_few", lambda *_: False)
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with tiny_models.quiet():
         yield
-    transformers.logging.set_verbosity(before)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -356,7 +356,7 @@ def test_cu_seqlens_of_the_text_in_encoder_decoders(cls, batch):
     with torch.no_grad():
         expected = model(**inputs, decoder_input_ids=ids, use_cache=False).logits
         given = model(**inputs, decoder_input_ids=ids, use_cache=False, cu_seq_lens_q=cu, cu_seq_lens_k=cu).logits
-    torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(given, expected)
 
 
 def test_integer_masks_are_no_intervals():
@@ -383,7 +383,7 @@ def test_chunks_of_packed_samples_behind_padding():
         model.set_attn_implementation(name)
         with torch.no_grad():
             outs.append(model(input_ids=ids, attention_mask=mask, use_cache=False, **packed).logits[mask.bool()])
-    torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*outs)
 
 
 def test_a_buffer_of_cu_seqlens_filled_anew():

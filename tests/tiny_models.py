@@ -1,6 +1,9 @@
 """Tiny random models of transformers, with inputs that show their masks: padding, images, windows, cross-attention."""
 
 import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +12,17 @@ import transformers as t
 from torch import Tensor
 
 VOCABULARY, IMAGE = 128, 100
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what transformers and torch say about models made for tests."""
+    before = t.logging.get_verbosity()
+    t.logging.set_verbosity_error()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    t.logging.set_verbosity(before)
 
 
 @dataclass
