@@ -1,11 +1,14 @@
 """Command line: `mmlm-fast report | train | doctor`."""
 
 import argparse
+import json
+import shlex
 import sys
 import time
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from mmlm_fast import __version__
 from mmlm_fast.doctor import doctor
@@ -73,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         "modality shuffled; write model, processor, metrics.json, predictions.jsonl, a model card and TensorBoard logs "
         "into its output folder. CONFIG is a .toml, .yaml or .json file, or the name of one that comes with the "
         "package (--list). Its sections and keys are those of mmlm_fast.training.settings.",
-        epilog="exit codes: 0 done, 1 a bad sample or failed training, 2 wrong usage or settings",
+        epilog="exit codes: 0 done, 1 a bad sample or failed training, 2 wrong usage or settings, 130 interrupted",
     )
     train.add_argument("config", nargs="?", metavar="CONFIG", help="file, or name of a shipped configuration")
     train.add_argument("--list", action="store_true", help="name the shipped configurations and presets")
@@ -147,28 +150,49 @@ def _train(args: argparse.Namespace) -> int:
         print("configurations: " + ", ".join(shipped()))
         print("presets: " + ", ".join(PRESETS))
         return 0
+    files = [item for item in args.set if "=" not in item]
+    if args.config is None and len(files) == 1:  # train --set key=value my.toml
+        args.config = files[0]
+        args.set.remove(files[0])
     if args.config is None:
         args.parser.error("CONFIG is required: a file, or one of " + ", ".join(shipped()))
+    if args.resume and args.overwrite:
+        args.parser.error("--resume goes on, --overwrite starts anew: got both")
+    output = [] if args.output is None else [f"output={json.dumps(args.output)}"]
     try:
-        settings = read_settings(args.config, args.set)
+        settings = read_settings(args.config, [*args.set, *output])
     except ValueError as error:
-        args.parser.error(str(error))
-    if args.output is not None:
-        settings.output = args.output
+        args.parser.exit(2, f"mmlm-fast train: error: {_in_one_line(error)}\n")
     if args.quiet:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
     try:
         result = train(settings, resume=args.resume, overwrite=args.overwrite, progress=not args.quiet)
     except BadSampleError as error:
-        print(f'bad sample: {error} (data.bad_samples = "skip" leaves such out)', file=sys.stderr)
+        print(f'bad sample: {_in_one_line(error)} (data.bad_samples = "skip" leaves such out)', file=sys.stderr)
         return 1
     except ValueError as error:
-        print(f"mmlm-fast train: {error}", file=sys.stderr)
+        print(f"mmlm-fast train: {_in_one_line(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"mmlm-fast train: interrupted; to go on: {_resuming(args, settings)}", file=sys.stderr)
+        return 130
     print("\n".join(summary_lines(result)))
     print(f"{settings.output}: model, README.md, metrics.json, predictions.jsonl")
     return 0
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _resuming(args: argparse.Namespace, settings: Any) -> str:
+    """The command that goes on with an interrupted training, or starts it again where nothing is saved yet."""
+    from mmlm_fast.training.running import can_resume
+
+    words = ["mmlm-fast", "train", args.config, *(["--output", args.output] if args.output is not None else [])]
+    words += [*(["--set", *args.set] if args.set else []), *(["--quiet"] if args.quiet else [])]
+    return shlex.join([*words, "--resume" if can_resume(settings) else "--overwrite"])
 
 
 if __name__ == "__main__":

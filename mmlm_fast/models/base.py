@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModel, GenerationMixin, PreTrainedModel
 
 from mmlm_fast.models.configuration import MMLMConfig, width_of
 from mmlm_fast.models.fusion import MMLMProjector
+from mmlm_fast.models.tokenization import tower_tokenizer
 from mmlm_fast.models.towers import freeze_poolers, make_tower, tokens_of
 from mmlm_fast.nn import ClipLoss, DecisionFusion, FuseModalities, GatedCrossAttentionLayer, SiglipLoss
 
@@ -85,12 +86,18 @@ class MMLMPreTrainedModel(PreTrainedModel):
             text, image, audio, decoder: Names or folders that ``from_pretrained`` takes. Of CLIP and SigLIP the tower
                 of that modality is taken, of Whisper and other encoder–decoders the encoder.
             options: Of `MMLMConfig`, such as ``fusion`` and ``frozen``, and configurations of towers without a
-                checkpoint.
+                checkpoint. For ``merge``, placeholders that the text model's tokenizer lacks are added to its tokens.
+
+        `MMLMProcessor.from_towers` makes the processor.
 
         Raises:
             ValueError: if a checkpoint lacks weights of the tower, naming them.
         """
         sources = {"text": text, "image": image, "audio": audio, "decoder": decoder}
+        tokenizer = None
+        if text is not None and options.get("fusion", MMLMConfig.fusion) == "merge" and "image_token_id" not in options:
+            tokenizer = tower_tokenizer(text, "left", True)
+            options |= {f"{m}_token_id": tokenizer.convert_tokens_to_ids(f"<{m}>") for m in ("image", "audio")}
         towers = {}
         for name, source in sources.items():
             if source is not None:
@@ -103,6 +110,8 @@ class MMLMPreTrainedModel(PreTrainedModel):
                 raise ValueError(f"{cls.__name__} has no {name} tower with these options")
             for target in targets:
                 target.load_state_dict(tower.state_dict())
+        if tokenizer is not None and len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+            model.resize_token_embeddings(len(tokenizer))
         return model
 
 

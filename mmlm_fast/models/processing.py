@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoImageProcessor, BatchFeature, ProcessorMixin
+from transformers import AutoFeatureExtractor, AutoImageProcessor, BatchFeature, ProcessorMixin
+
+from mmlm_fast.models.tokenization import tower_tokenizer
 
 HAS_BACKENDS = find_spec("transformers.image_processing_backends") is not None  # else they are called slow and fast
 
@@ -71,6 +73,51 @@ class MMLMProcessor(ProcessorMixin):
                 )
         return processor
 
+    @classmethod
+    def from_towers(
+        cls,
+        model: Any,
+        *,
+        text: str | None = None,
+        image: str | None = None,
+        audio: str | None = None,
+        decoder: str | None = None,
+        like: "MMLMProcessor | None" = None,
+    ) -> "MMLMProcessor":
+        """The processor of a model that `from_towers` made, with the same checkpoints.
+
+        Args:
+            text, image, audio, decoder: As they were given to the model's `from_towers`.
+            like: Of which the parts are taken that are of no checkpoint.
+
+        Raises:
+            ValueError: if there is no tokenizer, or a tower without its processor.
+        """
+        source = decoder or text
+        if source is None and like is None:
+            raise ValueError("a processor needs a tokenizer: name text or decoder, or a processor as like, got none")
+        writes = hasattr(model, "generate") and not model.config.is_encoder_decoder
+        merge = model.config.fusion == "merge"
+        tokenizer = like.tokenizer if source is None else tower_tokenizer(source, "left" if writes else "right", merge)  # type: ignore[union-attr]
+        seeing, hearing = (None, None) if like is None else (like.image_processor, like.feature_extractor)
+        if image is not None:
+            seeing = AutoImageProcessor.from_pretrained(image)
+        if audio is not None:
+            hearing = _feature_extractor(AutoFeatureExtractor.from_pretrained(audio))
+        for modality, found in (("image", seeing), ("audio", hearing)):
+            if found is None and modality in (model.config.modalities or ()):
+                raise ValueError(f"the model has a tower for {modality}: name its checkpoint, or a processor as like")
+        made = cls(image_processor=seeing, feature_extractor=hearing, tokenizer=tokenizer)
+        if like is not None:
+            made.chat_template, made.chunk_seconds = like.chat_template, like.chunk_seconds
+        if merge:
+            for name in ("image_token_id", "audio_token_id"):
+                wanted, got = getattr(model.config, name), getattr(made, name)
+                if wanted not in (None, got):
+                    raise ValueError(f"{name} of the tokenizer must be the model's, {wanted}, got {got}")
+            made.image_seq_length, made.audio_seq_length = _tokens_per_item(model, made)
+        return made
+
     def __call__(  # type: ignore[override]
         self,
         images: Any = None,
@@ -78,6 +125,9 @@ class MMLMProcessor(ProcessorMixin):
         audio: Any = None,
         *,
         sampling_rate: int | None = None,
+        suffix: str | Sequence[str] | None = None,
+        text_target: str | Sequence[str] | None = None,
+        return_labels: bool = False,
         padding: bool | str = True,
         return_tensors: str = "pt",
         **tokenizer_kwargs: Any,
@@ -88,30 +138,39 @@ class MMLMProcessor(ProcessorMixin):
             images: Picture or list of pictures, in the order of their placeholders; or one entry a text: a picture, a
                 list of pictures or frames of a video, or None. For a list a text has one placeholder, which stands for
                 all of them, or one each.
-            text: One text or a list, with ``<image>`` and ``<audio>`` where features go (``merge``).
+            text: One text or a list, with ``<image>`` and ``<audio>`` where features go (``merge``). None for pictures
+                or sound alone, but for ``merge``.
             audio: Clip or list of clips (1-D float arrays), likewise; a list is of several clips.
             sampling_rate: Of the clips, in hertz. Required with audio.
+            suffix: What a causal decoder is to write behind each text: it goes behind it in ``input_ids``, with the end
+                token, and ``labels`` are of it alone.
+            text_target: What the decoder of a sequence-to-sequence model is to write: ``labels`` are of it.
+            return_labels: ``labels`` of the texts themselves: ``input_ids`` but for padding and placeholders.
             padding, tokenizer_kwargs: For the tokenizer.
             return_tensors: Only ``"pt"``.
 
         Returns:
             ``input_ids``, ``attention_mask``, and as given ``pixel_values``, ``input_features``; for every fusion but
-            ``merge``, also ``image_mask`` or ``audio_mask`` where entries are None or differ in number.
+            ``merge``, also ``image_mask`` or ``audio_mask`` where entries are None or differ in number. ``labels``
+            where asked for, -100 for what is not to be learnt.
 
         Raises:
             ValueError: for placeholders that do not match what is given, or a missing or wrong sampling rate.
         """
-        if text is None:
+        if (suffix is not None) + (text_target is not None) + return_labels > 1:
+            raise ValueError("labels are of one of suffix, text_target and return_labels, got several")
+        if text is None and (
+            self.image_seq_length or self.audio_seq_length or (images is None and audio is None) or suffix is not None
+        ):
             raise ValueError("text is required, got None")
         if return_tensors != "pt":
             raise ValueError(f"return_tensors must be 'pt', got {return_tensors!r}")
-        texts = [text] if isinstance(text, str) else list(text)
+        texts = None if text is None else [text] if isinstance(text, str) else list(text)
         data: dict[str, Any] = {}
         if images is not None:
             items = list(images) if isinstance(images, (list, tuple)) else [images]
-            encode = lambda batch: self.image_processor(batch, return_tensors="pt")["pixel_values"]
             groups, texts = self._groups([_listed(x) for x in items], texts, "image")
-            data |= _encode(groups, encode, "pixel_values", "image_mask", bool(self.image_seq_length))
+            data |= _encode(groups, self.pixel_values, "pixel_values", "image_mask", bool(self.image_seq_length))
         if audio is not None:
             if sampling_rate is None:
                 raise ValueError("audio needs its sampling_rate in hertz, got None")
@@ -124,11 +183,50 @@ class MMLMProcessor(ProcessorMixin):
             data |= _encode(groups, encode, "input_features", "audio_mask", bool(self.audio_seq_length))
         for modality, given in (("image", images), ("audio", audio)):
             token = getattr(self, f"{modality}_token")
-            if given is None and getattr(self, f"{modality}_seq_length") and any(token in t for t in texts):
+            if given is None and getattr(self, f"{modality}_seq_length") and any(token in t for t in texts or ()):
                 raise ValueError(f"text has {token} but no {modality} was given")
-            texts = [t.replace(token, token * getattr(self, f"{modality}_seq_length")) for t in texts]
-        data |= self.tokenizer(texts, padding=padding, return_tensors="pt", **tokenizer_kwargs)
+            texts = [t.replace(token, token * getattr(self, f"{modality}_seq_length")) for t in texts or ()]
+        if suffix is not None:
+            if padding not in (True, "longest"):
+                raise ValueError(f"padding with suffix must be True or 'longest', got {padding!r}")
+            data |= self._with_suffix(texts or [], suffix, tokenizer_kwargs)
+        elif text is not None:
+            data |= self.tokenizer(texts, padding=padding, return_tensors="pt", **tokenizer_kwargs)
+        if return_labels:
+            learnt = data["attention_mask"].bool()
+            for token_id in (self.image_token_id, self.audio_token_id):
+                learnt &= data["input_ids"] != token_id
+            data["labels"] = data["input_ids"].masked_fill(~learnt, -100)
+        if text_target is not None:
+            data["labels"] = _padded(self._target_ids(text_target), -100, "right")
         return BatchFeature(data)
+
+    def pixel_values(self, pictures: list) -> Tensor:
+        """Values of pictures, ``[N, C, height, width]``."""
+        # Of a picture 1 or 3 pixels high transformers takes the rows for the channels.
+        pil = all(hasattr(picture, "mode") for picture in pictures)
+        how = {"input_data_format": "channels_last"} if pil and _backend_of(self.image_processor) == "pil" else {}
+        return self.image_processor(pictures, return_tensors="pt", **how)["pixel_values"]
+
+    def _target_ids(self, targets: str | Sequence[str]) -> list[list[int]]:
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError("targets end with the tokenizer's eos_token, got a tokenizer without one")
+        listed = [targets] if isinstance(targets, str) else list(targets)
+        ids = self.tokenizer(listed, add_special_tokens=False)["input_ids"]
+        return [[*row, self.tokenizer.eos_token_id] for row in ids]
+
+    def _with_suffix(
+        self, texts: list[str], suffix: str | Sequence[str], tokenizer_kwargs: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        prompts, targets = self.tokenizer(texts, **tokenizer_kwargs)["input_ids"], self._target_ids(suffix)
+        if len(targets) != len(prompts):
+            raise ValueError(f"suffix must be one a text, got {len(targets)} for {len(prompts)} texts")
+        pairs, side = list(zip(prompts, targets, strict=True)), self.tokenizer.padding_side
+        return {
+            "input_ids": _padded([p + t for p, t in pairs], self.tokenizer.pad_token_id, side),
+            "attention_mask": _padded([[1] * len(p + t) for p, t in pairs], 0, side),
+            "labels": _padded([[-100] * len(p) + t for p, t in pairs], -100, side),
+        }
 
     def _chunks(self, entry: Any, sampling_rate: int) -> list | None:
         """Of a clip, or of each of a list of clips; None for none."""
@@ -145,10 +243,12 @@ class MMLMProcessor(ProcessorMixin):
         return chunks
 
     def _groups(
-        self, groups: list[list | None], texts: list[str], modality: str
-    ) -> tuple[list[list | None], list[str]]:
+        self, groups: list[list | None], texts: list[str] | None, modality: str
+    ) -> tuple[list[list | None], list[str] | None]:
         """Entries checked against the texts, and texts in which every item has its placeholder (`merge`)."""
         token, seq_length = getattr(self, f"{modality}_token"), getattr(self, f"{modality}_seq_length")
+        if texts is None:
+            return groups, texts
         if seq_length == 0:
             if len(groups) != len(texts):
                 raise ValueError(
@@ -182,6 +282,37 @@ class MMLMProcessor(ProcessorMixin):
             first, *rest = text.split(token)
             spread.append(first + "".join(token * len(next(left) or ()) + part for part in rest))
         return groups, spread
+
+
+def _feature_extractor(found: Any) -> Any:
+    """Ours of the same name, where there is one."""
+    import mmlm_fast.audio
+
+    ours = getattr(mmlm_fast.audio, type(found).__name__, None)
+    return found if ours is None else ours(**found.to_dict())
+
+
+@torch.no_grad()
+def _tokens_per_item(model: Any, processor: MMLMProcessor) -> tuple[int, int]:
+    """How many tokens the towers make of a picture and of a chunk of sound, found by trying."""
+    from PIL import Image
+
+    towers, counts = getattr(model, "model", model), [0, 0]
+    if "image" in model.config.modalities:
+        pixels = processor.pixel_values([Image.new("RGB", (64, 64))]).to(model.device, model.dtype)
+        counts[0] = towers.get_image_features(pixels).pooler_output.shape[1]
+    if "audio" in model.config.modalities:
+        rate = processor.feature_extractor.sampling_rate
+        features = processor.feature_extractor([np.zeros(rate, np.float32)], sampling_rate=rate, return_tensors="pt")
+        features = features["input_features"].to(model.device, model.dtype)
+        counts[1] = towers.get_audio_features(features).pooler_output.shape[1]
+    return counts[0], counts[1]
+
+
+def _padded(rows: list[list[int]], value: int, side: str) -> Tensor:
+    longest = max(map(len, rows))
+    fill = [[value] * (longest - len(row)) for row in rows]
+    return torch.tensor([f + r if side == "left" else r + f for r, f in zip(rows, fill, strict=True)])
 
 
 def _backend_of(image_processor: Any) -> str | None:

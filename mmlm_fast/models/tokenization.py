@@ -60,6 +60,19 @@ def byte_tokenizer(
     return made
 
 
+def tower_tokenizer(source: str, padding_side: str, placeholders: bool) -> Any:
+    """The tokenizer of a checkpoint, able to pad; with `placeholders`, which ``merge`` has among the tokens, it knows
+    ``<image>`` and ``<audio>``."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source, padding_side=padding_side)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if placeholders:
+        tokenizer.add_tokens(["<image>", "<audio>"], special_tokens=True)
+    return tokenizer
+
+
 def image_processor(size: int) -> Any:
     """SigLIP's, to squares of `size` pixels."""
     try:  # without torchvision

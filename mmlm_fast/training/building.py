@@ -1,6 +1,8 @@
 """Models and processors of a configuration file."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from mmlm_fast.models import MMLMConfig, MMLMImageTokenizer, MMLMImageTokenizerC
 from mmlm_fast.models.base import CONFIG_OF
 from mmlm_fast.models.presets import PRESETS
 from mmlm_fast.models.tokenization import byte_tokenizer
+from mmlm_fast.training.arguments import unknown_setting
 from mmlm_fast.training.settings import TrainSettings
 from mmlm_fast.training.tasks import TASKS
 
@@ -34,6 +37,62 @@ def class_of(settings: TrainSettings) -> Any:
     return found
 
 
+def check(settings: TrainSettings) -> None:
+    """Look at all that is to be seen before data is read: options of the model, and whether checkpoints are there.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    cls = class_of(settings)
+    preset = inspect.signature(PRESETS[settings.preset].build).parameters
+    known = {"num_labels", "problem_type", *MMLMConfig.__annotations__}
+    if not settings.start_from:  # a model that goes on has its sizes and its tokenizer
+        known |= {"tokenizer", *(n for n, p in preset.items() if p.kind is not p.VAR_KEYWORD)}
+    for name in settings.model:
+        if name not in known and name in (*preset, "tokenizer"):
+            raise ValueError(f"model.{name} is that of the model in start_from, got {settings.model[name]!r}")
+        if name not in known:
+            raise unknown_setting(name, known, "model.")
+    for name, source in settings.towers.items():
+        _find_checkpoint(f"towers.{name}", source)
+    for name, value in (("start_from", settings.start_from), ("image_tokenizer", settings.image_tokenizer)):
+        if value and not (settings.path(value) / "config.json").is_file():
+            raise ValueError(f"{name}: no model in {settings.path(value)}")
+    try:
+        if cls is MMLMImageTokenizer or TASKS[settings.task].kind == "image_generation":
+            image_tokenizer_of(settings)
+        if cls is MMLMImageTokenizer or settings.start_from:
+            return
+        options = dict(settings.model)
+        name = str(options.pop("tokenizer", "bytes"))
+        tokenizer = _tokenizer("bytes" if name.startswith("bpe:") else name, _side(cls), (), options)
+        if name.startswith("bpe:"):
+            _vocabulary_size(name)
+        config, _ = PRESETS[settings.preset].build(tokenizer=tokenizer, **options)
+        if not settings.towers:
+            with torch.device("meta"):
+                cls(config)
+    except Exception as error:  # transformers' configurations raise errors of several kinds
+        raise ValueError(f"model: {error}") from error
+
+
+def _find_checkpoint(name: str, source: str) -> None:
+    from transformers import AutoConfig
+
+    folder = Path(source)
+    weights: Iterable[str] = ("*.safetensors", "*.bin", "*.safetensors.index.json")
+    if folder.is_dir() and not any(path for pattern in weights for path in folder.glob(pattern)):
+        raise ValueError(f"{name}: no weights in {source}")
+    try:
+        AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name}: no checkpoint {source}: {str(error).splitlines()[0]}") from error
+
+
+def _side(cls: Any) -> str:
+    return "left" if cls.__name__ in PADS_LEFT else "right"
+
+
 def build(settings: TrainSettings, labels: Sequence[str], texts: Sequence[str]) -> tuple[Any, MMLMProcessor]:
     """Model and processor.
 
@@ -44,18 +103,20 @@ def build(settings: TrainSettings, labels: Sequence[str], texts: Sequence[str]) 
     cls, options = class_of(settings), dict(settings.model)
     if labels:
         options |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
-        options["num_labels"] = len(labels)
+        if options.setdefault("num_labels", len(labels)) != len(labels):
+            raise ValueError(
+                f"model.num_labels must be the number of classes, {len(labels)} ({', '.join(labels[:12])}), got "
+                f"{options['num_labels']}"
+            )
+    if options.get("problem_type") == "regression" and options.setdefault("num_labels", 1) != 1:
+        raise ValueError(f"model.num_labels must be 1 for regression, got {options['num_labels']}")
     if settings.start_from:
         folder = settings.path(settings.start_from)
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"start_from: no model in {folder}")
-        options.pop("tokenizer", None)
         if _drops_towers(settings):
             had = MMLMConfig.from_pretrained(folder).modalities or []
             options["modalities"] = [m for m in had if m in settings.data.modalities]
         return cls.from_pretrained(folder, **options), MMLMProcessor.from_pretrained(folder)
-    side = "left" if cls.__name__ in PADS_LEFT else "right"
-    tokenizer = _tokenizer(str(options.pop("tokenizer", "bytes")), side, texts, options)
+    tokenizer = _tokenizer(str(options.pop("tokenizer", "bytes")), _side(cls), texts, options)
     config, processor = PRESETS[settings.preset].build(tokenizer=tokenizer, **options)
     if _drops_towers(settings):
         config.modalities = [m for m in config.modalities or () if m in settings.data.modalities]
@@ -72,77 +133,33 @@ def _tokenizer(name: str, side: str, texts: Sequence[str], options: dict[str, An
     if name == "bytes":
         return None if codebook else byte_tokenizer(padding_side=side)
     if name.startswith("bpe:"):
-        return byte_tokenizer(
-            padding_side=side, codebook_size=codebook, texts=texts, vocab_size=int(name.removeprefix("bpe:"))
-        )
+        return byte_tokenizer(padding_side=side, codebook_size=codebook, texts=texts, vocab_size=_vocabulary_size(name))
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(name, padding_side=side)
 
 
+def _vocabulary_size(name: str) -> int:
+    try:
+        return int(name.removeprefix("bpe:"))
+    except ValueError:
+        raise ValueError(f"tokenizer must be bytes, bpe:<number of tokens> or a checkpoint, got {name!r}") from None
+
+
 def from_checkpoints(cls: Any, towers: dict[str, str], config: Any, processor: Any) -> tuple[Any, MMLMProcessor]:
-    """A model as `config` says, but with the towers of these checkpoints, and a processor as they expect it.
-
-    Raises:
-        ValueError: for ``merge``, if an input of the towers does not fit.
-    """
-    from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
-
+    """A model as `config` says, but with the towers of these checkpoints, and a processor as they expect it."""
     options = config.to_dict()
     for name in ("model_type", "architectures", "transformers_version", "hidden_size"):
         options.pop(name, None)
-    for modality in ("text", "image", "audio", "decoder"):
-        if modality in towers:
-            options.pop(CONFIG_OF[modality])
-    text = towers.get("decoder" if cls is models.MMLMForSeq2SeqLM else "text")
+    for modality in towers:
+        options.pop(CONFIG_OF[modality])
     if cls is models.MMLMForSeq2SeqLM and ("text" in towers) != ("decoder" in towers):
         raise ValueError("towers of a sequence-to-sequence model: text and decoder together, as they share a tokenizer")
-    tokenizer = processor.tokenizer
-    if text is not None:
-        tokenizer = AutoTokenizer.from_pretrained(text, padding_side=tokenizer.padding_side)
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        if config.fusion == "merge":  # only there are placeholders among the tokens
-            tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<audio>"]})
-            for name in ("image_token_id", "audio_token_id"):
-                options[name] = tokenizer.convert_tokens_to_ids(f"<{name.removesuffix('_token_id')}>")
-    seeing, hearing = processor.image_processor, processor.feature_extractor
-    if "image" in towers:
-        seeing = AutoImageProcessor.from_pretrained(towers["image"])
-    if "audio" in towers:
-        hearing = _feature_extractor(AutoFeatureExtractor.from_pretrained(towers["audio"]))
+    if "text" in towers:  # its tokenizer has other placeholders
+        options.pop("image_token_id", None)
+        options.pop("audio_token_id", None)
     model = cls.from_towers(**towers, **options)
-    if text is not None and len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(len(tokenizer))
-    made = MMLMProcessor(image_processor=seeing, feature_extractor=hearing, tokenizer=tokenizer)
-    if config.fusion == "merge":
-        made.image_seq_length, made.audio_seq_length = _tokens_per_item(model, made)
-    return model, made
-
-
-def _feature_extractor(found: Any) -> Any:
-    """Ours of the same name, where there is one."""
-    import mmlm_fast.audio
-
-    ours = getattr(mmlm_fast.audio, type(found).__name__, None)
-    return found if ours is None else ours(**found.to_dict())
-
-
-@torch.no_grad()
-def _tokens_per_item(model: Any, processor: Any) -> tuple[int, int]:
-    """How many tokens the towers make of a picture and of a chunk of sound, found by trying."""
-    import numpy as np
-    from PIL import Image
-
-    counts = [0, 0]
-    if model.config.vision_config is not None:
-        pixels = processor.image_processor([Image.new("RGB", (64, 64))], return_tensors="pt")["pixel_values"]
-        counts[0] = model.get_image_features(pixels).pooler_output.shape[1]
-    if model.config.audio_config is not None:
-        rate = processor.feature_extractor.sampling_rate
-        features = processor.feature_extractor([np.zeros(rate, np.float32)], sampling_rate=rate, return_tensors="pt")
-        counts[1] = model.get_audio_features(features["input_features"]).pooler_output.shape[1]
-    return counts[0], counts[1]
+    return model, MMLMProcessor.from_towers(model, **towers, like=processor)
 
 
 def image_tokenizer_of(settings: TrainSettings) -> MMLMImageTokenizer:

@@ -13,7 +13,7 @@ TAGS = {
 }
 
 
-def write_card(folder: Path, result: dict[str, Any], examples: Sequence[dict[str, Any]]) -> None:
+def write_card(folder: Path, result: dict[str, Any], examples: Sequence[dict[str, Any]], model: Any) -> None:
     """README.md of a trained model, with the metadata that the hub reads."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 

@@ -1,56 +1,60 @@
 """Training from a configuration file, on transformers' Trainer: train, evaluate, save, describe."""
 
+import dataclasses
 import json
 import time
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from accelerate import PartialState
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from mmlm_fast.models import generate_images
-from mmlm_fast.training.building import build, image_tokenizer_of
+from mmlm_fast.training import checkpoints
+from mmlm_fast.training.arguments import DEFAULTS, training_arguments
+from mmlm_fast.training.building import build, check, image_tokenizer_of
 from mmlm_fast.training.builtin import BUILTIN
 from mmlm_fast.training.card import write_card
 from mmlm_fast.training.evaluation import Evaluation, controls, evaluate
 from mmlm_fast.training.metrics import interval
-from mmlm_fast.training.samples import Sample, load, read_samples, usable
+from mmlm_fast.training.samples import BadSampleError, Sample, load, read_samples, usable
 from mmlm_fast.training.settings import TrainSettings
-from mmlm_fast.training.tasks import TASKS, Collator
+from mmlm_fast.training.tasks import TASKS, Collator, Drawn, class_name
 
 CHECKPOINTS = "checkpoints"
-DEFAULTS: dict[str, Any] = {
-    "num_train_epochs": 3,
-    "per_device_train_batch_size": 16,
-    "per_device_eval_batch_size": 16,
-    "learning_rate": 1e-3,
-    "lr_scheduler_type": "linear",
-    "warmup_steps": 0.1,
-    "weight_decay": 0.01,
-    "logging_steps": 10,
-    "save_strategy": "epoch",
-    "save_total_limit": 2,
-    "eval_strategy": "epoch",
-}
+IMAGE_TOKENIZER = "image_tokenizer"  # folder of the first stage of image_generation
 
 
 class SampleList(Dataset):
-    """Samples as torch's dataset; files are read by the collator, in the DataLoader's workers where there are some."""
+    """Samples as torch's dataset; files are read by the collator, in the DataLoader's workers where there are some.
 
-    def __init__(self, samples: Sequence[Sample]) -> None:
-        self.samples = list(samples)
+    What is drawn of a sample depends on the seed, the epoch and its index alone.
+    """
+
+    def __init__(self, samples: Sequence[Sample], augment: Sequence[str] = (), seed: int = 0) -> None:
+        self.samples, self.augment, self.seed = list(samples), tuple(augment), seed
+        self.epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()  # workers that persist see it
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> Sample:
-        return self.samples[index]
+    def __getitem__(self, index: int) -> Drawn:
+        return Drawn(self.samples[index], self.augment, (self.seed, int(self.epoch), index))
+
+
+class _TellEpoch(TrainerCallback):
+    """The epoch for the samples; accelerate's loaders tell it to their samplers alone."""
+
+    def __init__(self, samples: SampleList) -> None:
+        self.samples = samples
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.samples.epoch.fill_(int(state.epoch or 0))
 
 
 def train(
@@ -60,26 +64,28 @@ def train(
     model card and TensorBoard logs into ``settings.output``.
 
     Args:
-        resume: Go on from the last checkpoint in the output folder.
-        overwrite: Start anew although the folder holds results.
+        resume: Go on from the last checkpoint in the output folder that is whole.
+        overwrite: Start anew although the folder holds results. Checkpoints of the earlier run are deleted, results are
+            replaced at the end, other files stay.
         progress: Show progress bars.
 
     Returns:
         What metrics.json holds.
 
     Raises:
-        ValueError: for settings or samples that cannot be used, and a folder that is not empty.
+        ValueError: for settings or samples that cannot be used, a folder that is not empty, nothing to resume, and
+            settings or data other than those of the run to be resumed.
         BadSampleError: for the first bad sample, unless ``data.bad_samples`` is ``skip``.
     """
     start = time.perf_counter()
     output = Path(settings.output)
-    checkpoint = get_last_checkpoint(str(output / CHECKPOINTS)) if (output / CHECKPOINTS).is_dir() else None
-    if resume and checkpoint is None:
-        raise ValueError(f"nothing to resume: no checkpoint in {output / CHECKPOINTS}")
-    if not (resume or overwrite) and output.is_dir() and any(output.iterdir()):
-        raise ValueError(f"{output} is not empty: --resume to go on, --overwrite to start anew")
+    arguments = training_arguments(settings.training, output / CHECKPOINTS, settings.seed, progress)
+    check(settings)
+    checkpoint = _checkpoint_to_resume(settings, resume, overwrite)
+    PartialState().wait_for_everyone()  # before the first process changes what the others look at
     transformers.set_seed(settings.seed)
-    train_samples, eval_samples = read_data(settings)
+    bad: list[str] = []
+    train_samples, eval_samples = read_data(settings, bad if settings.data.bad_samples == "skip" else None)
     labels = _labels(settings, train_samples)
     texts = [s.text for s in train_samples] + [s.target for s in train_samples if s.target]
     if settings.task == "image_tokenizer":
@@ -87,19 +93,23 @@ def train(
         _, processor = build(_as_generation(settings), (), ())
     else:
         model, processor = build(settings, labels, texts)
-    painter = _image_tokenizer(settings, output, train_samples, eval_samples, progress)
-    options: dict[str, Any] = dict(labels=labels, modalities=settings.data.modalities, image_tokenizer=painter)
+    options: dict[str, Any] = dict(labels=labels, modalities=settings.data.modalities)
     options |= dict(seed=settings.seed, num_frames=settings.data.num_frames)
-    collator = Collator(settings.task, model, processor, augment=settings.data.augment, **options)
+    collator = Collator(settings.task, model, processor, **options)
     judge = Collator(
         settings.task, model, processor, augment=settings.evaluation.augment, with_targets=False, **options
     )
-    skip = settings.data.bad_samples == "skip"
-    train_samples, bad = usable(train_samples, collator.check, skip=skip, progress=progress)
-    eval_samples, more = usable(eval_samples, collator.check, skip=skip, progress=progress)
-    history = fit(
-        model, collator, train_samples, eval_samples, settings, output, checkpoint if resume else None, progress
-    )
+    # Without a tokenizer of pictures there are no targets yet.
+    read = judge.read if collator.task.kind == "image_generation" else collator.read
+    found: dict[str, Any] = dict(skip=settings.data.bad_samples == "skip", progress=progress, read=read)
+    train_samples, more = usable(train_samples, collator.check, **found)
+    eval_samples, others = usable(eval_samples, collator.check, **found)
+    _check_evaluation(settings, eval_samples)
+    record = _record(settings, labels, train_samples, processor, arguments)
+    painter = _image_tokenizer(settings, train_samples, eval_samples, record, resume, progress)
+    collator.image_tokenizer = judge.image_tokenizer = painter
+    _begin(output / CHECKPOINTS, record, resume and checkpoint is not None)
+    history = fit(model, collator, train_samples, eval_samples, settings, arguments, checkpoint)
     result: dict[str, Any] = {
         "task": settings.task,
         "preset": settings.preset,
@@ -108,34 +118,137 @@ def train(
         "seed": settings.seed,
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "num_samples": {"train": len(train_samples), "eval": len(eval_samples)},
-        "bad_samples": bad + more,
+        "eval_samples_in_train": _num_shared(train_samples, eval_samples),
+        "bad_samples": bad + more + others,
         "labels": labels,
     }
-    found, shown = judge_model(model, judge, eval_samples, settings, progress)
-    result |= found | {"history": history, "seconds": round(time.perf_counter() - start, 1)}
-    model.save_pretrained(output)
-    processor.save_pretrained(output)
+    judged, shown = judge_model(model, judge, eval_samples, settings, progress)
+    result |= judged | {"history": history, "seconds": round(time.perf_counter() - start, 1)}
     if painter is not None:
         result["pictures"], more_metrics = paint(model, painter, judge, train_samples, eval_samples, output)
         result["metrics"] |= more_metrics
-    (output / "metrics.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    lines = [json.dumps(row, ensure_ascii=False) for row in shown]
-    (output / "predictions.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    write_card(output, result, shown[: settings.evaluation.examples])
+    if PartialState().is_main_process:
+        _write(output, model, processor, painter, result, shown, settings)
+    PartialState().wait_for_everyone()
     return result
 
 
-def read_data(settings: TrainSettings) -> tuple[list[Sample], list[Sample]]:
-    """Training and evaluation samples; without a file for the latter, the last tenth is held out."""
+def _write(
+    output: Path,
+    model: Any,
+    processor: Any,
+    painter: Any,
+    result: dict[str, Any],
+    shown: Sequence[dict[str, Any]],
+    settings: TrainSettings,
+) -> None:
+    model.save_pretrained(output)
+    processor.save_pretrained(output)
+    if painter is not None:
+        painter.save_pretrained(output / IMAGE_TOKENIZER)
+    (output / "metrics.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    lines = [json.dumps(row, ensure_ascii=False) for row in shown]
+    (output / "predictions.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    write_card(output, result, shown[: settings.evaluation.examples], model)
+
+
+def _checkpoint_to_resume(settings: TrainSettings, resume: bool, overwrite: bool) -> Path | None:
+    """Of the output folder; None to start anew, or where only the first stage of two has begun."""
+    output = Path(settings.output)
+    if resume and overwrite:
+        raise ValueError("resume goes on, overwrite starts anew: got both")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output: {output} cannot be made a folder: {error.strerror or error}") from error
+    if not resume:
+        if not overwrite and any(output.iterdir()):
+            raise ValueError(f"{output} is not empty: --resume to go on, --overwrite to start anew")
+        return None
+    found, problems = checkpoints.last_whole(output / CHECKPOINTS)
+    if not can_resume(settings):
+        told = "".join(f"; {path.name} is incomplete: {problem}" for path, problem in problems.items())
+        raise ValueError(
+            f"nothing to resume: no {'whole ' if problems else ''}checkpoint in {output / CHECKPOINTS}{told}"
+        )
+    return found
+
+
+def can_resume(settings: TrainSettings) -> bool:
+    """Whether the output folder holds a whole checkpoint, of the training or of its first stage."""
+    stages = (Path(settings.output), Path(settings.output) / IMAGE_TOKENIZER)
+    return any(checkpoints.last_whole(stage / CHECKPOINTS)[0] is not None for stage in stages)
+
+
+def _begin(folder: Path, record: dict[str, Any], resume: bool) -> None:
+    """Leave in `folder` what the run that begins may use: the checkpoints it goes on from, or none; and its record."""
+    if resume:
+        checkpoints.compare_record(folder, record)
+    PartialState().wait_for_everyone()
+    if PartialState().is_main_process:
+        if resume:
+            checkpoints.set_aside(checkpoints.last_whole(folder)[1])
+        else:
+            checkpoints.put_away(folder)
+        checkpoints.write_record(folder, record)
+    PartialState().wait_for_everyone()
+
+
+def _record(
+    settings: TrainSettings,
+    labels: Sequence[str],
+    samples: Sequence[Sample],
+    processor: Any,
+    arguments: TrainingArguments,
+) -> dict[str, Any]:
+    """What a checkpoint of the run can be resumed with; see `checkpoints.compare_record`."""
+    names = ("task", "preset", "seed", "start_from", "image_tokenizer", "model", "towers")
+    record = {name: getattr(settings, name) for name in names}
+    record |= {f"data.{name}": getattr(settings.data, name) for name in ("modalities", "augment", "num_frames")}
+    record["data.labels"] = list(labels)
+    record["training samples"] = checkpoints.digest_of_samples(samples, settings.folder)
+    record["tokenizer"] = checkpoints.digest_of_tokenizer(processor.tokenizer)
+    record["processes"] = arguments.world_size
+    record |= {f"training.{key}": value for key, value in (DEFAULTS | settings.training).items()}
+    return record | {f"training.{key}": getattr(arguments, key, None) for key in checkpoints.FIXED}
+
+
+def _check_evaluation(settings: TrainSettings, samples: Sequence[Sample]) -> None:
+    """Raise for what would only show when training is done."""
+    if settings.evaluation.controls and len(samples) < 2:
+        raise ValueError(f"evaluation.controls shuffles samples, which needs two or more, got {len(samples)}")
+    if TASKS[settings.task].kind == "retrieval" and not any(s.images or s.video or s.audio for s in samples):
+        raise ValueError(f"task {settings.task} needs pictures or clips to evaluate, got texts alone")
+
+
+def _num_shared(train_samples: Sequence[Sample], eval_samples: Sequence[Sample]) -> int:
+    """How many samples from files are in both."""
+
+    def contents(sample: Sample) -> str | None:
+        paths = (*sample.images, *sample.audio)
+        if not all(isinstance(x, (str, Path)) for x in paths):
+            return None
+        return repr(dataclasses.replace(sample, name="", images=tuple(map(str, paths)), audio=()))
+
+    seen = {contents(sample) for sample in train_samples} - {None}
+    return sum(contents(sample) in seen for sample in eval_samples)
+
+
+def read_data(settings: TrainSettings, problems: list[str] | None = None) -> tuple[list[Sample], list[Sample]]:
+    """Training and evaluation samples; without a file for the latter, the last tenth is held out.
+
+    Args:
+        problems: See `read_samples`.
+    """
     data = settings.data
     if data.name is not None:
         function = BUILTIN[data.name]
         make = lambda split, count: function(data.kind or "question", split, count=count, seed=settings.seed)
         return make("train", data.train_count), make("eval", data.eval_count)
     assert data.train is not None
-    train_samples = read_samples(settings.path(data.train))
+    train_samples = read_samples(settings.path(data.train), problems, name=data.train)
     if data.eval is not None:
-        eval_samples = read_samples(settings.path(data.eval))
+        eval_samples = read_samples(settings.path(data.eval), problems, name=data.eval)
     else:
         held_out = max(1, len(train_samples) // 10)
         if len(train_samples) < 2:
@@ -149,9 +262,8 @@ def _labels(settings: TrainSettings, samples: Sequence[Sample]) -> list[str]:
         return []
     if settings.data.labels:
         return settings.data.labels
-    found = {
-        str(x) for s in samples for x in (s.label if isinstance(s.label, list) else [s.label]) if s.label is not None
-    }
+    listed = [s.label if isinstance(s.label, (list, tuple)) else [s.label] for s in samples]
+    found = {name for labels in listed for label in labels if (name := class_name(label)) is not None}
     if len(found) < 2:
         raise ValueError(f"classification needs two labels or more, got {sorted(found)}; name them in data.labels")
     return sorted(found)
@@ -163,34 +275,27 @@ def fit(
     train_samples: Sequence[Sample],
     eval_samples: Sequence[Sample],
     settings: TrainSettings,
-    output: Path,
-    checkpoint: str | None,
-    progress: bool,
-    overrides: dict[str, Any] | None = None,
+    arguments: TrainingArguments,
+    checkpoint: Path | None,
 ) -> list[dict[str, Any]]:
     """Train with transformers' Trainer; returns its log."""
-    options = DEFAULTS | settings.training | (overrides or {})
-    arguments = TrainingArguments(
-        output_dir=str(output / CHECKPOINTS),
-        seed=settings.seed,
-        data_seed=settings.seed,
-        remove_unused_columns=False,
-        prediction_loss_only=True,
-        use_cpu=options.pop("use_cpu", not torch.cuda.is_available()),
-        report_to=options.pop("report_to", ["tensorboard"] if find_spec("tensorboard") else []),
-        disable_tqdm=not progress,
-        **options,
-    )
+    changing = SampleList(train_samples, settings.data.augment, settings.seed)
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=SampleList(train_samples),
-        eval_dataset=SampleList(eval_samples),
+        train_dataset=changing,
+        eval_dataset=SampleList(eval_samples, settings.evaluation.augment, settings.seed + 1),
         data_collator=collator,
+        callbacks=[_TellEpoch(changing)],
     )
-    if not progress:
+    if arguments.disable_tqdm:
         trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except BadSampleError as error:
+        # Out of a DataLoader's worker comes the text of a traceback, whose last line is the error.
+        mark = f"{BadSampleError.__module__}.{BadSampleError.__name__}: "
+        raise BadSampleError(str(error).rpartition(mark)[2].strip()) from error
     return trainer.state.log_history
 
 
@@ -226,16 +331,15 @@ def chance(judge: Collator, samples: Sequence[Sample], intact: Evaluation) -> fl
 
 
 def _as_generation(settings: TrainSettings) -> TrainSettings:
-    import dataclasses
-
     return dataclasses.replace(settings, task="image_generation")
 
 
 def _image_tokenizer(
     settings: TrainSettings,
-    output: Path,
     train_samples: Sequence[Sample],
     eval_samples: Sequence[Sample],
+    record: dict[str, Any],
+    resume: bool,
     progress: bool,
 ) -> Any:
     """For pictures from text: the tokenizer named, or one trained first on the same pictures."""
@@ -245,15 +349,19 @@ def _image_tokenizer(
         return None
     if settings.image_tokenizer:
         return MMLMImageTokenizer.from_pretrained(settings.path(settings.image_tokenizer)).eval()
+    folder = Path(settings.output) / IMAGE_TOKENIZER
+    transformers.set_seed(settings.seed)  # whatever went before
     painter = image_tokenizer_of(settings)
     _, processor = build(settings, (), ())
-    collator = Collator("image_tokenizer", painter, processor, augment=settings.data.augment, seed=settings.seed)
-    folder = output / "image_tokenizer"
-    fit(
-        painter, collator, train_samples, eval_samples, settings, folder, None, progress,
-        {"learning_rate": 2e-3, "num_train_epochs": 2 * settings.training.get("num_train_epochs", 3)},
-    )  # fmt: skip
-    painter.save_pretrained(folder)
+    collator = Collator("image_tokenizer", painter, processor, seed=settings.seed)
+    epochs = settings.training.get("num_train_epochs", DEFAULTS["num_train_epochs"])
+    changes = {"learning_rate": 2e-3, "num_train_epochs": 2 * epochs}
+    arguments = training_arguments(settings.training | changes, folder / CHECKPOINTS, settings.seed, progress)
+    record = record | {"stage": IMAGE_TOKENIZER}
+    resume = resume and (folder / CHECKPOINTS / checkpoints.RECORD).is_file()
+    checkpoint = checkpoints.last_whole(folder / CHECKPOINTS)[0] if resume else None
+    _begin(folder / CHECKPOINTS, record, resume)
+    fit(painter, collator, train_samples, eval_samples, settings, arguments, checkpoint)
     return painter.eval()
 
 

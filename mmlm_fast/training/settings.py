@@ -1,17 +1,20 @@
 """The configuration file of `mmlm-fast train`."""
 
 import dataclasses
-import json
 import tomllib
+import typing
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from transformers import GenerationConfig
+
 from mmlm_fast.models.presets import PRESETS
+from mmlm_fast.training.arguments import checked, typed, unknown_setting
 from mmlm_fast.training.builtin import BUILTIN
-from mmlm_fast.training.samples import AUGMENTATIONS
-from mmlm_fast.training.tasks import MODALITIES, TASKS
+from mmlm_fast.training.samples import AUGMENTATIONS, strict_json
+from mmlm_fast.training.tasks import MODALITIES, TASKS, class_name
 
 
 @dataclass
@@ -77,6 +80,9 @@ class TrainSettings:
         start_from: Folder of a trained model to go on from, of the same class or, from pre-training, another.
         image_tokenizer: Folder of an `MMLMImageTokenizer`, for ``image_generation``.
         training: Options of transformers' TrainingArguments.
+
+    Raises:
+        ValueError: for settings of another type, outside their range or unknown, naming them.
     """
 
     task: str
@@ -93,6 +99,12 @@ class TrainSettings:
     folder: Path = field(default_factory=Path)  # what paths are relative to
 
     def __post_init__(self) -> None:
+        for prefix, section in (("", self), ("data.", self.data), ("evaluation.", self.evaluation)):
+            hints = typing.get_type_hints(type(section))
+            for name, value in vars(section).items():
+                if name != "labels":
+                    setattr(section, name, typed(prefix + name, value, hints[name]))
+        self._check_numbers_and_labels()
         _choice("task", self.task, TASKS)
         _choice("preset", self.preset, PRESETS)
         _choice("data.bad_samples", self.data.bad_samples, ("raise", "skip"))
@@ -109,6 +121,43 @@ class TrainSettings:
             raise ValueError("data needs either name (a built-in set) or train (a file), got both or neither")
         if self.data.name is not None:
             _choice("data.name", self.data.name, BUILTIN)
+        if self.image_tokenizer and self.task != "image_generation":
+            raise ValueError(f"image_tokenizer is for task image_generation, got task {self.task}")
+        if self.start_from and self.task == "image_tokenizer":
+            raise ValueError("start_from is not for task image_tokenizer")
+        if self.start_from and self.towers:
+            raise ValueError("towers are those of the model in start_from, got both")
+        self.training = checked(self.training)
+        options = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
+        for name in self.evaluation.generation:
+            if name not in options:
+                raise unknown_setting(name, options, "evaluation.generation.")
+        try:
+            GenerationConfig(**self.evaluation.generation).validate()
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"evaluation.generation: {error}") from error
+
+    def _check_numbers_and_labels(self) -> None:
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed must be from 0 to 2 ** 31 - 1, got {self.seed}")
+        for name, number, least in (
+            ("data.train_count", self.data.train_count, 1),
+            ("data.eval_count", self.data.eval_count, 1),
+            ("data.num_frames", self.data.num_frames, 1),
+            ("evaluation.batch_size", self.evaluation.batch_size, 1),
+            ("evaluation.examples", self.evaluation.examples, 0),
+        ):
+            if number is not None and number < least:
+                raise ValueError(f"{name} must be at least {least}, got {number}")
+        if not self.output:
+            raise ValueError("output must be a folder, got ''")
+        labels: Any = self.data.labels
+        if labels is None:
+            return
+        names = [class_name(x) for x in labels] if isinstance(labels, list) else []
+        if len(names) < 2 or not all(names) or len(set(names)) < len(names):
+            raise ValueError(f"data.labels must be two different names of classes or more, got {labels!r}")
+        self.data.labels = typing.cast("list[str]", names)
 
     def path(self, name: str) -> Path:
         """A path of the file, relative to it."""
@@ -143,17 +192,16 @@ def read_settings(source: str | Path, overrides: list[str] | tuple[str, ...] = (
     folder = path.parent
     if path.suffix and not path.is_file():
         raise ValueError(f"no configuration {path}")
+    file, suffix = path, path.suffix
     if not path.suffix:
         if str(source) not in shipped():
             raise ValueError(
                 f"no configuration {source}: a .toml, .yaml or .json file, or one of {', '.join(shipped())}"
             )
-        content, suffix, folder = (_configs() / f"{source}.toml").read_text(encoding="utf-8"), ".toml", Path()
-    else:
-        content, suffix = path.read_text(encoding="utf-8"), path.suffix
+        file, suffix, folder = _configs() / f"{source}.toml", ".toml", Path()
     try:
-        values = _parse(content, suffix)
-    except (ValueError, tomllib.TOMLDecodeError) as error:
+        values = _parse(file.read_text(encoding="utf-8-sig"), suffix)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{source} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{source} must hold sections, got {type(values).__name__}")
@@ -166,11 +214,16 @@ def _parse(content: str, suffix: str) -> dict[str, Any]:
     if suffix == ".toml":
         return tomllib.loads(content)
     if suffix == ".json":
-        return json.loads(content)
+        return strict_json(content)
     if suffix in (".yaml", ".yml"):
-        import yaml
-
-        return yaml.safe_load(content)
+        try:
+            import yaml
+        except ImportError as error:
+            raise ValueError("reading YAML needs pyyaml: pip install pyyaml") from error
+        try:
+            return yaml.safe_load(content)
+        except yaml.YAMLError as error:
+            raise ValueError(str(error)) from error
     raise ValueError(f"must end in .toml, .yaml or .json, got {suffix}")
 
 
@@ -194,7 +247,7 @@ def _filled(cls: Any, values: Any, prefix: str) -> Any:
     if not isinstance(values, dict):
         raise ValueError(f"{prefix or 'the file'} must be a section, got {values!r}")
     fields = {f.name: f for f in dataclasses.fields(cls)}
-    unknown = sorted(set(values) - set(fields))
+    unknown = sorted(set(values) - set(fields), key=str)
     if unknown:
         known = ", ".join(name for name in fields if name != "folder")
         raise ValueError(f"unknown setting {prefix}{unknown[0]}; known are {known}")

@@ -56,6 +56,23 @@ def kind_of_model(model: Any) -> str:
     return "decoder" if isinstance(model, MMLMForConditionalGeneration) else "encoder"
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """A sample with what is drawn of it: its changes by `augmented`, and the seed they are drawn from, so that they
+    depend on neither process nor history."""
+
+    sample: Sample
+    augment: tuple[str, ...]
+    seed: tuple[int, ...]
+
+
+def class_name(label: Any) -> str | None:
+    """The name of a class, which a whole number is too; None for what names none."""
+    if isinstance(label, str):
+        return label
+    return str(label) if isinstance(label, (int, np.integer)) and not isinstance(label, bool) else None
+
+
 def match_of(sample: Sample) -> Any:
     """What samples that match each other share: the label where there is one (a caption in any language), else the
     text."""
@@ -71,7 +88,7 @@ class Collator:
         processor: `MMLMProcessor`.
         labels: Names of the classes, in order.
         modalities: What of a sample is used.
-        augment: See `augmented`; drawn anew at each use.
+        augment: See `augmented`; of samples, drawn anew at each use. `Drawn` ones bring their own.
         seed: Of the drawing.
         num_frames: Of a film.
         image_tokenizer: For ``image_generation``.
@@ -103,56 +120,66 @@ class Collator:
         self.seed = seed
         self.worker: int | None = None
         self.rng = np.random.default_rng(seed)
+        self.max_tokens = _positions(getattr(model.config, "text_config", None), processor.tokenizer)
+        self.max_target_tokens = _positions(getattr(model.config, "decoder_config", None), processor.tokenizer)
 
     def check(self, sample: Sample) -> None:
         """Raise `BadSampleError` for what can be seen without reading files."""
         kind = self.task.kind
-        text = sample.text or self.task.prompt or bool(sample.messages)
-        needs_text = (
-            kind == "retrieval" or (kind == "image_generation") or not (sample.images or sample.audio or sample.video)
-        )
-        if needs_text and not (sample.text.strip() if kind == "retrieval" else text):
-            raise BadSampleError(f"{sample.name}: text is empty")
+        needs_text = kind in ("retrieval", "image_generation")
+        used: dict[str, Any] = {"image": sample.images or sample.video, "audio": sample.audio}
+        if "text" in self.modalities:
+            used["text"] = sample.text or ("" if needs_text else self.task.prompt or sample.messages)
+        if (needs_text and not sample.text) or not any(used.get(modality) for modality in self.modalities):
+            lacks = "text is empty" if "text" in self.modalities else f"has no {' or '.join(self.modalities)}"
+            raise BadSampleError(f"{sample.name}: {lacks}")
         if kind == "generation" and not (sample.messages or (sample.target or "").strip()):
             raise BadSampleError(f"{sample.name}: target is empty")
         if kind in ("image_generation", "image_tokenizer") and not sample.images:
             raise BadSampleError(f"{sample.name}: has no picture")
         if kind == "classification":
             self.label_of(sample)
-        for message in sample.messages:
-            if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-                raise BadSampleError(f"{sample.name}: a message must have role and content, got {message!r}")
         if sample.messages and sample.messages[-1]["role"] != "assistant":
             raise BadSampleError(f"{sample.name}: the last message must be the assistant's")
 
     def label_of(self, sample: Sample) -> Any:
         """Number of a sample's class; 0 and 1 for each class where several hold at once."""
         if self.regression:
-            if isinstance(sample.label, bool) or not isinstance(sample.label, (int, float)):
+            is_number = isinstance(sample.label, (int, float, np.integer, np.floating))
+            if not is_number or isinstance(sample.label, bool) or not np.isfinite(sample.label):
                 raise BadSampleError(f"{sample.name}: label must be a number, got {sample.label!r}")
             return float(sample.label)
         if self.several:
-            found = [self._number(sample, label) for label in sample.label or ()]
+            if sample.label is None:
+                raise BadSampleError(f"{sample.name}: label must be a list of classes, got None")
+            listed = sample.label if isinstance(sample.label, (list, tuple)) else [sample.label]
+            found = [self._number(sample, label) for label in listed]
             return [float(i in found) for i in range(len(self.labels))]
         return self._number(sample, sample.label)
 
     def _number(self, sample: Sample, label: Any) -> int:
         names = [str(name) for name in self.labels]
-        if str(label) in names:
-            return names.index(str(label))
-        if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(names):
-            return label
+        if (name := class_name(label)) in names:
+            return names.index(str(name))
         shown = ", ".join(names[:12]) + (" …" if len(names) > 12 else "")
         raise BadSampleError(f"{sample.name}: label must be one of {shown}, got {label!r}")
 
-    def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+    def __call__(self, samples: Sequence[Sample | Drawn]) -> dict[str, Tensor]:
         info = get_worker_info()
         if info is not None and info.id != self.worker:  # a copy in a DataLoader's worker draws what no other draws
             self.worker, self.rng = info.id, np.random.default_rng([self.seed, info.seed % 2**32])
-        loaded = [load(sample, num_frames=self.num_frames) for sample in samples]
-        if self.augment:
-            loaded = [augmented(x, self.augment, self.rng) for x in loaded]
-        return self.batch(loaded)
+        return self.batch([self._load(item) for item in samples])
+
+    def _load(self, item: Sample | Drawn) -> Loaded:
+        if isinstance(item, Drawn):
+            loaded = load(item.sample, num_frames=self.num_frames)
+            return augmented(loaded, item.augment, np.random.default_rng(item.seed)) if item.augment else loaded
+        loaded = load(item, num_frames=self.num_frames)
+        return augmented(loaded, self.augment, self.rng) if self.augment else loaded
+
+    def read(self, sample: Sample) -> None:
+        """Raise `BadSampleError` for what shows when a sample is read and put through the processor."""
+        self.batch([load(sample, num_frames=self.num_frames)])
 
     def batch(self, loaded: Sequence[Loaded]) -> dict[str, Tensor]:
         """The batch of loaded samples.
@@ -183,11 +210,12 @@ class Collator:
         if audio is None or not any(audio):
             audio = None
         texts = [self.text(x, images is not None, audio is not None) for x in loaded]
-        batch: dict[str, Any] = dict(
-            self.processor(
-                text=texts, images=images, audio=audio, sampling_rate=None if audio is None else SAMPLING_RATE
-            )
-        )
+        given: dict[str, Any] = dict(text=texts, images=images, audio=audio)
+        given["sampling_rate"] = None if audio is None else SAMPLING_RATE
+        if kind in ("generation", "image_generation") and self.with_targets:
+            given["text_target" if self.model_kind == "seq2seq" else "suffix"] = self._targets(loaded)
+        batch: dict[str, Any] = dict(self.processor(**given))
+        _check_length("text", batch["attention_mask"], self.max_tokens)
         if kind == "classification":
             labels = [self.label_of(x.sample) for x in loaded]
             batch["labels"] = torch.tensor(labels)
@@ -195,14 +223,14 @@ class Collator:
             keys = [match_of(x.sample) for x in loaded]
             numbers = {key: i for i, key in enumerate(dict.fromkeys(keys))}
             batch["positive_ids"] = torch.tensor([numbers[key] for key in keys])
-        elif kind in ("generation", "image_generation") and self.with_targets:
-            self._add_targets(batch, self._targets(loaded))
+        elif "text_target" in given:
+            _check_length("target", batch["labels"] != -100, self.max_target_tokens)
         return batch
 
     def pixels(self, loaded: Sequence[Loaded]) -> Tensor:
         """Values of all pictures, ``[N, C, height, width]``."""
         pictures = [picture for x in loaded for picture in x.images]
-        return self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        return self.processor.pixel_values(pictures)
 
     def text(self, loaded: Loaded, with_images: bool = True, with_audio: bool = True) -> str:
         """What a sample says to the model; for a decoder with placeholders in front and a line break behind."""
@@ -240,19 +268,17 @@ class Collator:
             pixels = self.pixels(loaded).to(self.image_tokenizer.device)
             return codes_as_text(self.image_tokenizer.encode(pixels))
 
-    def _add_targets(self, batch: dict[str, Any], targets: Sequence[str]) -> None:
-        """Labels; for a decoder also the targets behind the prompts, which are padded on the left."""
-        tokenizer = self.processor.tokenizer
-        ids = [[*tokenizer(t, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for t in targets]
-        longest = max(len(x) for x in ids)
-        pad = lambda value: torch.tensor([x + [value] * (longest - len(x)) for x in ids])
-        labels = pad(-100)
-        if self.model_kind == "seq2seq":
-            batch["labels"] = labels
-            return
-        batch["labels"] = torch.cat([torch.full_like(batch["input_ids"], -100), labels], 1)
-        batch["input_ids"] = torch.cat([batch["input_ids"], pad(tokenizer.pad_token_id)], 1)
-        batch["attention_mask"] = torch.cat([batch["attention_mask"], (labels != -100).to(torch.int64)], 1)
+
+def _positions(config: Any, tokenizer: Any) -> int | None:
+    """How many tokens a text model has positions for; None for any number."""
+    limit = getattr(config, "max_position_embeddings", None)
+    return None if limit is None else min(limit, tokenizer.model_max_length)  # RoBERTa's has fewer than positions
+
+
+def _check_length(name: str, there: Tensor, limit: int | None) -> None:
+    longest = int(there.sum(1).max())
+    if limit is not None and longest > limit:
+        raise ValueError(f"{name} must have at most {limit} tokens, which the model has positions for, got {longest}")
 
 
 def shuffled(samples: Sequence[Sample], modality: str, seed: int = 0) -> list[Sample]:
