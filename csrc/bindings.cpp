@@ -125,12 +125,25 @@ std::shared_ptr<SpectralPlan> make_plan(const py::dict& given, const Array& wind
                                         dct ? dct->data() : nullptr, dct ? static_cast<int>(dct->shape(0)) : 0);
 }
 
-std::shared_ptr<Resampler> make_resampler(int64_t old_rate, int64_t new_rate, const Array& taps, int64_t before) {
+using Indices = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
+
+std::shared_ptr<Resampler> resampler_from_table(int64_t old_rate, int64_t new_rate, const Array& taps,
+                                                const Indices& first) {
   if (old_rate < 1 || new_rate < 1) throw py::value_error("rates must be at least 1");
-  if (taps.ndim() != 2 || taps.shape(0) != new_rate || taps.shape(1) < 1) {
-    throw py::value_error("taps must be [new_rate, num_taps]");
+  if (taps.ndim() != 2 || taps.shape(0) != new_rate || taps.shape(1) < 1 || first.size() != new_rate) {
+    throw py::value_error("taps must be [new_rate, num_taps], and first [new_rate]");
   }
-  return std::make_shared<Resampler>(old_rate, new_rate, taps.data(), taps.shape(1), before);
+  return std::make_shared<Resampler>(old_rate, new_rate, taps.data(), taps.shape(1), first.data());
+}
+
+std::shared_ptr<Resampler> resampler_without_table(int64_t old_rate, int64_t new_rate, int64_t width, double rolloff,
+                                                   double beta) {
+  constexpr int64_t limit = int64_t{1} << 31;  // products of rates fit 64 bits
+  if (old_rate < 1 || new_rate < 1 || old_rate >= limit || new_rate >= limit) {
+    throw py::value_error("rates must be from 1 to 2^31 - 1");
+  }
+  if (width < 1 || width > 65536 || !(rolloff > 0 && rolloff <= 1)) throw py::value_error("width or rolloff out of range");
+  return std::make_shared<Resampler>(old_rate, new_rate, SincFilter{rolloff, beta, width});
 }
 
 SampleType sample_type(int code) {
@@ -217,7 +230,23 @@ void read_all(const Format& format, const std::vector<uintptr_t>& samples, const
     clips[i].out = reinterpret_cast<void*>(out[i]);
   }
   py::gil_scoped_release release;
-  read_samples(clips.data(), static_cast<int64_t>(clips.size()), is_double, num_threads);
+  read_samples(clips.data(), static_cast<int64_t>(clips.size()), 0, is_double, num_threads);
+}
+
+// The same for samples [first, first + count) of a signal of which `num_input` are in memory, from `first_input` on.
+void read_range(const Format& format, uintptr_t samples, int64_t first_input, int64_t num_input, int64_t first,
+                int64_t count, uintptr_t out, bool is_double, int num_threads) {
+  if (first_input < 0 || first < 0 || count < 0) throw py::value_error("a range of samples must not be negative");
+  SpectralClip clip = clips_of(format, {samples}, {num_input})[0];
+  if (clip.resampler == nullptr && (first < first_input || first + count > first_input + num_input)) {
+    throw py::value_error("the range is not in memory");
+  }
+  if (count > 0 && out == 0) throw py::value_error(kNoMemory);
+  clip.first_sample = first_input;
+  clip.num_valid = first + count;
+  clip.out = reinterpret_cast<void*>(out);
+  py::gil_scoped_release release;
+  read_samples(&clip, 1, first, is_double, num_threads);
 }
 
 void standardize_all(const std::vector<uintptr_t>& features, const std::vector<int64_t>& num_frames,
@@ -381,10 +410,7 @@ py::dict cuda_status_dict() {
 }
 
 std::string set_isa_by_name(const std::string& name) {
-  for (const Isa isa : kIsas) {
-    if (name == isa_name(isa)) return isa_name(set_isa(isa));
-  }
-  throw py::value_error("isa must be baseline, avx2, avx512 or wide, got " + name);
+  return isa_name(set_isa(isa_named(name, "isa")));
 }
 
 std::vector<std::string> names_of_isas() {
@@ -741,6 +767,7 @@ void run_patchify(int type, const std::array<int64_t, 4>& sizes, const std::arra
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   using namespace mmlm;
+  active_isa();  // a name in the environment that is none is an ImportError
   m.def("active_isa", [] { return isa_name(active_isa()); });
   m.def("best_isa", [] { return isa_name(best_isa()); });
   m.def("set_isa", &set_isa_by_name);
@@ -748,14 +775,19 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("build_info_json", &build_info_json);
   m.def("cuda_status", &cuda_status_dict);
   py::class_<Resampler, std::shared_ptr<Resampler>>(m, "Resampler")
-      .def(py::init(&make_resampler))
-      .def("num_output", &Resampler::num_output);
+      .def(py::init(&resampler_from_table))
+      .def(py::init(&resampler_without_table))
+      .def("num_output", &Resampler::num_output)
+      .def_property_readonly("num_bytes", &Resampler::num_bytes);
   py::class_<Format>(m, "Format").def(py::init<int, int, int64_t, int64_t, std::shared_ptr<Resampler>>());
   py::class_<SpectralPlan, std::shared_ptr<SpectralPlan>>(m, "SpectralPlan")
       .def(py::init(&make_plan), py::arg("options"), py::arg("window"), py::arg("filters") = py::none(),
            py::arg("dct") = py::none())
       .def_readonly("num_out", &SpectralPlan::num_out)
+      .def_readonly("largest_sample", &SpectralPlan::largest_sample)
+      .def_property_readonly("num_bytes", &SpectralPlan::num_bytes)
       .def_property_readonly("bins_first", [](const SpectralPlan& p) { return p.o.bins_first; })
+      .def_property_readonly("double_precision", [](const SpectralPlan& p) { return p.o.double_precision; })
       .def_property_readonly("double_output", [](const SpectralPlan& p) { return p.o.double_output; })
       .def("run", &run)
       .def("device_tables", &device_tables)
@@ -770,7 +802,12 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
              if (count > 0 && samples == 0) throw py::value_error(kNoMemory);
              py::gil_scoped_release release;
              const int64_t ready = s.push(reinterpret_cast<const void*>(samples), checked, count);
-             if (ready < 0) throw py::value_error("samples must be finite, got NaN or infinity");
+             if (ready == SpectralStream::kNotFinite) {
+               throw py::value_error("samples must be finite, got NaN or infinity");
+             }
+             if (ready == SpectralStream::kTooLarge) {
+               throw py::value_error("samples must not be too large for their squares, got an overflow");
+             }
              return ready;
            })
       .def("finish", &SpectralStream::finish)
@@ -808,5 +845,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("gather_backward", &run_gather_backward);
   m.def("patchify", &run_patchify);
   m.def("read_samples", &read_all);
+  m.def("read_range", &read_range);
   m.def("standardize", &standardize_all);
 }

@@ -1,11 +1,15 @@
 """The native core; see csrc/bindings.cpp."""
 
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
 class Resampler:
-    def __init__(self, old_rate: int, new_rate: int, taps: np.ndarray, before: int) -> None: ...
+    num_bytes: int
+    @overload
+    def __init__(self, old_rate: int, new_rate: int, taps: np.ndarray, first: np.ndarray) -> None: ...
+    @overload
+    def __init__(self, old_rate: int, new_rate: int, width: int, rolloff: float, beta: float) -> None: ...
     def num_output(self, num_input: int) -> int: ...
 
 class Format:
@@ -20,7 +24,10 @@ class Format:
 
 class SpectralPlan:
     num_out: int
+    largest_sample: float
+    num_bytes: int
     bins_first: bool
+    double_precision: bool
     double_output: bool
     def __init__(
         self,
@@ -74,6 +81,17 @@ class SpectralStream:
 
 def read_samples(
     format: Format, samples: list[int], num_input: list[int], out: list[int], is_double: bool, num_threads: int
+) -> None: ...
+def read_range(
+    format: Format,
+    samples: int,
+    first_input: int,
+    num_input: int,
+    first: int,
+    count: int,
+    out: int,
+    is_double: bool,
+    num_threads: int,
 ) -> None: ...
 def standardize(
     features: list[int],

@@ -103,8 +103,8 @@ def test_gradcheck_and_compile():
     [
         ((0, 16000), "orig_freq must be a positive whole number"),
         ((16000, 16000.5), "new_freq must be a positive whole number of hertz, got 16000.5"),
-        ((48000, 16000, 0), "lowpass_filter_width must be at least 1"),
-        ((48000, 16000, 6, 1.5), r"rolloff in \(0, 1\]"),
+        ((48000, 16000, 0), "lowpass_filter_width must be a whole number from 1"),
+        ((48000, 16000, 6, 1.5), r"rolloff must be in \(0, 1\]"),
         ((48000, 16000, 6, 0.9, "linear"), "resampling_method must be among"),
     ],
 )

@@ -59,17 +59,18 @@ void read_input(const SpectralClip& clip, int64_t first, int64_t count, T* out) 
   }
 }
 
-// The same, zeros where there are none.
+// The same by their index in the signal, zeros where there are none in memory.
 template <typename T>
 void read_padded(const SpectralClip& clip, int64_t first, int64_t count, T* out) {
-  const int64_t begin = std::clamp<int64_t>(first, 0, clip.num_input);
-  const int64_t end = std::clamp<int64_t>(first + count, begin, clip.num_input);
+  const int64_t last = clip.first_sample + clip.num_input;
+  const int64_t begin = std::clamp<int64_t>(first, clip.first_sample, last);
+  const int64_t end = std::clamp<int64_t>(first + count, begin, last);
   if (begin == end) {
     std::fill(out, out + count, T(0));
     return;
   }
   std::fill(out, out + (begin - first), T(0));
-  read_input(clip, begin, end - begin, out + (begin - first));
+  read_input(clip, begin - clip.first_sample, end - begin, out + (begin - first));
   std::fill(out + (end - first), out + count, T(0));
 }
 
@@ -128,6 +129,78 @@ void deinterleave(int64_t old_rate, const T* __restrict line, int64_t columns, T
   }
 }
 
+// Taps [0, kTapsAtOnce) of a run at t, t + dt, t + 2 dt, …: two sines and two cosines a run, the rest by addition
+// theorems, but for the tap next to 0, where the sine's error would be divided by little.
+template <typename T>
+MMLM_INLINE void sinc_taps(const Resampler& r, double start, T* __restrict taps) {
+  constexpr double pi = 3.14159265358979323846264338327950288;
+  constexpr int n = Resampler::kTapsAtOnce;
+  const double dt = r.base / static_cast<double>(r.old_rate), gain = dt, width = static_cast<double>(r.filter.width);
+  const double sine = std::sin(pi * start), cosine = std::cos(pi * start);
+  const double *turn = r.turn.data(), *window_turn = r.window_turn.data();
+  alignas(64) double window[n];
+  if (r.filter.beta < 0) {
+    const double window_sine = std::sin(pi * start / width), window_cosine = std::cos(pi * start / width);
+    for (int m = 0; m < n; ++m) {
+      window[m] = 0.5 + 0.5 * (window_cosine * window_turn[m] - window_sine * window_turn[n + m]);
+    }
+  } else {
+    for (int m = 0; m < n; ++m) {
+      const double part = (start + m * dt) / width, inside = 1 - part * part;
+      window[m] = inside > 0 ? bessel_i0(r.bessel, r.filter.beta * std::sqrt(inside)) / r.bessel_of_beta : 0.;
+    }
+  }
+  for (int m = 0; m < n; ++m) {
+    const double t = start + m * dt;
+    const double tap = (sine * turn[m] + cosine * turn[n + m]) / (pi * t) * window[m] * gain;
+    taps[m] = std::abs(t) < width ? T(tap) : T(0);
+  }
+  const double nearest = std::round(-start / dt);
+  if (nearest >= 0 && nearest < n) {
+    const int m = static_cast<int>(nearest);
+    const double angle = pi * (start + m * dt);
+    taps[m] = T((angle == 0 ? 1. : std::sin(angle) / angle) * window[m] * gain);
+  }
+}
+
+// Outputs [first, first + count) of a resampler without a table. Runs of taps that meet no sample are left out, so that
+// an output's sum does not depend on what else is in memory.
+template <typename T>
+void resample_without_table(const SpectralClip& clip, int64_t first, int64_t count, T* out) {
+  static thread_local Arena<T> arena;
+  const Resampler& r = *clip.resampler;
+  constexpr int n = Resampler::kTapsAtOnce;
+  const int64_t begin = clip.first_sample - n, end = clip.first_sample + clip.num_input + n;
+  const double step = r.base / (static_cast<double>(r.old_rate) * static_cast<double>(r.new_rate));
+  const auto centre = [&](int64_t i) { return i / r.new_rate * r.old_rate + i % r.new_rate * r.old_rate / r.new_rate; };
+  const int64_t block = std::clamp<int64_t>(32768 * r.new_rate / r.old_rate, 1, 1024);
+  alignas(64) T taps[n];
+  for (int64_t at = 0; at < count; at += block) {
+    const int64_t num = std::min(block, count - at);
+    const int64_t low = std::clamp(centre(first + at) - r.reach, begin, end);
+    const int64_t high = std::clamp(centre(first + at + num - 1) + r.reach + 2 + n, low, end);
+    T* line = arena.at_least(aligned_count(high - low + n));
+    read_padded(clip, low, high - low + n, line);
+    for (int64_t i = first + at; i < first + at + num; ++i) {
+      const int64_t j = i / r.new_rate, p = i % r.new_rate, from = p * r.old_rate / r.new_rate - r.reach;
+      T sum = 0;
+      for (int64_t k = from; k < from + 2 * r.reach + 2; k += n) {
+        const int64_t sample = j * r.old_rate + k;
+        if (sample < low || sample <= begin || sample >= end - n) continue;
+        sinc_taps(r, static_cast<double>(k * r.new_rate - p * r.old_rate) * step, taps);
+        const T* __restrict x = line + (sample - low);
+        T part[8] = {};
+        for (int m = 0; m < n; m += 8) {
+#pragma GCC unroll 8
+          for (int l = 0; l < 8; ++l) part[l] += x[m + l] * taps[m + l];
+        }
+        sum += ((part[0] + part[4]) + (part[2] + part[6])) + ((part[1] + part[5]) + (part[3] + part[7]));
+      }
+      out[i - first] = sum;
+    }
+  }
+}
+
 // Outputs [first, first + count) of the resampler. Lanes are consecutive j, so that taps are scalars: the input is
 // laid out by its index modulo old_rate.
 template <typename T>
@@ -135,6 +208,7 @@ void resample_range(const SpectralClip& clip, int64_t first, int64_t count, T* o
   static thread_local Arena<T> arena;
   static thread_local Arena<int64_t> places;
   const Resampler& r = *clip.resampler;
+  if (!r.has_table) return resample_without_table(clip, first, count, out);
   int64_t* place = places.at_least(r.highest - r.lowest);
   constexpr int64_t kStep = kLanesAtOnce * kWidth<T>;
   const int64_t base = floor_div(r.lowest, r.old_rate), span = floor_div(r.highest - 1, r.old_rate) - base;

@@ -89,6 +89,26 @@ void fill_dft_tables(const SpectralPlan& plan, const double* window, SpectralTab
   }
 }
 
+// A bound on samples below which neither a transform nor its power, an energy or a filter's sum can overflow.
+double largest_sample_of(const SpectralPlan& plan, const double* window, const double* filters) {
+  const SpectralOptions& o = plan.o;
+  const double most = o.double_precision ? std::numeric_limits<double>::max() : std::numeric_limits<float>::max();
+  double weight = 0, row_sum = 1;
+  for (int n = 0; n < o.frame_length; ++n) weight += std::abs(window[n]);
+  for (int m = 0; filters != nullptr && m < plan.num_filters; ++m) {
+    const double* row = filters + static_cast<int64_t>(m) * plan.num_bins;
+    double sum = 0;
+    for (int k = 0; k < plan.num_bins; ++k) sum += std::abs(row[k]);
+    row_sum = std::max(row_sum, sum);
+  }
+  // What a sample may become before the window; 4 for sums within the transform.
+  const double gain = 4 * std::max(std::abs(o.scale), 1e-30) * (1 + std::abs(o.signal_preemphasis)) *
+                      (1 + std::abs(o.frame_preemphasis)) * (o.remove_dc_offset ? 2 : 1);
+  const double exponent = o.spectrum == Spectrum::magnitude ? 1 : o.spectrum == Spectrum::power ? 2 : o.exponent;
+  const double largest = std::min(std::sqrt(most), std::pow(most / row_sum, 1 / exponent)) / std::max(weight, 1.);
+  return std::min(largest, std::sqrt(most / o.frame_length)) / gain;
+}
+
 template <typename T>
 void fill_tables(const SpectralPlan& plan, const double* filters, const double* dct, SpectralTables<T>& t) {
   const SpectralOptions& o = plan.o;
@@ -286,6 +306,7 @@ SpectralPlan::SpectralPlan(const SpectralOptions& options, const double* window,
     first_bin.push_back(first == last ? 0 : first);
     count.push_back(last - first);
   }
+  largest_sample = largest_sample_of(*this, window, filters);
   if (is_400) {
     plan_400(*this);
   } else {
@@ -351,24 +372,43 @@ template void standardize(const Standardize&, double*, int64_t, int64_t, int64_t
 
 // ---- resampling -------------------------------------------------------------------------------------------
 
-Resampler::Resampler(int64_t from, int64_t to, const double* taps, int64_t num_taps, int64_t before)
-    : old_rate(from), new_rate(to), lowest(std::numeric_limits<int64_t>::max()), highest(-lowest) {
+Resampler::Resampler(int64_t from, int64_t to, const double* taps, int64_t num_taps, const int64_t* first_samples)
+    : old_rate(from), new_rate(to), has_table(true) {
+  lowest = std::numeric_limits<int64_t>::max();
+  highest = -lowest;
   for (int64_t p = 0; p < new_rate; ++p) {
     const double* row = taps + p * num_taps;
     int64_t begin = 0, end = num_taps;
     while (begin < end - 1 && row[begin] == 0) ++begin;
     while (end > begin + 1 && row[end - 1] == 0) --end;
-    first.push_back(begin - before);
+    first.push_back(first_samples[p] + begin);
     start.push_back(static_cast<int64_t>(taps_d.size()));
     count.push_back(static_cast<int>(end - begin));
     taps_d.insert(taps_d.end(), row + begin, row + end);
-    lowest = std::min(lowest, begin - before);
-    highest = std::max(highest, end - before);
+    lowest = std::min(lowest, first.back());
+    highest = std::max(highest, first.back() + count.back());
   }
   taps_f.assign(taps_d.begin(), taps_d.end());
 }
 
-void read_samples(SpectralClip* clips, int64_t num_clips, bool is_double, int num_threads) {
+Resampler::Resampler(int64_t from, int64_t to, const SincFilter& how)
+    : old_rate(from), new_rate(to), has_table(false), filter(how) {
+  base = static_cast<double>(std::min(old_rate, new_rate)) * filter.rolloff;
+  const double width = static_cast<double>(filter.width), step = base / static_cast<double>(old_rate);
+  reach = static_cast<int64_t>(std::ceil(width / step));
+  turn.resize(2 * kTapsAtOnce);
+  window_turn.resize(2 * kTapsAtOnce);
+  for (int m = 0; m < kTapsAtOnce; ++m) {
+    turn[m] = std::cos(kPi * m * step);
+    turn[kTapsAtOnce + m] = std::sin(kPi * m * step);
+    window_turn[m] = std::cos(kPi * m * step / width);
+    window_turn[kTapsAtOnce + m] = std::sin(kPi * m * step / width);
+  }
+  for (int k = 1; filter.beta >= 0 && k <= 2000; ++k) bessel.push_back(1. / (static_cast<double>(k) * k));
+  bessel_of_beta = bessel_i0(bessel, std::max(filter.beta, 0.));
+}
+
+void read_samples(SpectralClip* clips, int64_t num_clips, int64_t first, bool is_double, int num_threads) {
   const ResampleRange range = MMLM_PICK(resample_range);
   constexpr int64_t kPerTask = 65536;
   struct Task {
@@ -378,16 +418,17 @@ void read_samples(SpectralClip* clips, int64_t num_clips, bool is_double, int nu
   int64_t total = 0;
   const int64_t bytes = is_double ? sizeof(double) : sizeof(float);
   for (int64_t i = 0; i < num_clips; ++i) {
-    ask_for_huge_pages(clips[i].out, clips[i].num_valid * bytes);
-    total += clips[i].num_valid;
-    for (int64_t at = 0; at < clips[i].num_valid; at += kPerTask) {
+    const int64_t wanted = std::max<int64_t>(0, clips[i].num_valid - first);
+    ask_for_huge_pages(clips[i].out, wanted * bytes);
+    total += wanted;
+    for (int64_t at = first; at < clips[i].num_valid; at += kPerTask) {
       tasks.push_back({i, at, std::min(kPerTask, clips[i].num_valid - at)});
     }
   }
   parallel_for(static_cast<int64_t>(tasks.size()), total < kSerialSamples ? 1 : num_threads, [&](int64_t i) {
     const Task& task = tasks[i];
-    range(clips[task.clip], task.first, task.count, static_cast<char*>(clips[task.clip].out) + task.first * bytes,
-          is_double);
+    char* out = static_cast<char*>(clips[task.clip].out) + (task.first - first) * bytes;
+    range(clips[task.clip], task.first, task.count, out, is_double);
   });
 }
 

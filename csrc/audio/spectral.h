@@ -55,6 +55,11 @@ struct SpectralTables {
   std::vector<T> weights;       // of the sparse filters
   std::vector<T> dct;           // [num_ceps][num_filters]
   std::vector<T> silent;        // [num_out], what a frame of zeros gives, before the clipping
+
+  int64_t size() const {
+    return static_cast<int64_t>(window.size() + plain_window.size() + twiddles.size() + roots.size() + unpack.size() +
+                                weights.size() + dct.size() + silent.size());
+  }
 };
 
 struct DftPass {
@@ -89,10 +94,16 @@ struct SpectralPlan {
   std::vector<DftPass> passes;
   int largest_radix;
 
+  double largest_sample;  // whatever surrounds a sample, nothing overflows up to this one
+
   std::vector<int> first_bin, count;  // filter m covers bins [first_bin[m], first_bin[m] + count[m])
   SpectralTables<float> f;
   SpectralTables<double> d;
 
+  int64_t num_bytes() const {  // of its tables
+    return sizeof(SpectralPlan) + 4 * f.size() + 8 * d.size() +
+           4 * static_cast<int64_t>(offset.size() + offset_400.size() + bin_400.size() + 2 * count.size());
+  }
   int64_t bytes_of_output(int64_t num_frames) const {
     return num_frames * num_out * (o.double_output ? sizeof(double) : sizeof(float));
   }
@@ -103,6 +114,7 @@ enum class SampleType { int16, int32, float32, float64 };
 struct Resampler;
 
 // One clip. After resampling, samples [first_sample, num_valid) are given and the rest up to `num_samples` are zeros.
+// With a resampler, first_sample counts samples before it.
 struct SpectralClip {
   const void* samples = nullptr;
   SampleType type = SampleType::float32;

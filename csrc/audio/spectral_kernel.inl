@@ -283,7 +283,7 @@ MMLM_INLINE Vec<T> logarithm(const SpectralPlan& plan, Vec<T> x) {
 
 constexpr int kTermsOfASum = 8;  // sums of sums: wide filters of long transforms erred more than peers' otherwise
 
-// Filter sums of one tile, floored, in log. Returns the sum of all of them: NaN or infinite as soon as one is.
+// Filter sums of one tile, floored, in log. Returns zeros, NaN as soon as a sum is not finite.
 template <typename T>
 __attribute__((noinline)) Vec<T> filter_and_log(const SpectralPlan& plan, const T* __restrict power,
                                                 T* __restrict out) {
@@ -312,7 +312,7 @@ __attribute__((noinline)) Vec<T> filter_and_log(const SpectralPlan& plan, const 
     }
 #pragma GCC unroll 8
     for (int g = 0; g < groups; ++g) {
-      total += sum[g];
+      total += sum[g] - sum[g];
       Vec<T> value = sum[g] + add;
       if (floors) value = max(value, floor);
       value = logarithm<T>(plan, value);
@@ -484,7 +484,7 @@ SpectralRange frames_of(const SpectralPlan& plan, const SpectralClip& clip, int6
   }
   T sum = 0;
   for (int i = 0; i < w; ++i) sum += total[i];
-  return {largest, sum - sum == 0};
+  return {largest, sum == 0};
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 #include "audio/stream.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "audio/resample.h"
 
@@ -15,7 +16,7 @@ void drop(std::vector<T>& kept, int64_t count) {
 }  // namespace
 
 template <typename T>
-bool SpectralStream::append(const void* samples, SampleType type, int64_t count, std::vector<T>& kept) {
+int64_t SpectralStream::append(const void* samples, SampleType type, int64_t count, std::vector<T>& kept) {
   SpectralClip clip;
   clip.samples = samples;
   clip.type = type;
@@ -23,12 +24,15 @@ bool SpectralStream::append(const void* samples, SampleType type, int64_t count,
   const size_t before = kept.size();
   kept.resize(before + count);
   clip.out = kept.data() + before;
-  read_samples(&clip, 1, sizeof(T) == sizeof(double), 1);
-  T check = 0;
-  for (size_t i = before; i < kept.size(); ++i) check += kept[i] - kept[i];  // NaN as soon as one is not finite
-  if (check == 0) return true;
+  read_samples(&clip, 1, 0, sizeof(T) == sizeof(double), 1);
+  T check = 0, largest = 0;
+  for (size_t i = before; i < kept.size(); ++i) {
+    check += kept[i] - kept[i];  // NaN as soon as one is not finite
+    largest = std::max(largest, std::abs(kept[i]));
+  }
+  if (check == 0 && largest <= plan_->largest_sample) return count;
   kept.resize(before);
-  return false;
+  return check == 0 ? kTooLarge : kNotFinite;
 }
 
 int64_t SpectralStream::num_received() const {
@@ -53,9 +57,9 @@ int64_t SpectralStream::num_ready() const {
 int64_t SpectralStream::push(const void* samples, SampleType type, int64_t count) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (count > 0) {
-    const bool finite =
+    const int64_t taken =
         plan_->o.double_precision ? append(samples, type, count, kept_) : append(samples, type, count, kept_f_);
-    if (!finite) return -1;
+    if (taken < 0) return taken;
     received_ += count;
   }
   return ready_ = num_ready();

@@ -3,7 +3,8 @@
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
-#include <cstring>
+#include <stdexcept>
+#include <string>
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -22,13 +23,10 @@ uint64_t enabled_state() {  // XCR0: which vector registers the operating system
 #endif
 
 Isa capped_by_environment() {
-  const Isa best = best_isa();
-  if (const char* cap = std::getenv("MMLM_FAST_ISA")) {
-    for (const Isa isa : kIsas) {
-      if (std::strcmp(cap, isa_name(isa)) == 0 && has_isa(isa)) return isa;
-    }
-  }
-  return best;
+  const char* cap = std::getenv("MMLM_FAST_ISA");
+  if (cap == nullptr || *cap == '\0') return best_isa();
+  const Isa isa = isa_named(cap, "MMLM_FAST_ISA");
+  return has_isa(isa) ? isa : best_isa();
 }
 
 }  // namespace
@@ -72,6 +70,13 @@ Isa set_isa(Isa isa) {
   const Isa chosen = has_isa(isa) ? isa : best_isa();
   g_active.store(static_cast<int>(chosen), std::memory_order_relaxed);
   return chosen;
+}
+
+Isa isa_named(const std::string& name, const char* what) {
+  for (const Isa isa : kIsas) {
+    if (name == isa_name(isa)) return isa;
+  }
+  throw std::invalid_argument(std::string(what) + " must be baseline, avx2, avx512 or wide, got " + name);
 }
 
 const char* isa_name(Isa isa) {

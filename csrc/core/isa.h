@@ -1,6 +1,7 @@
 // Which instruction set the audio kernels run on, chosen once at run time.
 // One translation unit per ISA is compiled from the same source; a function table picks among them.
 #pragma once
+#include <string>
 
 namespace mmlm {
 
@@ -39,12 +40,14 @@ Isa best_isa();
 // Whether this build and this CPU have it.
 bool has_isa(Isa isa);
 
-// ISA in use: best_isa(), or the one that the environment variable MMLM_FAST_ISA names, where there is that.
+// ISA in use: best_isa(), or the one that the environment variable MMLM_FAST_ISA names, where there is that. Throws
+// std::invalid_argument where it names none.
 Isa active_isa();
 
 // For tests: use `isa`, or the best one when this CPU lacks it. Returns what is active afterwards.
 Isa set_isa(Isa isa);
 
 const char* isa_name(Isa isa);
+Isa isa_named(const std::string& name, const char* what);  // `what`: for the error
 
 }  // namespace mmlm

@@ -8,13 +8,14 @@ from mmlm_fast.audio.log_mel import log_mel, log_mel_ref
 from mmlm_fast.audio.mel_spectrogram import mel_mfcc, mel_spectrogram, spectrogram
 from mmlm_fast.audio.nemo import nemo_log_mel, standardize
 from mmlm_fast.audio.resample import resample
-from mmlm_fast.audio.streaming import StreamingFbank, StreamingLogMel, StreamingMfcc
+from mmlm_fast.audio.streaming import StreamingFbank, StreamingLogMel, StreamingMfcc, StreamingResample
 
 __all__ = [
     "AudioFileError",
     "StreamingFbank",
     "StreamingLogMel",
     "StreamingMfcc",
+    "StreamingResample",
     "audio_info",
     "kaldi_fbank",
     "log_mel",

@@ -4,7 +4,7 @@ import json
 import re
 import warnings
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from mmlm_fast import _C
 from mmlm_fast.audio.plain import address_of
 from mmlm_fast.audio.resample import resample_ref
 from mmlm_fast.audio.spectral import SpectralSpec, offsets_of, spec_of, spectral_ref
-from mmlm_fast.audio.tables import kept_tables
+from mmlm_fast.audio.tables import kept_tables, kept_within
 from mmlm_fast.audio.waveforms import as_float
 
 _OUT_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -54,7 +54,7 @@ def _has_kernel(index: int) -> bool:
     return not reason
 
 
-@lru_cache(maxsize=64)
+@kept_within(16 * 2**20, lambda plan: plan.num_bytes)
 def device_plan(key: str) -> "_C.SpectralPlan":
     return spec_of(key).native_plan(double_precision=False, double_output=False, prime_factor_400=False)
 

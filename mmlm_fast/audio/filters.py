@@ -6,15 +6,16 @@ float32, transformers keeps float64: to have a peer's numbers, take its dtype.
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mmlm_fast.audio.plain import in_plain_torch
+from mmlm_fast.audio.tables import kept_within
 
 Array = np.ndarray
+_kept = kept_within(16 * 2**20, lambda array: array.nbytes + 1024)
 
 
 def _table(tensor: Tensor) -> Array:
@@ -23,7 +24,7 @@ def _table(tensor: Tensor) -> Array:
     return array
 
 
-@lru_cache
+@_kept
 @in_plain_torch
 def window_of(
     name: str,
@@ -80,7 +81,7 @@ def _triangles(points: Tensor, edges: Tensor) -> Tensor:
     return torch.minimum(rising, falling).clamp(min=0)
 
 
-@lru_cache
+@_kept
 @in_plain_torch
 def mel_filters(
     num_mel_bins: int,
@@ -128,7 +129,7 @@ def _vtln_warp(hz: Tensor, warp: float, low_freq: float, high_freq: float, vtln_
     return torch.where((hz < low_freq) | (hz > high_freq), hz, warped)
 
 
-@lru_cache
+@_kept
 @in_plain_torch
 def kaldi_mel_filters(
     num_mel_bins: int,

@@ -1,13 +1,13 @@
 """Kaldi's log-mel filter bank and MFCC, with the keywords of torchaudio.compliance.kaldi."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mmlm_fast.audio.arguments import whole
 from mmlm_fast.audio.filters import cosine_matrix, kaldi_mel_filters, lifter, window_of
 from mmlm_fast.audio.resample import num_resampled, resample
 from mmlm_fast.audio.spectral import (
@@ -20,7 +20,7 @@ from mmlm_fast.audio.spectral import (
     spec_of,
     spectrum_ref,
 )
-from mmlm_fast.audio.waveforms import Clips, as_float, clips_of
+from mmlm_fast.audio.waveforms import Clips, Waveform, as_float, clips_of, tensor_of
 
 EPSILON = 1.1920928955078125e-07  # FLT_EPSILON: the floor of energies
 _WINDOWS = ("povey", "hanning", "hamming", "blackman", "rectangular")
@@ -142,8 +142,8 @@ def checked_key(
         raise ValueError(f"preemphasis_coefficient must be in [0, 1], got {preemphasis_coefficient}")
     if window_type not in _WINDOWS:
         raise ValueError(f"window_type must be among {', '.join(_WINDOWS)}, got {window_type!r}")
-    if num_mel_bins <= 3:
-        raise ValueError(f"num_mel_bins must be above 3, got {num_mel_bins}")
+    num_mel_bins = whole("num_mel_bins", num_mel_bins, 4, None, "above 3")
+    num_ceps = whole("num_ceps", num_ceps, 0)
     if num_ceps > num_mel_bins:
         raise ValueError(f"num_ceps must be at most num_mel_bins={num_mel_bins}, got {num_ceps}")
     return kaldi_key(
@@ -157,7 +157,7 @@ def checked_key(
         high_freq=plain_float(high_freq),
         htk_compat=bool(htk_compat),
         low_freq=plain_float(low_freq),
-        num_mel_bins=int(num_mel_bins),
+        num_mel_bins=num_mel_bins,
         preemphasis_coefficient=plain_float(preemphasis_coefficient),
         raw_energy=bool(raw_energy),
         remove_dc_offset=bool(remove_dc_offset),
@@ -175,6 +175,9 @@ def checked_key(
 
 def _clips(waveform: Any, channel: int, channel_dim: int | None, orig_freq: int | None) -> tuple[Clips, bool]:
     """The clips, and whether one came alone. A 2-D tensor is ``[channels, num_samples]``, as in torchaudio."""
+    channel = whole("channel", channel, -1)
+    if isinstance(waveform, np.ndarray):
+        waveform = tensor_of(waveform, "waveform")
     if isinstance(waveform, Tensor):
         if waveform.dim() not in (1, 2):
             raise ValueError(
@@ -233,7 +236,7 @@ def _dithered(spec: SpectralSpec, waveform: Tensor, orig_freq: int, dither: floa
 
 
 def kaldi_fbank(
-    waveform: Tensor | Sequence[Tensor],
+    waveform: Waveform,
     blackman_coeff: float = 0.42,
     channel: int = -1,
     dither: float = 0.0,
@@ -271,8 +274,9 @@ def kaldi_fbank(
     triangular filters over mel, ``ln(max(mel, FLT_EPSILON))``.
 
     Args:
-        waveform: ``[N]``, ``[channels, N]``, or a sequence of 1-D tensors. Kaldi expects samples at the scale of 16-bit
-            integers; here they are taken as they are, in [-1, 1] for int16 and int32 tensors: pass ``scale=32768``.
+        waveform: ``[N]``, ``[channels, N]``, or a sequence of 1-D tensors; arrays likewise. Kaldi expects samples at
+            the scale of 16-bit integers; here they are taken as they are, in [-1, 1] for int16 and int32 ones: pass
+            ``scale=32768``.
         blackman_coeff: Of the Blackman window.
         channel: Which channel of ``[channels, N]``; needed where there are several.
         dither: Standard deviation of the noise added to every frame (from torch's generator), at the scale of
@@ -342,7 +346,7 @@ def kaldi_fbank(
 
 
 def mfcc(
-    waveform: Tensor | Sequence[Tensor],
+    waveform: Waveform,
     blackman_coeff: float = 0.42,
     cepstral_lifter: float = 22.0,
     channel: int = -1,
@@ -389,10 +393,8 @@ def mfcc(
 
     Source: torchaudio ``compliance.kaldi.mfcc``; Kaldi ``feature-mfcc.cc``.
     """
-    if num_ceps < 1:
-        raise ValueError(f"num_ceps must be at least 1, got {num_ceps}")
     key = checked_key(
-        num_ceps=num_ceps,
+        num_ceps=whole("num_ceps", num_ceps),
         cepstral_lifter=cepstral_lifter,
         blackman_coeff=blackman_coeff,
         energy_floor=energy_floor,

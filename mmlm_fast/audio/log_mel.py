@@ -1,14 +1,13 @@
 """Whisper's log-mel spectrogram."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from mmlm_fast.audio.arguments import whole
 from mmlm_fast.audio.filters import mel_filters, window_of
 from mmlm_fast.audio.resample import num_resampled
-from mmlm_fast.audio.spectral import dtype_name, family, features_of, spec_of, spectral_ref
-from mmlm_fast.audio.waveforms import clips_of
+from mmlm_fast.audio.spectral import dtype_name, family, features_of, plain_float, spec_of, spectral_ref
+from mmlm_fast.audio.waveforms import Waveform, clips_of
 
 N_FFT = 400
 HOP_LENGTH = 160
@@ -45,11 +44,9 @@ def log_mel_key(num_mel_bins: int, log_mel_max: float | None, dtype: str) -> dic
 
 
 def checked_key(num_mel_bins: int, log_mel_max: float | None, dtype: torch.dtype) -> str:
-    if not isinstance(num_mel_bins, int) or not 1 <= num_mel_bins <= 512:
-        raise ValueError(f"num_mel_bins must be from 1 to 512, got {num_mel_bins}")
     return log_mel_key(
-        num_mel_bins=num_mel_bins,
-        log_mel_max=None if log_mel_max is None else float(log_mel_max),
+        num_mel_bins=whole("num_mel_bins", num_mel_bins, 1, 512, "from 1 to 512"),
+        log_mel_max=None if log_mel_max is None else plain_float(log_mel_max),
         dtype=dtype_name(dtype),
     )
 
@@ -61,7 +58,7 @@ def log_mel_ref(waveform: Tensor, num_mel_bins: int = 80) -> Tensor:
 
 
 def log_mel(
-    waveform: Tensor | Sequence[Tensor],
+    waveform: Waveform,
     *,
     num_mel_bins: int = 80,
     sampling_rate: int = SAMPLING_RATE,
@@ -77,7 +74,8 @@ def log_mel(
     0 to 8000 Hz, floor 1e-10, clipped to 8 below the clip's maximum.
 
     Args:
-        waveform: Audio at 16 kHz: a tensor ``[*batch, N]``, or a sequence of 1-D tensors of different lengths. Float
+        waveform: Audio at 16 kHz: a tensor ``[*batch, N]``, or a sequence of 1-D tensors of different lengths;
+            arrays likewise. Float
             samples in [-1, 1], or int16 or int32 ones, which are scaled to [-1, 1).
         num_mel_bins: 80 (Whisper up to large-v2) or 128 (large-v3), any number from 1 to 512.
         sampling_rate: In hertz, for callers that carry it along. Only 16000 is accepted; see `orig_freq`.
@@ -103,14 +101,16 @@ def log_mel(
 
     Source: openai/whisper ``audio.py``; transformers ``WhisperFeatureExtractor``.
     """
-    if sampling_rate != SAMPLING_RATE:
+    if whole("sampling_rate", sampling_rate) != SAMPLING_RATE:
         raise ValueError(
             f"sampling_rate must be {SAMPLING_RATE}, got {sampling_rate}: pass orig_freq={sampling_rate} to have the "
             f"waveform resampled"
         )
     key = checked_key(num_mel_bins, log_mel_max, dtype)
     clips = clips_of(waveform, channel_dim=channel_dim, orig_freq=orig_freq)
-    if num_samples is None and clips.batch is None:
+    if num_samples is not None:
+        num_samples = whole("num_samples", num_samples, 0)
+    elif clips.batch is None:
         lengths = [num_resampled(w.shape[-1], clips.orig_freq, SAMPLING_RATE) for w in clips.waveforms]
         num_samples = max(lengths, default=0)
     out = features_of(key, clips, num_samples)
@@ -118,4 +118,6 @@ def log_mel(
         return out
     if out:
         return torch.stack(out)
-    return torch.empty(0, num_mel_bins, (num_samples or 0) // HOP_LENGTH, dtype=dtype, device="cpu")
+    return torch.empty(
+        0, whole("num_mel_bins", num_mel_bins), (num_samples or 0) // HOP_LENGTH, dtype=dtype, device="cpu"
+    )

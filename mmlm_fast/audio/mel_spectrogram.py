@@ -1,20 +1,20 @@
 """Spectrogram, mel spectrogram and MFCC with the parameters of torchaudio.transforms and of librosa."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mmlm_fast.audio.arguments import whole
 from mmlm_fast.audio.filters import cosine_matrix, lifter, mel_filters, window_of
 from mmlm_fast.audio.plain import in_plain_torch, without_autocast
 from mmlm_fast.audio.resample import resample
 from mmlm_fast.audio.spectral import constant_in_graphs, dtype_name, family, features_of, plain_float
-from mmlm_fast.audio.tables import kept_tables
-from mmlm_fast.audio.waveforms import as_float, clips_of
+from mmlm_fast.audio.tables import kept_tables, kept_within
+from mmlm_fast.audio.waveforms import Waveform, as_float, clips_of
 
 _EDGES = {"reflect": "reflect", "constant": "zero", "symmetric": "mirror"}
 # What differs between the two libraries' defaults. torchaudio makes its tables in float32, librosa in float64; librosa
@@ -136,7 +136,7 @@ def _dct_rows(*arguments: Any) -> tuple[tuple[float, ...], ...]:
     return tuple(map(tuple, _scaled_dct(*arguments).tolist()))
 
 
-@lru_cache(maxsize=64)
+@kept_within(4 * 2**20, lambda window: 32 * len(window) + 1024)
 @in_plain_torch
 def _called_window(window_fn: Callable, length: int, wkwargs: tuple) -> tuple[float, ...]:
     kwargs = dict(wkwargs)
@@ -162,12 +162,6 @@ def _window_argument(window: Any, wkwargs: dict | None, length: int) -> tuple[fl
     return values
 
 
-def _positive(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, got {size!r}")
-
-
 def _key(convention: str, mel: bool, given: dict[str, Any]) -> str:
     """From the public functions' arguments, None where not given, to a spec's key."""
     if convention not in _CONVENTIONS:
@@ -177,11 +171,11 @@ def _key(convention: str, mel: bool, given: dict[str, Any]) -> str:
     def value(name: str) -> Any:
         return defaults[name] if given.get(name) is None else given[name]
 
-    rate, n_fft = value("sample_rate"), value("n_fft")
-    win_length = given["win_length"] or n_fft
+    rate, n_fft = (whole(name, value(name)) for name in ("sample_rate", "n_fft"))
+    win_length = n_fft if given["win_length"] is None else whole("win_length", given["win_length"])
     # torchaudio: half of the window; librosa: a quarter of the window.
-    hop_length = given["hop_length"] or max(win_length // defaults["hop"], 1)
-    _positive(sample_rate=rate, n_fft=n_fft, win_length=win_length, hop_length=hop_length)
+    hop_length = given["hop_length"]
+    hop_length = max(win_length // defaults["hop"], 1) if hop_length is None else whole("hop_length", hop_length)
     if win_length > n_fft:
         raise ValueError(f"win_length must be at most n_fft={n_fft}, got {win_length}")
     if value("pad_mode") not in _EDGES:
@@ -197,10 +191,9 @@ def _key(convention: str, mel: bool, given: dict[str, Any]) -> str:
         raise ValueError(f'normalized must be False, True, "window" or "frame_length", got {normalized!r}')
     bands = None
     if mel:
-        _positive(n_mels=value("n_mels"))
         norm = defaults["norm"] if given["norm"] == "default" else given["norm"]
         top = None if given["f_max"] is None else plain_float(given["f_max"])
-        bands = (value("n_mels"), plain_float(given["f_min"]), top, norm, value("mel_scale"))
+        bands = (whole("n_mels", value("n_mels")), plain_float(given["f_min"]), top, norm, value("mel_scale"))
     return spectrogram_key(
         sample_rate=rate,
         n_fft=n_fft,
@@ -223,12 +216,10 @@ def _key(convention: str, mel: bool, given: dict[str, Any]) -> str:
     )
 
 
-def _run(key: str, waveform: Any, orig_freq: int | None, channel_dim: int | None, pad: int, rate: int | None) -> Any:
+def _run(key: str, waveform: Any, orig_freq: int | None, channel_dim: int | None, pad: int, rate: int) -> Any:
     clips = clips_of(waveform, channel_dim=channel_dim, orig_freq=orig_freq)
-    if pad < 0:
-        raise ValueError(f"pad must not be negative, got {pad}")
-    if pad:  # zeros before everything else, so also before what centring makes up
-        rate = rate or clips.orig_freq
+    if pad := whole("pad", pad, 0):  # zeros before everything else, so also before what centring makes up
+        rate = whole("sample_rate", rate)
         waveforms: list[Any] = [
             as_float(w, torch.float64 if w.dtype == torch.float64 else torch.float32) for w in clips.waveforms
         ]
@@ -240,7 +231,7 @@ def _run(key: str, waveform: Any, orig_freq: int | None, channel_dim: int | None
 
 
 def spectrogram(
-    waveform: Tensor | Sequence[Tensor],
+    waveform: Waveform,
     *,
     sample_rate: int | None = None,
     n_fft: int | None = None,
@@ -285,7 +276,7 @@ def spectrogram(
 
 
 def mel_spectrogram(
-    waveform: Tensor | Sequence[Tensor],
+    waveform: Waveform,
     *,
     sample_rate: int | None = None,
     n_fft: int | None = None,
@@ -329,8 +320,8 @@ def mel_spectrogram(
     ==============  ============  ==========  ========================
 
     Args:
-        waveform: ``[*batch, N]``, or a sequence of 1-D tensors. Float samples in [-1, 1], or int16 or int32 ones, which
-            are scaled to [-1, 1).
+        waveform: ``[*batch, N]``, or a sequence of 1-D tensors; arrays likewise. Float samples in [-1, 1], or int16
+            or int32 ones, which are scaled to [-1, 1).
         sample_rate: Rate that the filters are for, in hertz.
         n_fft: Length of the transform, any number.
         win_length: Length of the window, at most `n_fft`, which is the default; shorter ones sit in the middle.
@@ -394,7 +385,7 @@ def mel_spectrogram(
 
 
 def mel_mfcc(
-    waveform: Tensor | Sequence[Tensor],
+    waveform: Waveform,
     *,
     n_mfcc: int | None = None,
     dct_norm: str | None = "ortho",
@@ -424,9 +415,8 @@ def mel_mfcc(
     Source: torchaudio ``transforms.MFCC``; librosa ``feature.mfcc``.
     """
     defaults = _CONVENTIONS.get(convention, _CONVENTIONS["torchaudio"])
-    n_mfcc = defaults["n_mfcc"] if n_mfcc is None else n_mfcc
-    n_mels = melkwargs.get("n_mels") or defaults["n_mels"]
-    _positive(n_mfcc=n_mfcc)
+    n_mfcc = whole("n_mfcc", defaults["n_mfcc"] if n_mfcc is None else n_mfcc)
+    n_mels = whole("n_mels", defaults["n_mels"] if melkwargs.get("n_mels") is None else melkwargs["n_mels"])
     if n_mfcc > n_mels:
         raise ValueError(f"n_mfcc must be at most n_mels={n_mels}, got {n_mfcc}")
     if not log_mels and melkwargs.get("top_db", 80.0) is not None:

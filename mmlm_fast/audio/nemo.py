@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from mmlm_fast import _C
+from mmlm_fast.audio.arguments import whole
 from mmlm_fast.audio.filters import mel_filters, window_of
 from mmlm_fast.audio.plain import address_of, has_memory, plain_torch
 from mmlm_fast.audio.resample import num_resampled
 from mmlm_fast.audio.spectral import dtype_name, family, features_of, plain_float
-from mmlm_fast.audio.waveforms import clips_of
+from mmlm_fast.audio.waveforms import Waveform, clips_of
 from mmlm_fast.ops._registry import using_reference
 
 SAMPLING_RATE = 16000
@@ -40,7 +41,7 @@ def nemo_key(num_mel_bins: int, preemphasis: float, dtype: str) -> dict:
 
 
 def nemo_log_mel(
-    waveform: Tensor | Sequence[Tensor],
+    waveform: Waveform,
     *,
     num_mel_bins: int = 80,
     preemphasis: float = 0.97,
@@ -55,8 +56,8 @@ def nemo_log_mel(
     beyond the ends), power, Slaney filters from 0 to 8000 Hz.
 
     Args:
-        waveform: Audio at 16 kHz: ``[*batch, N]``, or a sequence of 1-D tensors. Float samples in [-1, 1], or int16 or
-            int32 ones, which are scaled to [-1, 1).
+        waveform: Audio at 16 kHz: ``[*batch, N]``, or a sequence of 1-D tensors; arrays likewise. Float samples in
+            [-1, 1], or int16 or int32 ones, which are scaled to [-1, 1).
         num_mel_bins: 80 (Parakeet), 128 (Canary).
         preemphasis: Of ``x[t] - c x[t-1]``; 0 for none.
         normalize: Subtract each bin's mean and divide by its deviation (n - 1) plus 1e-5, over the ``N // 160`` frames
@@ -74,8 +75,7 @@ def nemo_log_mel(
 
     Source: NVIDIA NeMo ``FilterbankFeatures``; transformers ``ParakeetFeatureExtractor``.
     """
-    if not isinstance(num_mel_bins, int) or not 1 <= num_mel_bins <= 512:
-        raise ValueError(f"num_mel_bins must be from 1 to 512, got {num_mel_bins}")
+    num_mel_bins = whole("num_mel_bins", num_mel_bins, 1, 512, "from 1 to 512")
     key = nemo_key(num_mel_bins=num_mel_bins, preemphasis=plain_float(preemphasis), dtype=dtype_name(dtype))
     clips = clips_of(waveform, channel_dim=channel_dim, orig_freq=orig_freq)
     lengths = [num_resampled(w.shape[-1], clips.orig_freq, SAMPLING_RATE) for w in clips.waveforms]
@@ -133,9 +133,15 @@ def standardize(
         raise ValueError(f'per must be "bin" or "clip", got {per!r}')
     frames, bins = features.shape[-2:]
     flat = features.reshape(math.prod(features.shape[:-2]), frames, bins)
-    counts = [frames] * len(flat) if num_valid is None else num_valid
-    counts = [counts] * len(flat) if isinstance(counts, int) else list(counts)
-    if len(counts) != len(flat) or any(not 0 <= n <= frames for n in counts):
+    ddof = whole("ddof", ddof, 0, 1)
+    if num_valid is None:
+        counts = [frames] * len(flat)
+    elif isinstance(num_valid, (Sequence, np.ndarray)) or (isinstance(num_valid, Tensor) and num_valid.dim()):
+        what = f"one count a clip, from 0 to {frames}"
+        counts = [whole("num_valid", n, 0, frames, what) for n in num_valid]
+    else:
+        counts = [whole("num_valid", num_valid, 0, frames)] * len(flat)
+    if len(counts) != len(flat):
         raise ValueError(f"num_valid must be one count a clip, from 0 to {frames}, got {counts} for {len(flat)} clips")
     is_native = (
         features.device.type == "cpu" and features.dtype in (torch.float32, torch.float64) and has_memory(features)

@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from mmlm_fast import _C
 from mmlm_fast.audio.plain import address_of, autograd_within_an_op, without_autocast
 from mmlm_fast.audio.resample import native_resampler, num_resampled, resample_ref
-from mmlm_fast.audio.tables import kept_tables
+from mmlm_fast.audio.tables import ByteCache, kept_tables, kept_within
 from mmlm_fast.audio.waveforms import SAMPLE_TYPES, Clips, as_float, native_format
 from mmlm_fast.ops._derivatives import differentiable
 from mmlm_fast.ops._registry import register_op, using_reference
@@ -138,7 +138,13 @@ def plain_float(value: float) -> float:
     return float(value).__float__()
 
 
-_SPECS: dict[str, SpectralSpec] = {}
+def _bytes_of(spec: SpectralSpec) -> int:
+    """With the plan that it makes on its first call."""
+    arrays = (spec.window, spec.filters, spec.dct)
+    return 4096 + len(spec.key) + sum(2 * a.nbytes for a in arrays if a is not None) + 128 * spec.n_fft
+
+
+_SPECS: ByteCache[SpectralSpec] = ByteCache(64 * 2**20, _bytes_of)
 _FAMILIES: dict[str, Callable[..., dict]] = {}
 
 
@@ -146,7 +152,7 @@ def family(name: str) -> Callable[[Callable[..., dict]], Callable[..., str]]:
     """Make a function from plain keyword arguments to `SpectralSpec`'s fields one to the key of the spec."""
 
     def decorate(fields: Callable[..., dict]) -> Callable[..., str]:
-        @lru_cache(maxsize=256)
+        @kept_within(4 * 2**20, lambda key: 4 * len(key) + 1024)
         def cached(**arguments: Any) -> str:
             key = json.dumps([name, arguments])
             spec_of(key)  # bad arguments are the caller's error, not the op's
@@ -164,12 +170,14 @@ def family(name: str) -> Callable[[Callable[..., dict]], Callable[..., str]]:
 
 def spec_of(key: str) -> SpectralSpec:
     """The spec of a key; made where it is not known yet, as in another process than the one that traced the call."""
-    if key not in _SPECS:
+
+    def make() -> SpectralSpec:
         name, arguments = json.loads(key)
         plain = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
         fields: dict[str, Any] = _FAMILIES[name](**plain)
-        _SPECS.setdefault(key, SpectralSpec(key=key, **fields))
-    return _SPECS[key]
+        return SpectralSpec(key=key, **fields)
+
+    return _SPECS.get(key, make)
 
 
 @constant_in_graphs

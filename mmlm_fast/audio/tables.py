@@ -1,13 +1,70 @@
-"""Constant tables of the audio functions (filters, windows, twiddles), once on each device."""
+"""Tables of the audio functions (filters, windows, twiddles): what is kept of them, and once on each device."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from functools import wraps
 from threading import Lock
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mmlm_fast.audio.plain import plain_torch
+
+V = TypeVar("V")
+
+
+class ByteCache(Generic[V]):
+    """What was used last, up to a number of bytes in all; the very last whatever its size. For any number of threads.
+
+    Args:
+        max_bytes: Of all values.
+        size_of: Bytes of a value with its key.
+    """
+
+    def __init__(self, max_bytes: int, size_of: Callable[[V], int]) -> None:
+        self.max_bytes, self.num_bytes = max_bytes, 0
+        self._size_of, self._lock = size_of, Lock()
+        self._kept: OrderedDict[Hashable, tuple[V, int]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(self, key: Hashable, make: Callable[[], V]) -> V:
+        """The value kept for `key`, or a new one."""
+        with self._lock:
+            known = self._kept.get(key)
+            if known is not None:
+                self._kept.move_to_end(key)
+                return known[0]
+        value = make()
+        size = self._size_of(value)
+        with self._lock:
+            known = self._kept.setdefault(key, (value, size))
+            if known[0] is value:
+                self.num_bytes += size
+            self._kept.move_to_end(key)
+            while self.num_bytes > self.max_bytes and len(self._kept) > 1:
+                self.num_bytes -= self._kept.popitem(last=False)[1][1]
+            return known[0]
+
+
+def kept_within(max_bytes: int, size_of: Callable[[Any], int]) -> Callable[[Callable], Callable]:
+    """Decorate a function of hashable arguments to keep its results; see `ByteCache`."""
+
+    def decorate(function: Callable) -> Callable:
+        cache: ByteCache = ByteCache(max_bytes, size_of)
+
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return cache.get((args, tuple(sorted(kwargs.items()))), lambda: function(*args, **kwargs))
+
+        call.cache = cache  # type: ignore[attr-defined]
+        return call
+
+    return decorate
+
 
 # A few hundred KiB a function, rate and dtype; what comes when this is full is made again at every call.
 MAX_BYTES = 256 * 2**20

@@ -4,13 +4,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mmlm_fast import _C
+from mmlm_fast.audio.arguments import whole
 
+Waveform = Tensor | np.ndarray | Sequence[Tensor | np.ndarray]
 # The native core's codes. Keyed by dtype, in the machine's byte order: looking up its name took longer than a frame.
 SAMPLE_TYPES = {np.dtype(t): code for code, t in enumerate((np.int16, np.int32, np.float32, np.float64))}
 FULL_SCALE = {torch.int16: 2.0**-15, torch.int32: 2.0**-31}
@@ -26,18 +29,19 @@ class Clips:
     orig_freq: int  # rate of the samples, 0: the feature's own
     num_samples: int = 0  # of an empty batch
     device: torch.device | None = None
+    dtype: torch.dtype = torch.float32  # of samples as floats
 
 
-def clips_of(
-    waveform: Tensor | Sequence[Tensor], *, channel_dim: int | None = None, orig_freq: int | None = None
-) -> Clips:
-    """The clips of a tensor ``[*batch, num_samples]`` or a sequence of 1-D tensors, checked.
+def clips_of(waveform: Waveform, *, channel_dim: int | None = None, orig_freq: int | None = None) -> Clips:
+    """The clips of a tensor or array ``[*batch, num_samples]`` or a sequence of 1-D ones, checked.
 
     With `channel_dim` that dimension of the tensor, or of each clip, holds channels, to be averaged.
     """
-    if orig_freq is not None and (not isinstance(orig_freq, int) or orig_freq < 1):
-        raise ValueError(f"orig_freq must be a rate in whole hertz, got {orig_freq!r}")
-    rate = orig_freq or 0
+    rate = 0 if orig_freq is None else whole("orig_freq", orig_freq, 1, 2**31 - 1, "a rate in whole hertz")
+    if channel_dim is not None:
+        channel_dim = whole("channel_dim", channel_dim, -64, 63)
+    if isinstance(waveform, np.ndarray):
+        waveform = tensor_of(waveform, "waveform")
     if isinstance(waveform, Tensor):
         _check_tensor(waveform, "waveform")
         if channel_dim is not None:
@@ -50,11 +54,19 @@ def clips_of(
         if not batch:
             return Clips([waveform], batch, rate)
         rows = list(waveform.reshape(math.prod(batch), *inner).unbind(0))
-        return Clips(rows, batch, rate, inner[-1], waveform.device)
+        dtype = torch.float64 if waveform.dtype == torch.float64 else torch.float32
+        return Clips(rows, batch, rate, inner[-1], waveform.device, dtype)
+    if isinstance(waveform, (str, bytes)) or not isinstance(waveform, Sequence):
+        raise ValueError(
+            f"waveform must be a tensor or array of samples, or a sequence of them, got {type(waveform).__name__}"
+        )
     clips: list[Tensor] = []
-    for i, clip in enumerate(waveform):
-        if not isinstance(clip, Tensor):
-            raise ValueError(f"clip {i} must be a 1-D tensor of samples, got {type(clip).__name__}")
+    for i, given in enumerate(waveform):
+        if not isinstance(given, (Tensor, np.ndarray)):
+            raise ValueError(
+                f"clip {i} must be a 1-D tensor or array of samples, got {type(given).__name__}: a list is one of clips"
+            )
+        clip = tensor_of(given, f"clip {i}")
         _check_tensor(clip, f"clip {i}")
         if channel_dim is not None and clip.dim() == 2:
             clip = _channels_last_but_one(clip, channel_dim)
@@ -64,6 +76,34 @@ def clips_of(
             raise ValueError(f"clips must be on one device, got {clips[0].device} and {clip.device} (clip {i})")
         clips.append(_readable(clip))
     return Clips(_of_one_format(clips), None, rate)
+
+
+def tensor_of(samples: Any, name: str) -> Tensor:
+    """A tensor for an array, which it shares memory with where torch can: not with read-only or reversed ones.
+
+    Raises:
+        ValueError: for masked samples, and for numbers that torch has no type for.
+    """
+    if isinstance(samples, Tensor):
+        return samples
+    if torch.compiler.is_compiling():
+        return torch.as_tensor(samples)
+    if isinstance(samples, np.ma.MaskedArray):
+        if np.ma.is_masked(samples):
+            raise ValueError(f"{name} must hold samples, got a masked array with masked ones: fill or remove them")
+        samples = samples.data
+    array = np.asarray(samples)
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    if not array.flags.writeable or any(stride < 0 for stride in array.strides):
+        array = array.copy()
+    try:
+        return torch.from_numpy(array)
+    except TypeError:
+        raise ValueError(
+            f"{name} must hold float samples in [-1, 1], or int16 or int32 ones, got {array.dtype} of shape "
+            f"{array.shape}"
+        ) from None
 
 
 def _of_one_format(clips: list[Tensor]) -> list[Tensor]:
@@ -116,13 +156,16 @@ def as_float(waveform: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _format(kind: int, channels: int, channel_stride: int, stride: int, resampler: object) -> "_C.Format":
-    return _C.Format(kind, channels, channel_stride, stride, resampler)
+def _format(kind: int, channels: int, channel_stride: int, stride: int) -> "_C.Format":
+    return _C.Format(kind, channels, channel_stride, stride, None)
 
 
 def native_format(waveforms: list[Tensor], resampler: "_C.Resampler | None") -> "_C.Format":
     """How the native core reads these tensors, which share dtype, channels and strides."""
     first = waveforms[0]
-    if first.dim() == 1:
-        return _format(_NATIVE[first.dtype], 1, 0, first.stride(0) if first.shape[0] > 1 else 1, resampler)
-    return _format(_NATIVE[first.dtype], first.shape[0], first.stride(0), first.stride(1), resampler)
+    layout = (1, 0, first.stride(0) if first.shape[0] > 1 else 1)
+    if first.dim() == 2:
+        layout = (first.shape[0], first.stride(0), first.stride(1))
+    if resampler is None:
+        return _format(_NATIVE[first.dtype], *layout)
+    return _C.Format(_NATIVE[first.dtype], *layout, resampler)  # not kept: it would keep the resampler

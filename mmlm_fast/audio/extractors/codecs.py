@@ -12,7 +12,6 @@ from transformers.utils import logging
 from mmlm_fast.audio.extractors.plans import Original
 from mmlm_fast.audio.kaldi import kaldi_fbank
 from mmlm_fast.audio.nemo import standardize_in_place
-from mmlm_fast.ops._registry import using_reference
 
 logger = logging.get_logger("transformers." + __name__)
 
@@ -55,7 +54,7 @@ class NeuCodecMixin(Original):
         **kwargs: Any,
     ) -> BatchFeature:
         """Extract features; arguments and result are those of transformers' class."""
-        if using_reference() or torch.device(device).type != "cpu":
+        if self._takes_original("__call__") or torch.device(device).type != "cpu":
             return super().__call__(
                 audio, padding, max_length, truncation, return_tensors, sampling_rate, device, **kwargs
             )

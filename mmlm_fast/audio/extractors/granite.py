@@ -47,7 +47,7 @@ class GraniteSpeechMixin(Original):
         self.projector_downsample_rate = projector_downsample_rate
 
     def _extract_mel_spectrograms(self, audio: Tensor, device: str | None = "cpu") -> Tensor:
-        if using_reference() or not is_cpu(device):
+        if self._takes_original("_extract_mel_spectrograms") or not is_cpu(device):
             return super()._extract_mel_spectrograms(audio, device)
         out = _granite_log_mel(self.melspec_kwargs, audio.float(), DYNAMIC_RANGE)
         out = out[:, : out.shape[1] // 2 * 2]  # the odd last frame
@@ -116,7 +116,7 @@ class GraniteSpeech5Mixin(Original):
         self.mel_filters = None
 
     def _extract_features(self, audio: Tensor, device: str | None = "cpu") -> Tensor:
-        if using_reference() or not is_cpu(device):
+        if self._takes_original("_extract_features") or not is_cpu(device):
             return super()._extract_features(audio, device)
         stacking = self.frame_stacking
         frames = stacking * -(-(audio.shape[1] // self.hop_length) // stacking)

@@ -25,14 +25,13 @@ from mmlm_fast.audio.filters import kaldi_mel_filters, window_of
 from mmlm_fast.audio.kaldi import EPSILON, kaldi_fbank
 from mmlm_fast.audio.nemo import standardize_in_place
 from mmlm_fast.audio.spectral import run_native
-from mmlm_fast.ops._registry import using_reference
 
 
 class FunAsrNanoMixin(Original):
     """Kaldi's filter bank. Needs no torchaudio here."""
 
     def _extract_fbank_features(self, waveform: Tensor) -> Tensor:
-        if using_reference():
+        if self._takes_original("_extract_fbank_features"):
             return super()._extract_fbank_features(waveform)
         return kaldi_fbank(
             waveform,
@@ -76,7 +75,7 @@ class ASTMixin(Original):
     """Kaldi's filter bank with a Hann window, padded or cut to max_length frames."""
 
     def _extract_fbank_features(self, waveform: np.ndarray, max_length: int) -> np.ndarray:
-        if using_reference() or self.sampling_rate != 16000:
+        if self._takes_original("_extract_fbank_features") or self.sampling_rate != 16000:
             return super()._extract_fbank_features(waveform, max_length)
         plan = _kaldi_plan(self, "hanning", self.num_mel_bins, 1.0)
         features = _kaldi_features(plan, waveform, max_length)
@@ -89,7 +88,7 @@ class SeamlessM4TMixin(Original):
     """Kaldi's filter bank of samples at 16-bit scale, in float64."""
 
     def _extract_fbank_features(self, waveform: np.ndarray) -> np.ndarray:
-        if using_reference():
+        if self._takes_original("_extract_fbank_features"):
             return super()._extract_fbank_features(waveform)
         first = np.squeeze(waveform[0] if waveform.ndim == 2 else waveform)
         if first.ndim != 1:
@@ -118,7 +117,7 @@ class SeamlessM4TCallMixin(SeamlessM4TMixin):
 
         clips = mono_clips(raw_speech)
         usual = clips is not None and pads_to_longest(padding) and not truncation and self.padding_side == "right"
-        if using_reference() or not usual or clips is None or self.feature_size != self.num_mel_bins:
+        if self._takes_original("__call__") or not usual or clips is None or self.feature_size != self.num_mel_bins:
             return super().__call__(
                 raw_speech, padding, pad_to_multiple_of, max_length, truncation, return_tensors, sampling_rate,
                 return_attention_mask, do_normalize_per_mel_bins, **kwargs,
@@ -152,6 +151,6 @@ class Speech2TextMixin(Original):
     """The same; without dither."""
 
     def _extract_fbank_features(self, waveform: np.ndarray) -> np.ndarray:
-        if using_reference() or self.dither != 0 or self.sampling_rate != 16000:
+        if self._takes_original("_extract_fbank_features") or self.dither != 0 or self.sampling_rate != 16000:
             return super()._extract_fbank_features(waveform)
         return _kaldi_features(_kaldi_plan(self, "povey", self.num_mel_bins, 32768.0), np.squeeze(waveform))

@@ -21,7 +21,6 @@ from mmlm_fast.audio.extractors.plans import (
 from mmlm_fast.audio.filters import window_of
 from mmlm_fast.audio.nemo import standardize_in_place
 from mmlm_fast.audio.spectral import run_native
-from mmlm_fast.ops._registry import using_reference
 
 
 class ParakeetMixin(Original):
@@ -30,7 +29,7 @@ class ParakeetMixin(Original):
     mel_filters_dtype = "float32"  # Nemotron can round its tables to bfloat16
 
     def _torch_extract_fbank_features(self, waveform: Tensor, device: str = "cpu", center: bool = True) -> Tensor:
-        if using_reference() or not is_cpu(device):
+        if self._takes_original("_torch_extract_fbank_features") or not is_cpu(device):
             extra = {} if center else {"center": center}
             return super()._torch_extract_fbank_features(waveform, device, **extra)
         framing = Framing(self.win_length, self.hop_length, self.n_fft)
@@ -75,7 +74,7 @@ class ParakeetCallMixin(ParakeetMixin):
         clips = mono_clips(raw_speech)
         usual = clips is not None and pads_to_longest(padding) and not truncation and is_cpu(device)
         right = self.padding_side == "right" and self.padding_value == 0
-        if using_reference() or not usual or not right or clips is None:
+        if self._takes_original("__call__") or not usual or not right or clips is None:
             return super().__call__(
                 raw_speech, truncation, pad_to_multiple_of, return_tensors, return_attention_mask, padding, max_length,
                 sampling_rate, do_normalize, device, return_token_timestamps, **kwargs,

@@ -1,9 +1,7 @@
 """Plans of the native core from an extractor's own tables, and what the drop-ins share."""
 
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,18 +9,27 @@ import torch
 from torch import Tensor
 
 from mmlm_fast import _C
+from mmlm_fast.audio.extractors.hooks import is_as_made
 from mmlm_fast.audio.spectral import run_native
+from mmlm_fast.audio.tables import ByteCache
+from mmlm_fast.ops._registry import using_reference
 
-if TYPE_CHECKING:
+_Base: Any = Any if TYPE_CHECKING else object
 
-    class Original(Any):
-        """What a mixin is mixed into: attributes and methods come from the class that is replaced."""
-else:
-    Original = object
 
-_PLANS: OrderedDict[tuple, tuple[list, "_C.SpectralPlan"]] = OrderedDict()
-_MAX_PLANS = 64
-_LOCK = Lock()
+class Original(_Base):
+    """What a mixin is mixed into: attributes and methods come from the class that is replaced."""
+
+    def _takes_original(self, method: str) -> bool:
+        """Whether the original's `method` is to run: in `reference()`, and where something that it calls is not the
+        original's own."""
+        return using_reference() or not is_as_made(self, method)
+
+
+# A plan, and the tables that it was made of: they belong to extractors, which may be gone.
+_PLANS: ByteCache[tuple[list, "_C.SpectralPlan"]] = ByteCache(
+    64 * 2**20, lambda kept: kept[1].num_bytes + sum(table.nbytes for table in kept[0])
+)
 
 
 def _identity(array: Any) -> Any:
@@ -37,14 +44,7 @@ def _identity(array: Any) -> Any:
 
 def cached_plan(key: tuple, tables: list, make: Callable[[], "_C.SpectralPlan"]) -> "_C.SpectralPlan":
     """The plan for `key` and the identity of `tables`, which are kept so that no other array can have it."""
-    full_key = (*key, *map(_identity, tables))
-    with _LOCK:
-        known = _PLANS.get(full_key)
-        if known is None:
-            known = _PLANS[full_key] = (tables, make())
-            while len(_PLANS) > _MAX_PLANS:
-                _PLANS.popitem(last=False)
-        return known[1]
+    return _PLANS.get((*key, *map(_identity, tables)), lambda: (tables, make()))[1]
 
 
 def as_filters(filters: Any) -> np.ndarray:

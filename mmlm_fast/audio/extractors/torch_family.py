@@ -19,14 +19,13 @@ from mmlm_fast.audio.extractors.plans import (
     refuse_short,
 )
 from mmlm_fast.audio.filters import window_of
-from mmlm_fast.ops._registry import using_reference
 
 
 class LasrMixin(Original):
     """ln(max(mel, 1e-5)) in float64, only frames that fit."""
 
     def _torch_extract_fbank_features(self, waveform: Tensor, device: str = "cpu") -> Tensor:
-        if using_reference() or not is_cpu(device):
+        if self._takes_original("_torch_extract_fbank_features") or not is_cpu(device):
             return super()._torch_extract_fbank_features(waveform, device)
         refuse_short(waveform.shape[-1], self.win_length)
         framing = Framing(self.win_length, self.hop_length, self.n_fft)
@@ -46,7 +45,7 @@ class Phi4MultimodalMixin(Original):
     """ln(max(mel, 1)) of samples at 16-bit scale, pre-emphasised within each frame, in float64."""
 
     def _torch_extract_fbank_features(self, waveform: Tensor, audio_lengths: Tensor, device: str = "cpu") -> Tensor:
-        if using_reference() or not is_cpu(device):
+        if self._takes_original("_torch_extract_fbank_features") or not is_cpu(device):
             return super()._torch_extract_fbank_features(waveform, audio_lengths, device)
         refuse_short(waveform.shape[-1], self.win_length)
         framing = Framing(self.win_length, self.hop_length, self.n_fft)
@@ -77,7 +76,7 @@ class InklingMixin(Original):
     """log10 of the mel magnitude, frames that end with each hop, zeros before."""
 
     def _torch_extract_fbank_features(self, waveform: Tensor, device: str = "cpu") -> Tensor:
-        if using_reference() or not is_cpu(device):
+        if self._takes_original("_torch_extract_fbank_features") or not is_cpu(device):
             return super()._torch_extract_fbank_features(waveform, device)
         framing = Framing(self.window_size, self.hop_length, self.n_fft)
         left = max(self.n_fft - self.hop_length, 0)

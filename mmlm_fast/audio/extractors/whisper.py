@@ -12,7 +12,6 @@ from mmlm_fast.audio.extractors.whisper_family import WhisperMixin
 from mmlm_fast.audio.log_mel import HOP_LENGTH, N_FFT
 from mmlm_fast.audio.spectral import run_native
 from mmlm_fast.audio.waveforms import check_mono
-from mmlm_fast.ops._registry import using_reference
 
 MIN_SAMPLES = N_FFT // 2 + 1
 
@@ -93,7 +92,8 @@ class FastWhisperMixin(WhisperMixin):
         return BatchFeature(features, tensor_type=None if wants_tensor else return_tensors)
 
     def _is_native(self) -> bool:
-        return self._is_covered() and self.padding_value == 0 and self.dither == 0 and not using_reference()
+        usual = self._is_covered() and self.padding_value == 0 and self.dither == 0
+        return usual and not self._takes_original("__call__")
 
     def _is_covered(self) -> bool:
         return (

@@ -10,7 +10,6 @@ from mmlm_fast import _C
 from mmlm_fast.audio.extractors.plans import Framing, Original, as_filters, cached_plan, features, is_cpu, refuse_short
 from mmlm_fast.audio.filters import window_of
 from mmlm_fast.audio.log_mel import DYNAMIC_RANGE, whisper_options
-from mmlm_fast.ops._registry import using_reference
 
 
 class WhisperMixin(Original):
@@ -32,7 +31,7 @@ class WhisperMixin(Original):
         return cached_plan(("whisper", framing), [self.mel_filters], make)
 
     def _torch_extract_fbank_features(self, waveform: np.ndarray, device: str = "cpu") -> np.ndarray:
-        if using_reference() or not is_cpu(device):
+        if self._takes_original("_torch_extract_fbank_features") or not is_cpu(device):
             return super()._torch_extract_fbank_features(waveform, device)
         refuse_short(waveform.shape[-1], self.n_fft // 2 + 1)
         samples = torch.from_numpy(np.ascontiguousarray(waveform)).float()
@@ -50,8 +49,9 @@ class VoxtralRealtimeMixin(Original):
 
     def _torch_extract_fbank_features(self, waveform: Tensor, device: str = "cpu", center: bool = True) -> Tensor:
         rows = waveform if waveform.dim() > 1 else waveform[None]
-        if using_reference() or not is_cpu(device) or (self.global_log_mel_max is None and len(rows) > 1):
-            # Without a constant the original takes one maximum over the whole batch.
+        # Without a constant the original takes one maximum over the whole batch.
+        over_all = self.global_log_mel_max is None and len(rows) > 1
+        if over_all or self._takes_original("_torch_extract_fbank_features") or not is_cpu(device):
             return super()._torch_extract_fbank_features(waveform, device, center)
         framing = Framing(self.n_fft, self.hop_length, self.n_fft)
         options, num_frames = framing.centred("reflect") if center else framing.whole()
