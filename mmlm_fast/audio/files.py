@@ -1,164 +1,217 @@
 """Reading audio files: soundfile for what libsndfile knows (WAV, FLAC, OGG, MP3, …), PyAV for the rest.
 
-A file whose header promises more than it holds is an error of that file, never a shorter clip in silence.
+A file that holds less than its header states is an error of that file, never a shorter clip in silence.
 """
 
 import os
-import struct
+import stat
 import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmlm_fast.audio import decoders
+from mmlm_fast.audio.arguments import whole
+from mmlm_fast.audio.collect import Collector
+from mmlm_fast.audio.containers import Stated, parts_of
 from mmlm_fast.audio.plain import in_plain_torch
-from mmlm_fast.audio.resample import resample
 
-NO_READER = "not a format that soundfile reads; PyAV may: pip install 'mmlm-fast[audio]'"
+RATE = "a positive whole number of hertz"
 
 
 class AudioFileError(ValueError):
     """A file that cannot be read, is cut short or lies about itself; `path` says which, the message why."""
 
     def __init__(self, path: Any, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
-        self.path, self.reason = str(path), reason
+        name = os.fsdecode(path) if isinstance(path, (str, bytes, os.PathLike)) else str(path)
+        super().__init__(f"{_printable(name)}: {_printable(reason)}")
+        self.path, self.reason = name, _printable(reason)
 
     def __reduce__(self) -> tuple:
         return type(self), (self.path, self.reason)
+
+
+def _printable(text: str) -> str:
+    """What of a name is not UTF-8, as \\xe9: nobody could print it."""
+    return os.fsencode(text).decode("utf-8", "backslashreplace") if not text.isascii() else text
 
 
 @dataclass(frozen=True)
 class AudioInfo:
     sampling_rate: int
     num_channels: int
-    num_samples: int  # a channel, as the header says; -1 where it does not
+    num_samples: int  # a channel, at the rate above, as the header states; -1 where it does not
     codec: str
 
 
-def _wav_problem(path: Path) -> str | None:
-    """What is wrong with a RIFF file's sizes; libsndfile would shorten the clip without a word."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(12)
-        if head[:4] not in (b"RIFF", b"RF64") or head[8:] != b"WAVE":
-            return None
-        while len(chunk := file.read(8)) == 8:
-            name, length = chunk[:4], struct.unpack("<I", chunk[4:])[0]
-            if name != b"data":
-                file.seek(length + length % 2, os.SEEK_CUR)
-                continue
-            held = size - file.tell()
-            # 0 and 2^32 - 1 are what programs write that do not know the length yet.
-            if length not in (0, 0xFFFFFFFF) and length > held:
-                return f"cut short: its header promises {length} bytes of samples, {held} are there"
-            return None
-        return "cut short: it has no data chunk"
+@dataclass(frozen=True)
+class _Source:
+    path: Any
+    name: bytes
+    parts: list[tuple[int, int, Stated]]
+
+    @property
+    def problem(self) -> str | None:
+        return next((facts.problem for *_, facts in self.parts if facts.problem), None)
 
 
-def _with_soundfile(path: Path) -> tuple[Tensor, int, str | None] | None:
-    """Samples ``[num_samples, channels]``, rate and problem; None where libsndfile does not know the format."""
-    try:
-        import soundfile
-    except ImportError:
-        return None
-    try:
-        with soundfile.SoundFile(path) as file:
-            promised = file.frames
-            # 16-bit files stay 16-bit: half of the memory, and the feature functions scale them.
-            is_int16 = file.subtype == "PCM_16"
-            data = file.read(dtype="int16" if is_int16 else "float32", always_2d=True)
-            problem = None
-            if len(data) < promised < 2**62:
-                problem = f"cut short: its header promises {promised} samples, {len(data)} can be read"
-            return torch.from_numpy(data), file.samplerate, problem
-    except soundfile.LibsndfileError as error:
-        if "unrecognised" in str(error) or "unknown format" in str(error) or "not recognised" in str(error):
-            return None
-        raise AudioFileError(path, str(error)) from error
+@dataclass(frozen=True)
+class _Result:
+    samples: Tensor
+    rate: int
+    num_received: int
+    problem: str | None
+    is_proved: bool  # as long as the container states
 
 
-def _with_av(path: Path) -> tuple[Tensor, int, str | None]:
+def _source(path: Any) -> _Source:
+    if not isinstance(path, (str, bytes, os.PathLike)):
+        raise ValueError(f"path must be a str, bytes or os.PathLike, got {type(path).__name__}")
+    name = os.fsencode(path)
     try:
-        import av
-    except ImportError:
-        raise AudioFileError(
-            path, "not a format that soundfile reads; PyAV may: pip install 'mmlm-fast[audio]'"
-        ) from None
-    problem = None
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.audio:
-                raise AudioFileError(path, "it has no audio stream")
-            stream = container.streams.audio[0]
-            promised = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else None
-            parts = []
-            resampler = av.AudioResampler(format="fltp", layout=stream.layout, rate=stream.rate)
+        mode = os.stat(name)
+        if not stat.S_ISREG(mode.st_mode):
+            raise AudioFileError(path, "not a file")
+        if mode.st_size == 0:
+            raise AudioFileError(path, "an empty file")
+        with open(name, "rb", buffering=4096) as file:
+            return _Source(path, name, parts_of(file))
+    except FileNotFoundError:
+        raise AudioFileError(path, "no such file") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, AudioFileError):
+            raise
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise AudioFileError(path, f"cannot be opened: {reason}") from error
+
+
+def _open(source: _Source, part: tuple[int, int, Stated], swap: bool = False) -> tuple[decoders.Reader, bool]:
+    """The first decoder that takes a part, and whether it is soundfile; PyAV's turn is first with `swap`.
+
+    It is, too, where libsndfile would guess the length and stop there. Raises `DecoderError`.
+    """
+    start, end, facts = part
+    piece = decoders.Part(start, end, facts.patch) if len(source.parts) > 1 or facts.patch else None
+    reasons = []
+    for name in decoders.DECODERS[:: -1 if swap != facts.is_guessed else 1]:
+        try:
+            return decoders.opened(name, source.name, piece), name == "soundfile"
+        except decoders.DecoderError as error:
+            reasons.append(str(error))
+        except ImportError:
+            pass
+    lacking = decoders.lacking()
+    if not reasons:
+        raise AudioFileError(source.path, f"reading files needs soundfile: {lacking}")
+    raise decoders.DecoderError("; ".join([*reasons, lacking] if lacking else reasons))
+
+
+def _promise(reader: decoders.Reader, facts: Stated, is_soundfile: bool) -> tuple[int, int]:
+    """Samples a channel that there must be, -1 where nothing states it, and how many fewer a decoder may give."""
+    if is_soundfile and not facts.is_guessed and not facts.is_exact:
+        return reader.num_samples, 0
+    if facts.num_samples >= 0:
+        count = facts.num_samples * reader.sampling_rate // (facts.rate or reader.sampling_rate)
+        return count, 0 if facts.is_exact else reader.sampling_rate // 10
+    return (-1, 0) if is_soundfile else (reader.num_samples, reader.sampling_rate // 10)
+
+
+def _decoded(source: _Source, swap: bool, target: int | None, mono: bool, block: int) -> _Result:
+    """Decode all parts with the preferred decoder of each, or the other one; what fails is a problem of the result."""
+    collector, problem, is_proved = None, source.problem, True
+    for part in source.parts:
+        facts = part[2]
+        try:
+            reader, is_soundfile = _open(source, part, swap)
+        except decoders.DecoderError as error:
+            problem, is_proved = problem or str(error), False
+            continue
+        try:
+            promised, slack = _promise(reader, facts, is_soundfile)
+            if collector is None:
+                collector = Collector(target, mono, -1 if len(source.parts) > 1 else promised)
+            before = collector.num_received
             try:
-                for frame in container.decode(stream):
-                    parts += [torch.from_numpy(f.to_ndarray()) for f in resampler.resample(frame)]
-            except av.FFmpegError as error:
-                problem = f"broken after {sum(p.shape[1] for p in parts)} samples: {error}"
-            parts += [torch.from_numpy(f.to_ndarray()) for f in resampler.resample(None)]
-            rate = stream.rate
-    except (av.FFmpegError, OSError) as error:
-        raise AudioFileError(path, f"cannot be decoded: {error}") from error
-    samples = torch.cat(parts, 1).t() if parts else torch.empty(0, 1, dtype=torch.float32, device="cpu")
-    if problem is None and promised is not None and len(samples) < (promised - 0.1) * rate:
-        problem = f"cut short: its header promises {promised:.2f} s, {len(samples) / rate:.2f} s can be read"
-    return samples, rate, problem
+                for samples in reader.blocks(block):
+                    collector.add(samples)
+            except decoders.DecoderError as error:
+                problem, is_proved = problem or str(error), False
+            got = collector.num_received - before
+            is_proved &= 0 <= promised <= got + slack
+            if got < promised - slack:
+                problem = problem or f"cut short: its header promises {promised} samples, {got} can be read"
+            if is_soundfile and facts.is_guessed:
+                problem = problem or f"its length is not stated, and soundfile stops at a guess; {decoders.lacking()}"
+        finally:
+            reader.close()
+    if collector is None:
+        return _Result(torch.empty(0, dtype=torch.float32, device="cpu"), target or 0, 0, problem, False)
+    samples = collector.finish()
+    return _Result(samples, collector.sampling_rate or 0, collector.num_received, problem, is_proved)
 
 
-def _checked_path(path: str | os.PathLike) -> Path:
-    path = Path(path)
-    if not path.is_file():
-        raise AudioFileError(path, "no such file" if not path.exists() else "not a file")
-    if path.stat().st_size == 0:
-        raise AudioFileError(path, "an empty file")
-    return path
+def _best(source: _Source, target: int | None, mono: bool, strict: bool) -> _Result:
+    """The first decoder's result, or the other one's where that failed and the other one does not."""
+    # A decoder that fails takes the block with it, so what is wanted though broken is read in small ones.
+    block = decoders.BLOCK if strict else decoders.BLOCK // 32
+    first = _decoded(source, False, target, mono, block)
+    if first.problem is None or not all(map(decoders.is_there, decoders.DECODERS)):
+        return first
+    if first.problem == source.problem and first.num_received:  # read to the end: it is the file that is short
+        return first
+    second = _decoded(source, True, target, mono, block)
+    # A decoder that skips what is damaged has no complaint: believed where the first could not begin, or by the length.
+    if second.problem is None and (second.is_proved or not first.num_received):
+        return second
+    longest = max(first, second, key=lambda result: result.samples.shape[-1] / max(result.rate, 1))
+    return _Result(longest.samples, longest.rate, longest.num_received, first.problem, False)
 
 
-def audio_info(path: str | os.PathLike) -> AudioInfo:
-    """Rate, channels and length of a file by its header, without decoding it. Raises `AudioFileError`."""
-    path = _checked_path(path)
-    try:
-        import soundfile
+def audio_info(path: str | bytes | os.PathLike) -> AudioInfo:
+    """Rate, channels and length of a file by its header, without decoding it.
 
-        info = soundfile.info(path)
-        return AudioInfo(info.samplerate, info.channels, info.frames, info.subtype)
-    except ImportError:
-        pass
-    except soundfile.LibsndfileError:
-        pass
-    try:
-        import av
+    Raises:
+        AudioFileError: (a ValueError) for what `read_audio` could not read, as far as can be told without decoding.
+    """
+    source = _source(path)
+    if source.problem is not None:
+        raise AudioFileError(path, source.problem)
+    infos = []
+    for part in source.parts:
+        facts = part[2]
+        try:
+            reader, is_soundfile = _open(source, part)
+        except decoders.DecoderError as error:
+            raise AudioFileError(path, str(error)) from error
+        try:
+            count, _ = _promise(reader, facts, is_soundfile)
+            if facts.is_unknown or (facts.is_guessed and facts.num_samples < 0):
+                count = -1
+            infos.append(AudioInfo(reader.sampling_rate, reader.num_channels, count, reader.codec))
+        finally:
+            reader.close()
+    first = infos[0]
+    counts = [info.num_samples for info in infos]
+    is_known = min(counts) >= 0 and all(info.sampling_rate == first.sampling_rate for info in infos)
+    return AudioInfo(first.sampling_rate, first.num_channels, sum(counts) if is_known else -1, first.codec)
 
-        with av.open(str(path)) as container:
-            stream = container.streams.audio[0]
-            seconds = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else None
-            length = -1 if seconds is None else round(seconds * stream.rate)
-            return AudioInfo(stream.rate, stream.channels, length, stream.codec_context.name)
-    except ImportError:
-        raise AudioFileError(
-            path, "not a format that soundfile reads; PyAV may: pip install 'mmlm-fast[audio]'"
-        ) from None
-    except (av.FFmpegError, IndexError, OSError) as error:
-        raise AudioFileError(path, f"cannot be read: {error or 'no audio stream'}") from error
 
-
-@in_plain_torch
 def read_audio(
-    path: str | os.PathLike, *, sampling_rate: int | None = None, mono: bool = True, strict: bool = True
+    path: str | bytes | os.PathLike, *, sampling_rate: int | None = None, mono: bool = True, strict: bool = True
 ) -> tuple[Tensor, int]:
     """Read an audio file: WAV, FLAC, MP3, OGG and what else soundfile or PyAV decode.
 
+    It is decoded to its end, mixed and resampled on the way, in the memory of the result and a few blocks. Of several
+    audio streams the first is read; of a chained file (Ogg, FLAC, MP3 put one after the other) all parts.
+
     Args:
         path: The file.
-        sampling_rate: Resample to this rate in hertz (see `resample`); by default the file's own.
+        sampling_rate: Resample to this rate in hertz (see `resample`); by default the file's own, the first one where
+            it changes.
         mono: Average the channels.
         strict: A file that is cut short or broken in the middle is an error; else what is there is returned with a
             warning.
@@ -170,23 +223,30 @@ def read_audio(
     Raises:
         AudioFileError: (a ValueError) that names the file and says what is wrong with it.
     """
-    path = _checked_path(path)
-    if sampling_rate is not None and (not isinstance(sampling_rate, int) or sampling_rate < 1):
-        raise ValueError(f"sampling_rate must be a positive whole number of hertz, got {sampling_rate!r}")
-    samples, rate, problem = _with_soundfile(path) or _with_av(path)
-    problem = _wav_problem(path) or problem
+    target = None if sampling_rate is None else whole("sampling_rate", sampling_rate, what=RATE)
+    samples, rate, problem = _read(path, target, mono, strict)
     if problem is not None:
-        if strict:
-            raise AudioFileError(path, problem)
-        warnings.warn(f"{path}: {problem}", stacklevel=2)
-    if len(samples) == 0:
+        warnings.warn(f"{_printable(os.fsdecode(path))}: {problem}", stacklevel=2)
+    return samples, rate
+
+
+@in_plain_torch
+def _read(path: Any, target: int | None, mono: bool, strict: bool) -> tuple[Tensor, int, str | None]:
+    source = _source(path)
+    if strict and source.problem is not None:
+        raise AudioFileError(path, source.problem)
+    try:
+        result = _best(source, target, mono, strict)
+    except AudioFileError:
+        raise
+    except Exception as error:  # whatever a decoder may raise is a fault of this file
+        reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        raise AudioFileError(path, reason) from error
+    if result.problem is not None and (strict or not result.num_received):
+        raise AudioFileError(path, _printable(result.problem))
+    if not result.num_received:
         raise AudioFileError(path, "it holds no samples")
-    if samples.is_floating_point() and not bool(samples.isfinite().all()):
-        raise AudioFileError(path, "it holds NaN or infinite samples")
-    target = rate if sampling_rate is None else sampling_rate
-    if mono:
-        return resample(samples, rate, target, channel_dim=1), target  # type: ignore[return-value]
-    return resample(samples.t().contiguous(), rate, target), target  # type: ignore[return-value]
+    return result.samples, result.rate, result.problem
 
 
 @dataclass(frozen=True)
@@ -198,7 +258,11 @@ class AudioFiles:
 
 
 def read_audio_files(
-    paths: Iterable[str | os.PathLike], *, sampling_rate: int, num_workers: int | None = None, progress: bool = False
+    paths: Iterable[str | bytes | os.PathLike],
+    *,
+    sampling_rate: int,
+    num_workers: int | None = None,
+    progress: bool = False,
 ) -> AudioFiles:
     """Read many files to mono at one rate; those that fail are reported and the rest go on.
 
@@ -210,9 +274,11 @@ def read_audio_files(
     """
     from tqdm import tqdm
 
-    def read(path: str | os.PathLike) -> Tensor | AudioFileError:
+    rate = whole("sampling_rate", sampling_rate, what=RATE)
+
+    def read(path: Any) -> Tensor | AudioFileError:
         try:
-            return read_audio(path, sampling_rate=sampling_rate)[0]
+            return read_audio(path, sampling_rate=rate)[0]
         except AudioFileError as error:
             return error
         except Exception as error:  # one bad file of thousands must not end the run
