@@ -39,8 +39,9 @@ def _activation_grad(z, KIND: tl.constexpr):
     elif KIND == 2:
         d = 0.5 * (1 + tl.math.erf(z * 0.7071067811865476)) + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
     elif KIND == 3:
-        s = tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
-        d = s + z * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * z * z)
+        square = tl.minimum(z * z, 1e6)  # s is 0 or 1 by then, and finite numbers stay finite
+        s = tl.sigmoid(1.5957691216057308 * z * (1 + 0.044715 * square))
+        d = s + z * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * square)
     else:
         s = tl.sigmoid(z)
         d = s + z * s * (1 - s)

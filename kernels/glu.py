@@ -30,8 +30,9 @@ def _activate(x, ACTIVATION: tl.constexpr):
         u = x
         du = x * 0.0 + 1.0
         if ACTIVATION == 2:  # (1 + tanh z)/2 = σ(2z)
-            u = 1.5957691216057308 * x * (1 + 0.044715 * x * x)
-            du = 1.5957691216057308 * (1 + 0.134145 * x * x)
+            square = tl.minimum(x * x, 1e6)  # u is beyond ±88 by then, and finite numbers stay finite
+            u = 1.5957691216057308 * x * (1 + 0.044715 * square)
+            du = 1.5957691216057308 * (1 + 0.134145 * square)
         elif ACTIVATION == 3:
             u = 1.702 * x
             du = x * 0.0 + 1.702

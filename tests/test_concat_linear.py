@@ -97,6 +97,19 @@ def test_kernel(case, dtype, activation, with_bias, device):
     assert_gradients_close_to_reference(fast, ref, inputs, weight, bias)
 
 
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
+def test_kernel_with_huge_activations(activation, device):
+    """Zero on the left, the number itself on the right; slopes of 0 and 1, up to the largest number there is."""
+    from mmlm_kernels.concat_linear import concat_linear_bwd, concat_linear_fwd
+
+    z = torch.tensor([[v] for size in (2e3, 1e10, 1e15, 1e20, 3e38) for v in (-size, size)], device=device)
+    one = torch.ones(1, 1, device=device)
+    out, kept = concat_linear_fwd([z], one, None, activation, True)
+    assert torch.equal(out, z.clamp(min=0))
+    slope = concat_linear_bwd(torch.ones_like(z), [z], one, kept, activation, [False, False, True])[2]
+    assert torch.equal(slope, (z > 0).float())
+
+
 def test_kernel_splits_a_long_reduction(device):
     """The weight gradient over many rows is summed in two stages; the same bits twice."""
     from mmlm_kernels.concat_linear import _matmul

@@ -52,6 +52,21 @@ def test_extreme_numbers(path, activation, monkeypatch, device):
     torch.testing.assert_close(out, expected, equal_nan=True, atol=1e-13, rtol=2 * torch.finfo(torch.float32).eps)
 
 
+@pytest.mark.parametrize(("path", "dtype"), PATHS_AND_DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_huge_numbers(path, dtype, activation, monkeypatch, device):
+    """Zero on the left, the number itself on the right; slopes of 0 and 1, up to the largest number there is."""
+    take(path, "glu", monkeypatch)
+    sizes = [v for v in (2e3, 65504.0, 1e5, 1e10, 1e19, 1e20, 1e30, 3e38) if v <= torch.finfo(dtype).max]
+    x = torch.tensor([[sign * v for v in sizes for sign in (-1, 1)] * 5], dtype=dtype, device=device).requires_grad_()
+    up = torch.full_like(x, 3.0)
+    for out, scale in ((bias_act(x, activation=activation), 1), (glu(x, up, activation=activation), 3)):
+        (slope,) = torch.autograd.grad(out.sum(dtype=torch.float64), x)
+        expected = scale * x.detach().float().clamp(min=0)
+        assert torch.equal(out, expected.to(dtype)), (activation, out)
+        assert torch.equal(slope, torch.where(x > 0, scale, 0).to(dtype)), (activation, slope)
+
+
 def test_formulas():
     gate, up = torch.randn(3, 8), torch.randn(3, 8)
     torch.testing.assert_close(glu(gate, up), gate / (1 + (-gate).exp()) * up)

@@ -53,7 +53,16 @@ MMLM_INLINE Vec<float> tanh_of(Vec<float> x) {
   return (V)(((Int)small & is_small) | ((Int)signed_large & ~is_small)) + 0.f * x;  // NaN stays NaN
 }
 
-MMLM_INLINE Vec<float> sigmoid_of(Vec<float> x) { return 1.f / (1.f + exp_of(-x)); }
+// 1 / (1 + e) with e = exp(-x); 0 below -88, where e is not exact: times a huge number it would be anything.
+MMLM_INLINE Vec<float> sigmoid_of(Vec<float> x, Vec<float>& e) {
+  e = exp_of(-x);
+  return select((Lanes<float>::Int)(x < -88.f), Vec<float>{}, 1.f / (1.f + e));
+}
+
+MMLM_INLINE Vec<float> sigmoid_of(Vec<float> x) {
+  Vec<float> e;
+  return sigmoid_of(x, e);
+}
 
 // erf(x): polynomials fitted (Lawson, in double) to erf(x)/x in x^2 below 1, and to -log(erfc(x)) from 1 to 4.
 MMLM_INLINE Vec<float> erf_of(Vec<float> x) {

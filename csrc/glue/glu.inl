@@ -19,11 +19,12 @@ MMLM_INLINE V activate(V x, V& slope) {
     u = 1.702f * x;
     du = broadcast(1.702f);
   } else if (kind == Activation::gelu_tanh) {  // (1 + tanh(z)) / 2 = sigmoid(2z)
-    const V square = x * x;
+    const V square = min(broadcast(1e6f), x * x);  // u is beyond +-88 by then, and finite numbers stay finite
     u = 1.5957691216057308f * (x * (1.f + 0.044715f * square));
     if (with_slope) du = 1.5957691216057308f * (1.f + 0.134145f * square);
   }
-  const V e = exp_of(-u), s = 1.f / (1.f + e), y = x * s;
+  V e;
+  const V s = sigmoid_of(u, e), y = x * s;
   if (with_slope) slope = s + y * (e * s) * du;  // e * s is 1 - s without its rounding error where s is near 1
   return y;
 }
