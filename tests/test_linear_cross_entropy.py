@@ -100,11 +100,15 @@ def test_of_transformers_itself(monkeypatch):
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_all_ignored(path, reduction, monkeypatch, device):
+@pytest.mark.parametrize("rows", [0, 5])
+@pytest.mark.parametrize(
+    ("reduction", "items"), [("mean", None), ("sum", None), ("none", None), ("sum", 0), ("mean", torch.tensor([0]))]
+)
+def test_all_ignored(path, reduction, items, rows, monkeypatch, device):
     take(path, "linear_cross_entropy", monkeypatch)
-    x, w, b = (t.requires_grad_() for t in draw_rows(torch.float32, device, 5))
-    loss = linear_cross_entropy(x, w, torch.full((5,), -100, device=device), b, reduction=reduction).sum()
+    x, w, b = (t.requires_grad_() for t in draw_rows(torch.float32, device, rows))
+    target = torch.full((rows,), -100, device=device)
+    loss = linear_cross_entropy(x, w, target, b, reduction=reduction, num_items_in_batch=items).sum()
     assert loss == 0
     assert all((g == 0).all() for g in torch.autograd.grad(loss, (x, w, b)))
 

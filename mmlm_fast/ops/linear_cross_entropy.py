@@ -195,8 +195,10 @@ def _checked_target(target: Tensor, num_classes: int, ignore_index: int | None) 
 def _denominator(ignored: Tensor, reduction: str, num_items: Any) -> Tensor:
     if num_items is not None:
         if isinstance(num_items, Tensor):
-            return num_items.to(device=ignored.device, dtype=torch.float32).reshape(())
-        return torch.full((), num_items, dtype=torch.float32, device=ignored.device)
+            given = num_items.to(device=ignored.device, dtype=torch.float32).reshape(())
+        else:
+            given = torch.full((), num_items, dtype=torch.float32, device=ignored.device)
+        return torch.where(ignored.all(), 1, given)  # of no rows at all transformers counts none
     if reduction == "sum":
         return torch.ones((), dtype=torch.float32, device=ignored.device)
     return (~ignored).sum().clamp(min=1).float()
