@@ -9,20 +9,24 @@ BIN    := $(MMLM_FAST_VENV)/bin
 RUN    := $(BIN)/python -P -m
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu')
 
-.PHONY: help env gpu-env gpu-env-test gpu-carry gpu-rehearsal report test lint format bench aot-tables wheel sanitize clean
+.PHONY: help env gpu-env gpu-env-test test-versions gpu-carry gpu-rehearsal report test lint format bench aot-tables wheel sanitize clean
 help:
-	@sed -n 's/^# make/make/p' Makefile; echo "more: lint format bench aot-tables wheel sanitize gpu-env gpu-env-test gpu-carry gpu-rehearsal clean"
+	@sed -n 's/^# make/make/p' Makefile; echo "more: lint format bench aot-tables wheel sanitize test-versions gpu-env gpu-env-test gpu-carry gpu-rehearsal clean"
 
 env:
 	@$(PYTHON) .ci/bootstrap.py
 
-# .venv-gpu: the GPU machine's versions, with mmlm-fast as a wheel; no GPU needed. See .ci/gpu_env.py.
+# .venv-gpu: the GPU machine's versions, with mmlm-fast as a wheel; no GPU needed. See .ci/versions.py.
 gpu-env:
-	@$(PYTHON) .ci/gpu_env.py
+	@$(PYTHON) .ci/versions.py make gpu
 
 # There: every kernel compiled for sm_90, then the tests that the GPU suite runs and those that depend on versions, on the CPU.
 gpu-env-test:
-	@$(PYTHON) .ci/gpu_env.py test $(ARGS)
+	@$(PYTHON) .ci/versions.py test gpu $(if $(ARGS),-- $(ARGS))
+
+# The oldest versions that pyproject.toml admits, the GPU machine's and the newest, one after the other: tests/versions.md.
+test-versions:
+	@$(PYTHON) .ci/versions.py test $(SETS) $(if $(ARGS),-- $(ARGS))
 
 # .whl: what the GPU machine lacks and may be carried there: mmlm-fast's wheel, soundfile, Liger. See benchmarks/GPU.md.
 gpu-carry: gpu-env

@@ -11,9 +11,10 @@ import subprocess
 import sys
 
 from bootstrap import run, say
-from gpu_env import PYTHON, ROOT, WHEELS
+from versions import ROOT, Environment
 
 FOLDER = ROOT / ".whl"
+GPU = Environment("gpu")
 LACKING = ["soundfile==0.14.0", "cffi==2.1.1", "pycparser==3.12"]
 MACHINE = ["--python-version", "3.12", "--implementation", "cp"]
 MACHINE += [part for n in ("_2_28", "_2_17", "2014") for part in ("--platform", f"manylinux{n}_x86_64")]
@@ -27,15 +28,15 @@ def output(*command: str) -> str:
 
 def main() -> None:
     """Fill the folder anew."""
-    holds = output(str(PYTHON), "-P", "-c", "from mmlm_fast import _C; print(_C.build_info_json())")
+    holds = output(str(GPU.python), "-P", "-c", "from mmlm_fast import _C; print(_C.build_info_json())")
     built = json.loads(holds)
     if not built["cuda"] or not any(arch.startswith("90") for arch in built["cuda_archs"]):
         sys.exit(f"the native core holds no CUDA code for sm_90, which the GPU machine needs: {holds}")
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir()
-    for wheel in WHEELS.glob("*.whl"):
+    for wheel in GPU.wheels.glob("*.whl"):
         shutil.copy(wheel, FOLDER)
-    download = [PYTHON, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", FOLDER, *MACHINE]
+    download = [GPU.python, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", FOLDER, *MACHINE]
     run(*download, *LACKING)
     for name in PEERS:
         if subprocess.run([str(part) for part in (*download, name)], check=False).returncode:
