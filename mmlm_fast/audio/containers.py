@@ -10,6 +10,7 @@ import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import BinaryIO
 
 MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"moof", b"styp", b"sidx", b"uuid")
@@ -68,8 +69,8 @@ def _is_near_the_top(size: int) -> bool:
     return any(top - NEAR_THE_TOP <= size <= top for top in (2**31, 2**32, 2**63, 2**64))
 
 
-def _cut(size: int, held: int) -> Stated:
-    return Stated(problem=f"cut short: its header promises {size} bytes of samples, {held} are there")
+def _cut(size: int, held: int, of: str = " of samples") -> Stated:
+    return Stated(problem=f"cut short: its header promises {size} bytes{of}, {held} are there")
 
 
 def _unknown(data: _Bytes, place: int, size: bytes) -> Stated:
@@ -98,13 +99,15 @@ def _riff(data: _Bytes, _: int) -> Stated:
     total = data.number(4, order + "I")
     if head[8:] != b"WAVE":  # AVI
         held = data.size - 8
-        return _cut(total, held) if held < total and not _is_placeholder(total) else Stated()
-    long_size, long_place, found, place = -1, 0, None, 12
+        return _cut(total, held, "") if held < total and not _is_placeholder(total) else Stated()
+    long_size, long_place, found, place, count, width = -1, 0, None, 12, -1, 0
     while len(chunk := data.at(place, 8)) == 8:
         name, size = chunk[:4], struct.unpack(order + "I", chunk[4:])[0]
         begin = place + 8
         if name == b"ds64":
             total, long_size, long_place = data.number(begin, "<Q"), data.number(begin + 8, "<Q"), begin + 8
+        if name == b"fmt ":
+            width = _pcm_width(data, begin, order)
         if name == b"data":
             if found is not None:
                 return Stated(problem=f"it has several data chunks, at bytes {found} and {begin}")
@@ -121,14 +124,24 @@ def _riff(data: _Bytes, _: int) -> Stated:
                 return _unknown(data, place + 4, struct.pack(order + "I", min(held, 0xFFFFFFFF)))
             if size > held:
                 return _cut(size, held)
+            count = size // width if width else -1
         elif found is not None and name == head[:4] and data.at(place + 8, 4) == b"WAVE":
             return _another(place)
         elif found is not None and not name.isascii():
             break  # what follows the samples is no chunk
-        place = begin + size
-        if size % 2 and not (data.at(place, 1).isalpha() and data.at(place, 4).isascii()):  # some do not pad
-            place += 1
-    return Stated() if found is not None else Stated(problem="cut short: it has no data chunk")
+        place = begin + size + size % 2
+    return Stated(count, is_exact=True) if found is not None else Stated(problem="cut short: it has no data chunk")
+
+
+def _pcm_width(data: _Bytes, place: int, order: str) -> int:
+    """Bytes of a sample of all channels in a WAV file; 0 for codecs that are not a matter of bytes."""
+    head = data.at(place, 26)
+    if len(head) < 16:
+        return 0
+    kind, channels, _, _, width, bits = struct.unpack(order + "HHIIHH", head[:16])
+    if kind == 0xFFFE:
+        kind = int.from_bytes(head[24:26], "big" if order == ">" else "little")
+    return width if kind in (1, 3, 6, 7) and width == channels * (bits // 8) else 0
 
 
 def _ends_in_chunks(data: _Bytes, place: int, end: int, order: str) -> bool:
@@ -208,7 +221,11 @@ def _au(data: _Bytes, _: int) -> Stated:
         return _unknown(data, 8, b"\xff" * 4)
     if size > held:
         return _cut(size, held)
-    return _another(begin + size) if data.at(begin + size, 4) == data.at(0, 4) else Stated()
+    if data.at(begin + size, 4) == data.at(0, 4):
+        return _another(begin + size)
+    width = {1: 1, 2: 1, 3: 2, 4: 3, 5: 4, 6: 4, 7: 8, 27: 1}.get(data.number(12, order + "I"), 0)
+    width *= data.number(20, order + "I")
+    return Stated(size // width if width else -1, is_exact=True)
 
 
 def _nist(data: _Bytes, _: int) -> Stated:
@@ -228,6 +245,13 @@ def _wve(data: _Bytes, _: int) -> Stated:
     return Stated(data.number(18, ">I"), is_exact=True)
 
 
+def _sds(data: _Bytes, _: int) -> Stated:
+    bits, (a, b, c) = data.number(6, "B"), data.at(10, 3).ljust(3, b"\0")
+    frames = a | b << 7 | c << 14
+    size = -(-frames // (120 // max(-(-bits // 7), 2))) * 127
+    return _cut(size, data.size - 21) if size > data.size - 21 else Stated()
+
+
 def _voc(data: _Bytes, _: int) -> Stated:
     place = data.number(20, "<H")
     while len(block := data.at(place, 4)) == 4 and 0 < block[0] < 10:
@@ -242,7 +266,7 @@ def _mat5(data: _Bytes, _: int) -> Stated:
     order, place = "<" if data.at(126, 2) == b"IM" else ">", 128
     while len(element := data.at(place, 8)) == 8:
         size, held = struct.unpack(order + "I", element[4:])[0], data.size - place - 8
-        if size > held:
+        if size > held + 8:  # libsndfile counts its own header twice
             return _cut(size, held)
         place += 8 + size
     return Stated()
@@ -272,7 +296,7 @@ def _mp4(data: _Bytes) -> Stated:
         if size == 0:
             break  # it goes to the end of the file, wherever that is
         if size > held:
-            return _cut(size, held)
+            return _cut(size, held, "")
         if place and box[4:] == b"ftyp":
             return _another(place)
         if size < 8:
@@ -299,7 +323,7 @@ def _ebml(data: _Bytes, _: int) -> Stated:
         return Stated()
     size, place = _vint(data, place + 4)
     if size > data.size - place:
-        return _cut(size, data.size - place)
+        return _cut(size, data.size - place, "")
     follows = size >= 0 and data.at(place + size, 4) == b"\x1a\x45\xdf\xa3"
     return _another(place + size) if follows else Stated()
 
@@ -309,7 +333,7 @@ def _asf(data: _Bytes, _: int) -> Stated:
     while len(head := data.at(place, 24)) == 24:
         size, held = struct.unpack("<Q", head[16:])[0], data.size - place
         if size > held:
-            return _cut(size, held)
+            return _cut(size, held, "")
         if size < 24:
             break
         place += size
@@ -321,8 +345,9 @@ def _asf(data: _Bytes, _: int) -> Stated:
 
 def _flac(data: _Bytes, tags: int) -> Stated:
     total = data.number(tags + 18, ">Q") & (1 << 36) - 1
-    last = _last_flac_frame(data, data.number(tags + 10, ">H"))
-    if total and last == total:
+    ends = [_flac_frame_end(data, data.size * i // 4, data.number(tags + 10, ">H")) for i in (1, 2, 3, 4)]
+    last = ends[-1]
+    if total and last == total and all(a <= b for a, b in pairwise(ends)):
         return Stated(total, is_exact=True)
     # Another file behind this one? Looked for only here, since it takes a tenth of the time that decoding does.
     begins, block, seen = [0], 1 << 20, tags + 8
@@ -339,12 +364,12 @@ def _flac(data: _Bytes, tags: int) -> Stated:
     return Stated(total or -1, is_exact=True, is_unknown=total == 0, problem=problem, parts=_ranges(data, begins))
 
 
-def _last_flac_frame(data: _Bytes, frame_length: int) -> int:
-    """The sample at which the last frame ends, by its header; -1 where none is found in the last 64 KiB.
+def _flac_frame_end(data: _Bytes, end: int, frame_length: int) -> int:
+    """The sample at which the last frame that begins before byte `end` ends, by its header; -1 where none is near.
 
     Source: RFC 9639, section 9.1.
     """
-    held = data.at(max(data.size - (1 << 16), 0), 1 << 16)
+    held = data.at(max(end - (1 << 16), 0), min(end, 1 << 16))
     place = len(held)
     while (place := held.rfind(b"\xff", 0, place)) >= 0:
         head = held[place : place + 16]
@@ -492,10 +517,17 @@ def _mp3(data: _Bytes, tags: int) -> Stated:
     num_samples = max(frames * frame[1] - trim, 0)
     if not tag[7] & 2:
         return Stated(num_samples)
-    end = place + int.from_bytes(tag[12:16], "big")
+    end = _after_tags(data, place + int.from_bytes(tag[12:16], "big"))
     if data.at(end, 3) == b"ID3" or _frames_begin(data, end):
-        return Stated(num_samples, parts=((data.start, data.start + end), (data.start + end, data.start + data.size)))
+        return Stated(num_samples, parts=_ranges(data, [0, end]))
     return Stated(num_samples)
+
+
+def _after_tags(data: _Bytes, place: int) -> int:
+    """Behind the ID3v1 and APE tags that end an MP3 file."""
+    while (head := data.at(place, 32))[:3] == b"TAG" or head[:8] == b"APETAGEX":
+        place += 128 if head[:3] == b"TAG" else 32 + int.from_bytes(head[12:16], "little")
+    return place
 
 
 _CONTAINERS: tuple[tuple[int, bytes, Callable[[_Bytes, int], Stated]], ...] = (
@@ -512,6 +544,7 @@ _CONTAINERS: tuple[tuple[int, bytes, Callable[[_Bytes, int], Stated]], ...] = (
     (0, b"2BIT", _avr),
     (0, b"\x01\x04", _mpc2k),
     (0, b"ALawSoundFile**", _wve),
+    (0, b"\xf0\x7e", _sds),
     (0, b"Creative Voice File", _voc),
     (0, b"MATLAB 5.0 MAT-file", _mat5),
     (20, b"samplerate\0", _mat4),

@@ -133,7 +133,7 @@ def _decoded(source: _Source, swap: bool, target: int | None, mono: bool, block:
         try:
             promised, slack = _promise(reader, facts, is_soundfile)
             if collector is None:
-                collector = Collector(target, mono, -1 if len(source.parts) > 1 else promised)
+                collector = Collector(target, mono, -1 if len(source.parts) > 1 else max(promised, reader.estimate))
             before = collector.num_received
             try:
                 for samples in reader.blocks(block):
