@@ -179,14 +179,18 @@ def _iff(data: _Bytes, _: int) -> Stated:
 
 
 def _w64(data: _Bytes, _: int) -> Stated:
-    place = 40
+    place, width = 40, 0
     while len(chunk := data.at(place, 24)) == 24:
         size = struct.unpack("<q", chunk[16:])[0]
+        if chunk[:4] == b"fmt ":
+            width = _pcm_width(data, place + 24, "<")
         if chunk[:4] == b"data":
             held = data.size - place - 24
             if (size - 24 <= 0 and held) or (size > held + 24 and _is_placeholder(size)):
                 return _unknown(data, place + 16, struct.pack("<q", held + 24))
-            return _cut(size - 24, held) if size - 24 > held else Stated()
+            if size - 24 > held:
+                return _cut(size - 24, held)
+            return Stated((size - 24) // width if width else -1, is_exact=True)
         if size < 24:
             break
         place += -(-size // 8) * 8
@@ -194,16 +198,19 @@ def _w64(data: _Bytes, _: int) -> Stated:
 
 
 def _caf(data: _Bytes, _: int) -> Stated:
-    place, frames, found, is_unknown = 8, -1, False, False
+    place, frames, width, found, is_unknown = 8, -1, 0, False, False
     while len(chunk := data.at(place, 12)) == 12:
         name, size = chunk[:4], struct.unpack(">q", chunk[4:])[0]
         held = data.size - place - 12
+        if name == b"desc" and data.number(place + 32, ">I") == 1:  # a sample a packet
+            width = data.number(place + 28, ">I")
         if name == b"pakt":
             frames = data.number(place + 20, ">q")
         if name == b"data":
             found, is_unknown = True, size == -1
             if size > held:
                 return _cut(size - 4, held - 4)
+            frames = (size - 4) // width if width and not is_unknown else frames
         if size < 0:
             break
         place += 12 + size
@@ -493,8 +500,11 @@ def _mp3_frame(head: bytes) -> tuple[int, int, int] | None:
 
 
 def _frames_begin(data: _Bytes, place: int) -> bool:
-    frame = _mp3_frame(data.at(place, 4))
-    return frame is not None and _mp3_frame(data.at(place + frame[0], 4)) is not None
+    for _ in range(3):
+        if (frame := _mp3_frame(data.at(place, 4))) is None:
+            return False
+        place += frame[0]
+    return True
 
 
 def _mp3(data: _Bytes, tags: int) -> Stated:
@@ -517,17 +527,13 @@ def _mp3(data: _Bytes, tags: int) -> Stated:
     num_samples = max(frames * frame[1] - trim, 0)
     if not tag[7] & 2:
         return Stated(num_samples)
-    end = _after_tags(data, place + int.from_bytes(tag[12:16], "big"))
-    if data.at(end, 3) == b"ID3" or _frames_begin(data, end):
-        return Stated(num_samples, parts=_ranges(data, [0, end]))
+    # Another file behind this one, and behind the tags that may end it?
+    end = place + int.from_bytes(tag[12:16], "big")
+    behind = data.at(end, 1 << 16)
+    for i in range(len(behind)):
+        if behind[i : i + 3] == b"ID3" or (behind[i] == 0xFF and _frames_begin(data, end + i)):
+            return Stated(num_samples, parts=_ranges(data, [0, end + i]))
     return Stated(num_samples)
-
-
-def _after_tags(data: _Bytes, place: int) -> int:
-    """Behind the ID3v1 and APE tags that end an MP3 file."""
-    while (head := data.at(place, 32))[:3] == b"TAG" or head[:8] == b"APETAGEX":
-        place += 128 if head[:3] == b"TAG" else 32 + int.from_bytes(head[12:16], "little")
-    return place
 
 
 _CONTAINERS: tuple[tuple[int, bytes, Callable[[_Bytes, int], Stated]], ...] = (

@@ -21,6 +21,11 @@ _STATES_DURATION_OF_ALL = {"flv", "nut"}  # of the longest stream
 _CHECKED = {"flac", "wavpack", "tta"}
 
 
+def is_lossless(codec: str) -> bool:
+    """Whether PyAV's decoder of this name gives all samples, and no more."""
+    return codec.startswith("pcm_") or codec in {"flac", "wavpack", "tta", "alac", "ape"}
+
+
 class DecoderError(Exception):
     """What a decoder says of a file; blocks given before are good."""
 
@@ -211,6 +216,8 @@ class AvReader:
         self.codec = context.name
         if self.codec in _CHECKED:
             context.options = {"err_detect": "crccheck+explode"}
+        if self.codec == "alac":  # its last packet holds what there is; FFmpeg takes a CAF file's padding off it again
+            context.options = {"flags2": "+skip_manual"}
         self._num_bad, self._words, self._num_given = 0, "", 0
         # The first frame knows what a header may have wrong: the rate and channels of HE-AAC.
         self._frames = self._decode()
@@ -325,9 +332,19 @@ def opened(name: str, path: bytes, part: Part | None) -> Reader:
     """Open a file, or a part of it, with a decoder. Raises `DecoderError`, and ImportError where it is not there."""
     try:
         return _READERS[name][1](path, part)
-    except ImportError as error:
-        if is_there(name):
-            raise DecoderError(f"{name} cannot be loaded: {error}") from error
+    except DecoderError:
         raise
-    except OSError as error:  # soundfile without its library; a file that vanished
-        raise DecoderError(f"{error} ({name})") from error
+    except Exception as error:
+        if isinstance(error, ImportError) and not is_there(name):
+            raise
+        raise DecoderError(f"{type(error).__name__}: {error} ({name})") from error
+
+
+def blocks_of(reader: Reader, size: int) -> Iterator[Block]:
+    """The reader's blocks. Raises `DecoderError` for whatever a decoder raises."""
+    try:
+        yield from reader.blocks(size)
+    except DecoderError:
+        raise
+    except Exception as error:
+        raise DecoderError(f"{type(error).__name__}: {error}") from error

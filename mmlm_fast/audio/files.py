@@ -66,6 +66,7 @@ class _Result:
     num_received: int
     problem: str | None
     is_proved: bool  # as long as the container states
+    is_opened: bool  # all parts were taken by the decoder
 
 
 def _source(path: Any) -> _Source:
@@ -112,23 +113,23 @@ def _open(source: _Source, part: tuple[int, int, Stated], swap: bool = False) ->
 
 def _promise(reader: decoders.Reader, facts: Stated, is_soundfile: bool) -> tuple[int, int]:
     """Samples a channel that there must be, -1 where nothing states it, and how many fewer a decoder may give."""
-    if is_soundfile and not facts.is_guessed and not facts.is_exact:
+    if is_soundfile and not facts.is_guessed and not (facts.is_exact and facts.num_samples >= 0):
         return reader.num_samples, 0
     if facts.num_samples >= 0:
         count = facts.num_samples * reader.sampling_rate // (facts.rate or reader.sampling_rate)
-        return count, 0 if facts.is_exact else reader.sampling_rate // 10
+        return count, 0 if facts.is_exact or decoders.is_lossless(reader.codec) else reader.sampling_rate // 10
     return (-1, 0) if is_soundfile else (reader.num_samples, reader.sampling_rate // 10)
 
 
 def _decoded(source: _Source, swap: bool, target: int | None, mono: bool, block: int) -> _Result:
     """Decode all parts with the preferred decoder of each, or the other one; what fails is a problem of the result."""
-    collector, problem, is_proved = None, source.problem, True
+    collector, problem, is_proved, is_opened = None, source.problem, True, True
     for part in source.parts:
         facts = part[2]
         try:
             reader, is_soundfile = _open(source, part, swap)
         except decoders.DecoderError as error:
-            problem, is_proved = problem or str(error), False
+            problem, is_proved, is_opened = problem or str(error), False, False
             continue
         try:
             promised, slack = _promise(reader, facts, is_soundfile)
@@ -136,7 +137,7 @@ def _decoded(source: _Source, swap: bool, target: int | None, mono: bool, block:
                 collector = Collector(target, mono, -1 if len(source.parts) > 1 else max(promised, reader.estimate))
             before = collector.num_received
             try:
-                for samples in reader.blocks(block):
+                for samples in decoders.blocks_of(reader, block):
                     collector.add(samples)
             except decoders.DecoderError as error:
                 problem, is_proved = problem or str(error), False
@@ -149,9 +150,9 @@ def _decoded(source: _Source, swap: bool, target: int | None, mono: bool, block:
         finally:
             reader.close()
     if collector is None:
-        return _Result(torch.empty(0, dtype=torch.float32, device="cpu"), target or 0, 0, problem, False)
+        return _Result(torch.empty(0, dtype=torch.float32, device="cpu"), target or 0, 0, problem, False, False)
     samples = collector.finish()
-    return _Result(samples, collector.sampling_rate or 0, collector.num_received, problem, is_proved)
+    return _Result(samples, collector.sampling_rate or 0, collector.num_received, problem, is_proved, is_opened)
 
 
 def _best(source: _Source, target: int | None, mono: bool, strict: bool) -> _Result:
@@ -165,10 +166,10 @@ def _best(source: _Source, target: int | None, mono: bool, strict: bool) -> _Res
         return first
     second = _decoded(source, True, target, mono, block)
     # A decoder that skips what is damaged has no complaint: believed where the first could not begin, or by the length.
-    if second.problem is None and (second.is_proved or not first.num_received):
+    if second.problem is None and (second.is_proved or not first.is_opened):
         return second
     longest = max(first, second, key=lambda result: result.samples.shape[-1] / max(result.rate, 1))
-    return _Result(longest.samples, longest.rate, longest.num_received, first.problem, False)
+    return _Result(longest.samples, longest.rate, longest.num_received, first.problem, False, longest.is_opened)
 
 
 def audio_info(path: str | bytes | os.PathLike) -> AudioInfo:
