@@ -48,7 +48,7 @@ def table(trainings: list[Training]) -> tuple[tuple[str, ...], list[tuple[str, .
                 )
         controls = []
         for modality, control in t["controls"].items():
-            low, high = control["loss_interval"]
+            low, high = control["loss_interval"] or (float("nan"),) * 2
             controls.append(f"{modality} {control['metrics'][name]:.3f}, {low:.3f} – {high:.3f}")
         counts = t["num_samples"]
         lines.append(

@@ -40,7 +40,12 @@ __all__ = [
 
 AutoConfig.register("mmlm", MMLMConfig, exist_ok=True)
 AutoConfig.register(MMLMImageTokenizerConfig.model_type, MMLMImageTokenizerConfig, exist_ok=True)
-AutoModel.register(MMLMConfig, MMLMModel, exist_ok=True)
+# One configuration, several classes: AutoModel takes the one that was saved, of a generator the model without its head.
+AutoModel.register(
+    MMLMConfig,
+    (MMLMModel, MMLMEncoderModel, MMLMForClassification, MMLMForContrastive, MMLMForPreTraining, MMLMForSeq2SeqLM),
+    exist_ok=True,
+)
 AutoModel.register(MMLMImageTokenizerConfig, MMLMImageTokenizer, exist_ok=True)
 for _name, _model in (
     ("AutoModelForImageTextToText", MMLMForConditionalGeneration),

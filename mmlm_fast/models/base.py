@@ -71,6 +71,24 @@ class MMLMPreTrainedModel(PreTrainedModel):
                 freeze_poolers(module)
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load what `save_pretrained` saved; also as another class, whose new parts then start at random.
+
+        Raises:
+            ValueError: if what was saved has no weights of the text model of this class.
+        """
+        told_too = kwargs.pop("output_loading_info", False)
+        model, told = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        parts = {part for key in told["missing_keys"] for part in key.split(".")}
+        lost = sorted(parts & {*TOWERS["text"], *TOWERS["decoder"]})
+        if lost:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} was saved by {', '.join(model.config.architectures or ['another'])}, "
+                f"got {cls.__name__}, of whose {' and '.join(lost)} it has no weights"
+            )
+        return (model, told) if told_too else model
+
+    @classmethod
     def from_towers(
         cls,
         *,

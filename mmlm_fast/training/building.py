@@ -44,6 +44,11 @@ def check(settings: TrainSettings) -> None:
         ValueError: naming the setting.
     """
     cls = class_of(settings)
+    for name, source in settings.towers.items():
+        _find_checkpoint(f"towers.{name}", source)
+    for name, value in (("start_from", settings.start_from), ("image_tokenizer", settings.image_tokenizer)):
+        if value and not (settings.path(value) / "config.json").is_file():
+            raise ValueError(f"{name}: no model in {settings.path(value)}")
     preset = inspect.signature(PRESETS[settings.preset].build).parameters
     known = {"num_labels", "problem_type", *MMLMConfig.__annotations__}
     if not settings.start_from:  # a model that goes on has its sizes and its tokenizer
@@ -53,11 +58,6 @@ def check(settings: TrainSettings) -> None:
             raise ValueError(f"model.{name} is that of the model in start_from, got {settings.model[name]!r}")
         if name not in known:
             raise unknown_setting(name, known, "model.")
-    for name, source in settings.towers.items():
-        _find_checkpoint(f"towers.{name}", source)
-    for name, value in (("start_from", settings.start_from), ("image_tokenizer", settings.image_tokenizer)):
-        if value and not (settings.path(value) / "config.json").is_file():
-            raise ValueError(f"{name}: no model in {settings.path(value)}")
     try:
         if cls is MMLMImageTokenizer or TASKS[settings.task].kind == "image_generation":
             image_tokenizer_of(settings)
@@ -65,7 +65,8 @@ def check(settings: TrainSettings) -> None:
             return
         options = dict(settings.model)
         name = str(options.pop("tokenizer", "bytes"))
-        tokenizer = _tokenizer("bytes" if name.startswith("bpe:") else name, _side(cls), (), options)
+        kind = "bytes" if name.startswith("bpe:") else name
+        tokenizer = _tokenizer(kind, _side(cls), (), _codebook_size(settings))
         if name.startswith("bpe:"):
             _vocabulary_size(name)
         config, _ = PRESETS[settings.preset].build(tokenizer=tokenizer, **options)
@@ -116,7 +117,7 @@ def build(settings: TrainSettings, labels: Sequence[str], texts: Sequence[str]) 
             had = MMLMConfig.from_pretrained(folder).modalities or []
             options["modalities"] = [m for m in had if m in settings.data.modalities]
         return cls.from_pretrained(folder, **options), MMLMProcessor.from_pretrained(folder)
-    tokenizer = _tokenizer(str(options.pop("tokenizer", "bytes")), _side(cls), texts, options)
+    tokenizer = _tokenizer(str(options.pop("tokenizer", "bytes")), _side(cls), texts, _codebook_size(settings))
     config, processor = PRESETS[settings.preset].build(tokenizer=tokenizer, **options)
     if _drops_towers(settings):
         config.modalities = [m for m in config.modalities or () if m in settings.data.modalities]
@@ -128,10 +129,16 @@ def _drops_towers(settings: TrainSettings) -> bool:
     return TASKS[settings.task].kind in ("classification", "retrieval")
 
 
-def _tokenizer(name: str, side: str, texts: Sequence[str], options: dict[str, Any]) -> Any:
-    codebook = options.get("codebook_size", 0)
+def _codebook_size(settings: TrainSettings) -> int:
+    """Of the preset's tokens of pictures, 0 where it has none."""
+    options = inspect.signature(PRESETS[settings.preset].build).parameters
+    default = options["codebook_size"].default if "codebook_size" in options else 0
+    return settings.model.get("codebook_size", default)
+
+
+def _tokenizer(name: str, side: str, texts: Sequence[str], codebook: int) -> Any:
     if name == "bytes":
-        return None if codebook else byte_tokenizer(padding_side=side)
+        return byte_tokenizer(padding_side=side, codebook_size=codebook)
     if name.startswith("bpe:"):
         return byte_tokenizer(padding_side=side, codebook_size=codebook, texts=texts, vocab_size=_vocabulary_size(name))
     from transformers import AutoTokenizer

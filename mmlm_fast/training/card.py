@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mmlm_fast.training.tasks import TASKS
+
 TAGS = {
     "classification": "text-classification",
     "retrieval": "feature-extraction",
@@ -31,24 +33,30 @@ def write_card(folder: Path, result: dict[str, Any], examples: Sequence[dict[str
             for k, v in numbers.items()
         ],
     )
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(folder, result, examples)}").save(folder / "README.md")
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(folder, result, examples, model)}").save(folder / "README.md")
 
 
-def _text(folder: Path, result: dict[str, Any], examples: Sequence[dict[str, Any]]) -> str:
-    counts = result["num_samples"]
+def _text(folder: Path, result: dict[str, Any], examples: Sequence[dict[str, Any]], model: Any) -> str:
+    counts, shared = result["num_samples"], result["eval_samples_in_train"]
     lines = [
         f"# {folder.resolve().name}",
         "",
         f"Preset `{result['preset']}` of mmlm-fast, task {result['task']}, fusion {result['fusion']}, modalities "
         f"{', '.join(result['modalities'])}; {result['num_parameters']:,} parameters; seed {result['seed']}; trained on"
         " "
-        f"{counts['train']} samples, judged on {counts['eval']} others, in {result['seconds']:.0f} s.",
+        f"{counts['train']} samples, judged on {counts['eval']} {'' if shared else 'others '}in "
+        f"{result['seconds']:.0f} s.",
+        "",
+        *([f"**{_shared_sentence(result)}**", ""] if shared else []),
+        "## How to load",
+        "",
+        *how_to_load(result, model),
         "",
         "## Metrics",
         "",
         "| metric | value |",
         "|---|---:|",
-        *(f"| {k} | {_shown(v)} |" for k, v in result["metrics"].items() if isinstance(v, (float, list))),
+        *(f"| {k} | {_shown(v)} |" for k, v in _numbers(result)),
     ]
     if result["chance"] is not None:
         lines.append(f"| chance | {result['chance']:.4f} |")
@@ -67,13 +75,15 @@ def _text(folder: Path, result: dict[str, Any], examples: Sequence[dict[str, Any
 
 def summary_lines(result: dict[str, Any]) -> list[str]:
     """The numbers in a few lines of plain text."""
-    lines = [f"{k}: {_shown(v)}" for k, v in result["metrics"].items() if isinstance(v, (float, list))]
+    lines = [f"{k}: {_shown(v)}" for k, v in _numbers(result)]
     if result["chance"] is not None:
         lines.append(f"chance: {result['chance']:.4f}")
     name = next(iter(result["metrics"]), None)
     for modality, control in result["controls"].items():
-        low, high = control["loss_interval"]
-        lines.append(f"{modality} shuffled: {name} {control['metrics'][name]:.4f}, loss {low:.4f} – {high:.4f}")
+        lost = _shown(control["loss_interval"])
+        lines.append(f"{modality} shuffled: {name} {control['metrics'][name]:.4f}, score lost {lost}")
+    if result["eval_samples_in_train"]:
+        lines.append(_shared_sentence(result))
     if result["bad_samples"]:
         lines.append(f"bad samples left out: {len(result['bad_samples'])}")
         lines += [f"  {problem}" for problem in result["bad_samples"][:10]]
@@ -82,26 +92,85 @@ def summary_lines(result: dict[str, Any]) -> list[str]:
 
 def control_sentence() -> str:
     return (
-        "Each row: the same evaluation with one modality taken from another sample. The interval is of the mean loss "
-        "of score (95 %, bootstrap over samples); above 0, the model uses the modality."
+        "Each row: the same evaluation with one modality taken from another sample. The interval is of the mean score "
+        "lost by that (95 %, bootstrap over samples); above 0, the model uses the modality."
     )
 
 
 def control_table(result: dict[str, Any]) -> list[str]:
     """Markdown lines."""
     name = next(iter(result["metrics"]))
-    lines = [f"| shuffled | {name} | intact | loss, interval | used |", "|---|---:|---:|---|---|"]
+    lines = [f"| shuffled | {name} | intact | score lost, interval | used |", "|---|---:|---:|---|---|"]
     for modality, control in result["controls"].items():
-        low, high = control["loss_interval"]
+        used = {True: "yes", False: "no", None: "not known"}[control["used"]]
         lines.append(
-            f"| {modality} | {control['metrics'][name]:.3f} | {result['metrics'][name]:.3f} | {low:.3f} – {high:.3f} | "
-            f"{'yes' if control['used'] else 'no'} |"
+            f"| {modality} | {control['metrics'][name]:.3f} | {result['metrics'][name]:.3f} | "
+            f"{_shown(control['loss_interval'], 3)} | {used} |"
         )
     return lines
 
 
-def _shown(value: Any) -> str:
-    return " – ".join(f"{x:.4f}" for x in value) if isinstance(value, list) else f"{value:.4f}"
+def _numbers(result: dict[str, Any]) -> list[tuple[str, Any]]:
+    return [(k, v) for k, v in result["metrics"].items() if isinstance(v, (float, list)) or k.endswith("_interval")]
+
+
+def _shared_sentence(result: dict[str, Any]) -> str:
+    return (
+        f"{result['eval_samples_in_train']} of {result['num_samples']['eval']} evaluated samples were trained on: the "
+        "numbers say little about other samples."
+    )
+
+
+def how_to_load(result: dict[str, Any], model: Any) -> list[str]:
+    """Markdown lines of a snippet that runs in the folder of the model."""
+    cls, kind, merge = type(model).__name__, TASKS[result["task"]].kind, result["fusion"] == "merge"
+    used = [m for m in getattr(model.config, "modalities", None) or ("image",) if m in (*result["modalities"], "text")]
+    if kind == "image_generation":
+        used = ["text"]
+    names = [cls, "MMLMProcessor", *(["MMLMImageTokenizer", "generate_images"] if kind == "image_generation" else [])]
+    lines = ["```python", *(["import numpy"] if "audio" in used else [])]
+    lines += ["from PIL import Image"] if "image" in used else []
+    lines += ["", f"from mmlm_fast.models import {', '.join(sorted(names))}", ""]
+    lines += ['folder = "."  # of this file', f"model = {cls}.from_pretrained(folder)"]
+    lines += ["processor = MMLMProcessor.from_pretrained(folder)"]
+    text, inputs = "a text", []
+    if "image" in used:
+        lines.append('picture = Image.new("RGB", (64, 64), "white")  # or Image.open("picture.png").convert("RGB")')
+        inputs.append("images=[picture]")
+    if "audio" in used:
+        lines.append("clip = numpy.zeros(16000, numpy.float32)  # of one second, mono, 16 kHz")
+        inputs += ["audio=[clip]", "sampling_rate=16000"]
+    if merge and kind == "generation":
+        text = "".join(f"<{m}>" for m in used if m != "text") + text + "\\n"
+    if kind == "image_generation":
+        lines.append('painter = MMLMImageTokenizer.from_pretrained(f"{folder}/image_tokenizer")')
+    if kind not in ("image_generation", "image_tokenizer"):
+        inputs.insert(0, f'text=["{text}"]')
+        lines.append(f"inputs = processor({', '.join(inputs)})")
+    lines += {
+        "classification": [
+            "print(model(**inputs).logits)"
+            if model.config.problem_type in ("regression", "multi_label_classification")
+            else "print(model.config.id2label[model(**inputs).logits.argmax().item()])"
+        ],
+        "generation": [
+            "tokens = model.generate(**inputs, max_new_tokens=20)",
+            "print(processor.batch_decode("
+            + ("tokens" if model.config.is_encoder_decoder else 'tokens[:, inputs["input_ids"].shape[1] :]')
+            + ", skip_special_tokens=True))",
+        ],
+        "retrieval": ["print(model(**inputs).logits_per_image)" if "image" in used else "print(model(**inputs))"],
+        "pretraining": ["print(model(**inputs).loss)"],
+        "image_generation": [f'print(generate_images(model, painter, processor, ["{text}"]).shape)'],
+        "image_tokenizer": ["print(model.encode(processor.pixel_values([picture])))"],
+    }[kind]
+    return [*lines, "```"]
+
+
+def _shown(value: Any, digits: int = 4) -> str:
+    if value is None:
+        return "none: of fewer than two samples"
+    return " – ".join(f"{x:.{digits}f}" for x in value) if isinstance(value, list) else f"{value:.{digits}f}"
 
 
 def _cell(value: Any) -> str:

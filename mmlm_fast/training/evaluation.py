@@ -77,7 +77,8 @@ def controls(
 ) -> dict[str, dict[str, Any]]:
     """For each modality the metrics with that modality shuffled among the samples, and the interval of what is lost.
 
-    ``used`` says whether the interval of the mean loss of score lies above 0: the model uses the modality.
+    ``used`` says whether the interval of the mean score lost lies above 0: the model uses the modality; None where too
+    few samples are judged for an interval.
     """
     name = collator.task.metrics[0]
     found = {}
@@ -85,8 +86,9 @@ def controls(
         control = evaluate(model, collator, shuffled(samples, modality), **options)
         lost = intact.scores - control.scores
         lost = lost[~np.isnan(lost)]
-        low, high = metrics.interval(-lost if name in ("wer", "cer") else lost)
-        found[modality] = {"metrics": control.metrics, "loss_interval": [low, high], "used": bool(low > 0)}
+        interval = metrics.interval_of("loss", -lost if name in ("wer", "cer") else lost)
+        low = (interval["loss_interval"] or [None])[0]
+        found[modality] = {"metrics": control.metrics, **interval, "used": None if low is None else low > 0}
     return found
 
 
@@ -116,7 +118,7 @@ def _classification(model: Any, collator: Collator, samples: Sequence[Sample], b
         found = metrics.classification(truth, guess, collator.labels)
         scores = np.array([t == g for t, g in zip(truth, guess, strict=True)], float)
         said = [collator.labels[i] for i in guess]
-    return Evaluation(found | {"accuracy_interval": list(metrics.interval(scores))}, scores, said)
+    return Evaluation(found | metrics.interval_of("accuracy", scores), scores, said)
 
 
 def _generation(
@@ -135,7 +137,7 @@ def _generation(
     found: dict[str, Any] = {name: metrics.text(name, references, said) for name in collator.task.metrics}
     first = collator.task.metrics[0]
     scores = metrics.text_scores(first, references, said)
-    return Evaluation(found | {f"{first}_interval": list(metrics.interval(scores))}, scores, said)
+    return Evaluation(found | metrics.interval_of(first, scores), scores, said)
 
 
 def _retrieval(model: Any, collator: Collator, samples: Sequence[Sample], batches: Any) -> Evaluation:
@@ -174,7 +176,7 @@ def _retrieval(model: Any, collator: Collator, samples: Sequence[Sample], batche
     scores = np.full(len(samples), np.nan)
     scores[there] = np.nanmean(hits_by_sample[:, there], 0)
     mean = {name: float(np.mean([f[name] for f in forward_by_modality])) for name in forward_by_modality[0]}
-    return Evaluation(mean | {"recall_at_1_interval": list(metrics.interval(scores[there]))} | found, scores)
+    return Evaluation(mean | metrics.interval_of("recall_at_1", scores[there]) | found, scores)
 
 
 def _losses(model: Any, batches: Any) -> Evaluation:

@@ -92,13 +92,22 @@ def retrieval(similarity: np.ndarray, positive: np.ndarray) -> tuple[dict[str, f
     return found, (rank == 0).astype(float)
 
 
-def interval(scores: np.ndarray) -> tuple[float, float]:
-    """Bootstrap percentile interval of the mean, at `CONFIDENCE`; the mean itself where all are equal."""
+def interval(scores: np.ndarray) -> tuple[float, float] | None:
+    """Bootstrap percentile interval of the mean, at `CONFIDENCE`; the mean itself where all are equal, None of fewer
+    than two scores, which say nothing of others."""
     from scipy.stats import bootstrap
 
     scores = np.asarray(scores, float)
-    if len(scores) < 2 or np.ptp(scores) == 0:
+    if len(scores) < 2:
+        return None
+    if np.ptp(scores) == 0:
         return float(scores.mean()), float(scores.mean())
     options = dict(n_resamples=RESAMPLES, confidence_level=CONFIDENCE, method="percentile", rng=0)
     found = bootstrap((scores,), np.mean, **options).confidence_interval
     return float(found.low), float(found.high)
+
+
+def interval_of(name: str, scores: np.ndarray) -> dict[str, list[float] | None]:
+    """The interval of a metric, by its name."""
+    found = interval(scores)
+    return {f"{name}_interval": None if found is None else list(found)}

@@ -21,7 +21,7 @@ from mmlm_fast.training.building import build, check, image_tokenizer_of
 from mmlm_fast.training.builtin import BUILTIN
 from mmlm_fast.training.card import write_card
 from mmlm_fast.training.evaluation import Evaluation, controls, evaluate
-from mmlm_fast.training.metrics import interval
+from mmlm_fast.training.metrics import interval_of
 from mmlm_fast.training.samples import BadSampleError, Sample, load, read_samples, usable
 from mmlm_fast.training.settings import TrainSettings
 from mmlm_fast.training.tasks import TASKS, Collator, Drawn, class_name
@@ -47,14 +47,36 @@ class SampleList(Dataset):
         return Drawn(self.samples[index], self.augment, (self.seed, int(self.epoch), index))
 
 
-class _TellEpoch(TrainerCallback):
-    """The epoch for the samples; accelerate's loaders tell it to their samplers alone."""
+class _Trainer(Trainer):
+    """Trainer whose loaders draw the seeds of their workers from a generator of their own.
+
+    Otherwise they come from the one that dropout draws from, of workers that persist once a process: a resumed training
+    would drop others than an uninterrupted one.
+    """
+
+    def get_train_dataloader(self) -> Any:
+        return self._apart(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        return self._apart(super().get_eval_dataloader(*args, **kwargs))
+
+    def _apart(self, loader: Any) -> Any:
+        inner = getattr(loader, "base_dataloader", loader)  # of accelerate's wrapper
+        inner.generator = torch.Generator(device="cpu").manual_seed(self.args.seed)
+        return loader
+
+
+class _Begin(TrainerCallback):
+    """What Trainer leaves out when it begins a training or an epoch."""
 
     def __init__(self, samples: SampleList) -> None:
         self.samples = samples
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.compute_steps(args, state.max_steps)  # when to log and save is what is said now, not in the checkpoint
+
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.samples.epoch.fill_(int(state.epoch or 0))
+        self.samples.epoch.fill_(int(state.epoch or 0))  # accelerate's loaders tell it to their samplers alone
 
 
 def train(
@@ -280,13 +302,13 @@ def fit(
 ) -> list[dict[str, Any]]:
     """Train with transformers' Trainer; returns its log."""
     changing = SampleList(train_samples, settings.data.augment, settings.seed)
-    trainer = Trainer(
+    trainer = _Trainer(
         model=model,
         args=arguments,
         train_dataset=changing,
         eval_dataset=SampleList(eval_samples, settings.evaluation.augment, settings.seed + 1),
         data_collator=collator,
-        callbacks=[_TellEpoch(changing)],
+        callbacks=[_Begin(changing)],
     )
     if arguments.disable_tqdm:
         trainer.remove_callback(PrinterCallback)
@@ -412,7 +434,7 @@ def paint(
     held_out = [judge.pixels([load(sample)]).flatten().numpy() for sample in eval_samples]
     return rows, {
         "read_as_asked": float(hits.mean()),
-        "read_as_asked_interval": list(interval(hits)),
+        **interval_of("read_as_asked", hits),
         "read_as_another_text_asked": float(others.mean()),
         "real_pictures_read": float(reader.score(held_out, [str(sample.label) for sample in eval_samples])),
     }

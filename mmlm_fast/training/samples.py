@@ -276,7 +276,10 @@ def _frames(path: Path, num_frames: int) -> list[Any]:
         raise ValueError(f"{path}: reading films needs PyAV: pip install av") from error
     try:
         with av.open(str(path)) as film:
-            pictures = [frame.to_image() for frame in film.decode(video=0)]
+            # As it is to be shown: telephones write films as the sensor lies.
+            pictures = [
+                frame.to_image().rotate(getattr(frame, "rotation", 0), expand=True) for frame in film.decode(video=0)
+            ]
     except (av.error.FFmpegError, IndexError) as error:
         raise ValueError(f"{path} cannot be read as a film: {error}") from error
     if not pictures:

@@ -233,11 +233,9 @@ class Collator:
         return self.processor.pixel_values(pictures)
 
     def text(self, loaded: Loaded, with_images: bool = True, with_audio: bool = True) -> str:
-        """What a sample says to the model; for a decoder with placeholders in front and a line break behind."""
+        """What a sample says to the model; `merge` with placeholders in front, a decoder with a line end."""
         sample = loaded.sample
         text = (sample.text or self.task.prompt) if "text" in self.modalities else ""
-        if self.model_kind != "decoder":
-            return text if not sample.messages else self._chat(sample)
         marks = ""
         for token, items, wanted, length in (
             (self.processor.image_token, loaded.images, with_images, self.processor.image_seq_length),
@@ -247,7 +245,8 @@ class Collator:
                 marks += token
         if sample.messages:
             return marks + self._chat(sample)
-        return marks + (f"{text}\n" if self.task.kind != "image_generation" else text)
+        writes_on = self.model_kind == "decoder" and self.task.kind != "image_generation"
+        return marks + (f"{text}\n" if writes_on else text)
 
     def _chat(self, sample: Sample) -> str:
         return self.processor.apply_chat_template(
