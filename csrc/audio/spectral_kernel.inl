@@ -138,6 +138,50 @@ MMLM_INLINE void transpose(const T* __restrict x, int64_t x_stride, int rows, in
   }
 }
 
+// Sums of products. Without an instruction that rounds once, each product of float32 is rounded before it is added, and
+// such sums erred more than peers': they are formed in float64 there.
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(__aarch64__)
+constexpr bool kFuses = true;
+#else
+constexpr bool kFuses = false;
+#endif
+template <typename T>
+constexpr bool kWidens = !kFuses && std::is_same_v<T, float>;
+typedef double WideVec __attribute__((vector_size(2 * kVectorBytes)));  // as many lanes as a vector of floats
+template <typename T>
+using SumOf = std::conditional_t<kWidens<T>, WideVec, Vec<T>>;
+template <typename T>
+MMLM_INLINE void add_product(SumOf<T>& sum, Vec<T> x, T weight) {
+  if constexpr (kWidens<T>) {
+    sum += __builtin_convertvector(x, WideVec) * static_cast<double>(weight);
+  } else {
+    sum += x * weight;
+  }
+}
+template <typename T>
+MMLM_INLINE Vec<T> rounded(const SumOf<T>& sum) {
+  if constexpr (kWidens<T>) {
+    return __builtin_convertvector(sum, Vec<T>);
+  } else {
+    return sum;
+  }
+}
+// x - c * before, of vectors and of numbers.
+template <typename T>
+MMLM_INLINE Vec<T> emphasis(Vec<T> x, T c, Vec<T> before) {
+  if constexpr (kWidens<T>) {
+    return __builtin_convertvector(
+        __builtin_convertvector(x, WideVec) - static_cast<double>(c) * __builtin_convertvector(before, WideVec), Vec<T>);
+  } else {
+    return x - c * before;
+  }
+}
+template <typename T>
+MMLM_INLINE T emphasis_of(T x, T c, T before) {
+  using Wide = std::conditional_t<kWidens<T>, double, T>;
+  return static_cast<T>(static_cast<Wide>(x) - static_cast<Wide>(c) * static_cast<Wide>(before));
+}
+
 // Frames of one group, unrolled from the tile and prepared before the window: mean removed, pre-emphasised. Returns
 // the energy (sum of squares) of the frames, before or after the rest as the plan says.
 template <typename T>
@@ -163,7 +207,7 @@ __attribute__((noinline)) Vec<T> prepare_frames(const SpectralPlan& plan, const 
   Vec<T> energy[2] = {};
   Vec<T> before = load(tile + offset[0]) - mean;
   for (int i = 0; i < n; ++i) {
-    const Vec<T> x = load(tile + offset[i]) - mean, y = x - c * before;
+    const Vec<T> x = load(tile + offset[i]) - mean, y = emphasis<T>(x, c, before);
     if (wants_raw) energy[i & 1] += x * x;
     if (wants_windowed) energy[i & 1] += (y * tables.plain_window[i]) * (y * tables.plain_window[i]);
     store(frame + i * kTileFrames, y);
@@ -215,11 +259,11 @@ __attribute__((noinline)) void prepare_tile(const SpectralPlan& plan, const T* _
   // first sample is in `first`.
   const T* last = tile + static_cast<int64_t>(rows - 1) * stride;
   emphasised[0] = 0;
-  for (int l = 1; l < columns; ++l) emphasised[l] = tile[l] - c * last[l - 1];
+  for (int l = 1; l < columns; ++l) emphasised[l] = emphasis_of<T>(tile[l], c, last[l - 1]);
   for (int m = 1; m < rows; ++m) {
     const T* row = tile + static_cast<int64_t>(m) * stride;
     T* to = emphasised + static_cast<int64_t>(m) * stride;
-    for (int l = 0; l < columns; l += kWidth<T>) store(to + l, load(row + l) - c * load(row - stride + l));
+    for (int l = 0; l < columns; l += kWidth<T>) store(to + l, emphasis<T>(load(row + l), c, load(row - stride + l)));
   }
 }
 
@@ -241,7 +285,7 @@ struct PowerSink {
       im = round_to_float(im);
     }
     Vec<T> value = re * re + im * im;
-    if (adds) value = max(value + T(plan.o.power_add), broadcast(T(plan.o.power_floor)));
+    if (adds) value = max(broadcast(T(plan.o.power_floor)), value + T(plan.o.power_add));  // NaN, second, stays
     if (!is_power) {
       if (plan.o.spectrum == Spectrum::magnitude) {
         value = square_root(value);
@@ -294,18 +338,21 @@ __attribute__((noinline)) Vec<T> filter_and_log(const SpectralPlan& plan, const 
   const bool floors = plan.o.floor != 0 || plan.o.log != Log::none, scales = multiply != 1 || shift != 0;
   Vec<T> total{};
   for (int m = 0; m < plan.num_filters; ++m) {
-    Vec<T> sum[groups] = {};
+    SumOf<T> sums[groups] = {};
+    Vec<T> sum[groups];
     if (plan.has_filters) {
       const T* p = power + static_cast<int64_t>(plan.first_bin[m]) * kTileFrames;
       for (int left = plan.count[m]; left > 0; left -= kTermsOfASum) {
-        Vec<T> part[groups] = {};
+        SumOf<T> part[groups] = {};
         for (int k = std::min(left, kTermsOfASum); k > 0; --k, ++weight, p += kTileFrames) {
 #pragma GCC unroll 8
-          for (int g = 0; g < groups; ++g) part[g] += load(p + g * w) * *weight;
+          for (int g = 0; g < groups; ++g) add_product<T>(part[g], load(p + g * w), *weight);
         }
 #pragma GCC unroll 8
-        for (int g = 0; g < groups; ++g) sum[g] += part[g];
+        for (int g = 0; g < groups; ++g) sums[g] += part[g];
       }
+#pragma GCC unroll 8
+      for (int g = 0; g < groups; ++g) sum[g] = rounded<T>(sums[g]);
     } else {
 #pragma GCC unroll 8
       for (int g = 0; g < groups; ++g) sum[g] = load(power + static_cast<int64_t>(m) * kTileFrames + g * w);
@@ -329,14 +376,14 @@ __attribute__((noinline)) void cosine_transform(const SpectralPlan& plan, const 
   const T* row = tables_of<T>(plan).dct.data();
   for (int c = 0; c < plan.num_ceps; ++c, row += plan.num_filters) {
     for (int g = 0; g < kGroups<T>; ++g) {
-      Vec<T> even{}, odd{};
+      SumOf<T> even{}, odd{};
       int m = 0;
       for (; m + 2 <= plan.num_filters; m += 2) {
-        even += load(x + m * kTileFrames + g * w) * row[m];
-        odd += load(x + (m + 1) * kTileFrames + g * w) * row[m + 1];
+        add_product<T>(even, load(x + m * kTileFrames + g * w), row[m]);
+        add_product<T>(odd, load(x + (m + 1) * kTileFrames + g * w), row[m + 1]);
       }
-      if (m < plan.num_filters) even += load(x + m * kTileFrames + g * w) * row[m];
-      store(out + c * kTileFrames + g * w, even + odd);
+      if (m < plan.num_filters) add_product<T>(even, load(x + m * kTileFrames + g * w), row[m]);
+      store(out + c * kTileFrames + g * w, rounded<T>(even + odd));
     }
   }
 }

@@ -67,10 +67,12 @@ NOT_REPLACED = {
     "Gemma4UnifiedAudioFeatureExtractor": "waveform, cut into frames",
     "KyutaiSpeechToTextFeatureExtractor": "waveform, padded",
     "MuseSparkFeatureExtractor": "waveform, padded",
+    "OmniASRFeatureExtractor": "waveform, normalised",
     "PeAudioFeatureExtractor": "waveform, padded",
     "PocketTTSFeatureExtractor": "waveform, padded",
     "VibeVoiceAcousticTokenizerFeatureExtractor": "waveform, loudness normalised",
     "Wav2Vec2FeatureExtractor": "waveform, normalised",
+    "WavTokenizerFeatureExtractor": "waveform, padded",
     "MarkupLMFeatureExtractor": "no audio: HTML",
 }
 _made: dict[str, type] = {}
@@ -86,11 +88,15 @@ def drop_in(name: str) -> type:
             original = getattr(module, name)
         except (ImportError, AttributeError) as error:
             raise AttributeError(f"this version of transformers has no {name}: {error}") from error
+        # Only who asks for a drop-in imports transformers.
+        from mmlm_fast.audio.extractors import hooks
+
         module_name, _, mixin = entry.mixin.partition(":")
         bases = (getattr(import_module(f"{__name__}.{module_name}"), mixin), original)
         doc = f"`transformers.{name}` with its {entry.computes} from the native core; see {entry.mixin}."
         known = type(name, bases, {"__module__": "mmlm_fast.audio", "__doc__": doc})
         known = _made.setdefault(name, _saying_what_is_missing(known))
+        hooks.remember(known, original)
     return known
 
 
@@ -100,6 +106,8 @@ def _saying_what_is_missing(cls: type) -> type:
     ``transformers.<name>`` is then a stand-in that raises it. The class itself, which is taken here, knows what it
     needs but does not look. What a drop-in can do without (torchaudio, mostly) it does without.
     """
+    from mmlm_fast.audio.extractors.guard import guarded
+
     make = cls.__init__  # type: ignore[misc]
 
     @in_plain_torch
@@ -114,5 +122,5 @@ def _saying_what_is_missing(cls: type) -> type:
             raise
 
     cls.__init__ = init  # type: ignore[misc]
-    cls.__call__ = in_plain_torch(cls.__call__)  # type: ignore[method-assign, operator]
+    cls.__call__ = guarded(cls.__call__)  # type: ignore[method-assign, operator]
     return cls

@@ -15,11 +15,11 @@ from mmlm_fast.audio.extractors.plans import (
     cached_plan,
     features,
     mono_clips,
+    one_clip,
     pads_to_longest,
     rate_is_wrong,
     refuse_short,
     rounded_up,
-    rows_of,
 )
 from mmlm_fast.audio.filters import kaldi_mel_filters, window_of
 from mmlm_fast.audio.kaldi import EPSILON, kaldi_fbank
@@ -65,7 +65,7 @@ def _kaldi_plan(extractor: Any, window: str, num_mel_bins: int, scale: float, bi
 
 def _kaldi_features(plan: "_C.SpectralPlan", waveform: np.ndarray, limit: int | None = None) -> np.ndarray:
     """``[frames, bins]`` of one clip."""
-    rows = rows_of(waveform)
+    rows = one_clip(waveform)
     refuse_short(rows.shape[1], _KALDI.frame_length)
     frames = (rows.shape[1] - _KALDI.frame_length) // _KALDI.hop_length + 1
     return features(plan, rows, frames if limit is None else min(frames, limit), bins_first=False)[0]
@@ -153,4 +153,4 @@ class Speech2TextMixin(Original):
     def _extract_fbank_features(self, waveform: np.ndarray) -> np.ndarray:
         if self._takes_original("_extract_fbank_features") or self.dither != 0 or self.sampling_rate != 16000:
             return super()._extract_fbank_features(waveform)
-        return _kaldi_features(_kaldi_plan(self, "povey", self.num_mel_bins, 32768.0), np.squeeze(waveform))
+        return _kaldi_features(_kaldi_plan(self, "povey", self.num_mel_bins, 32768.0), waveform)

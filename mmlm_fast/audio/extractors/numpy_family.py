@@ -15,8 +15,8 @@ from mmlm_fast.audio.extractors.plans import (
     as_filters,
     cached_plan,
     features,
+    one_clip,
     refuse_short,
-    rows_of,
 )
 from mmlm_fast.audio.filters import window_of
 from mmlm_fast.ops._registry import using_reference
@@ -98,7 +98,7 @@ def _numpy_features(
 ) -> np.ndarray:
     """What transformers' ``audio_utils.spectrogram`` computes, of one clip."""
     edges, num_frames = framing.centred("reflect") if center else framing.whole()
-    rows = rows_of(waveform)
+    rows = one_clip(waveform)
     refuse_short(rows.shape[1], framing.n_fft // 2 + 1 if center else framing.n_fft)
 
     def make() -> "_C.SpectralPlan":

@@ -84,6 +84,15 @@ def rows_of(waveform: Any) -> np.ndarray:
     return array.reshape(-1, array.shape[-1]) if array.ndim != 2 else array
 
 
+def one_clip(waveform: Any) -> np.ndarray:
+    """The same for a method that takes one clip: ``[1, num_samples]``, whatever axes of one it has."""
+    array = waveform.detach().cpu().numpy() if isinstance(waveform, Tensor) else np.asarray(waveform)
+    squeezed = np.squeeze(array)
+    if squeezed.ndim > 1:
+        raise ValueError(f"a clip must be mono, [num_samples], got shape {array.shape}: mix down first")
+    return rows_of(squeezed.reshape(1, -1))
+
+
 def features(plan: "_C.SpectralPlan", waveform: Any, frames: int, *, bins_first: bool, dtype: Any = np.float32) -> Any:
     """Features ``[num_clips, …]`` of ``[num_clips, num_samples]``."""
     rows = rows_of(waveform)

@@ -26,6 +26,8 @@ class FastWhisperMixin(WhisperMixin):
     `do_normalize` works in float32 for float16 samples too.
     """
 
+    _refuses_integers = True  # where the original takes them unscaled
+
     # Set by the original's constructor.
     sampling_rate: int
     feature_size: int

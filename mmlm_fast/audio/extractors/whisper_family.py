@@ -48,6 +48,8 @@ class VoxtralRealtimeMixin(Original):
     """log10, clipped to 8 below a constant."""
 
     def _torch_extract_fbank_features(self, waveform: Tensor, device: str = "cpu", center: bool = True) -> Tensor:
+        if waveform.dim() > 2:
+            raise ValueError(f"clips must be mono, [num_clips, num_samples], got shape {tuple(waveform.shape)}")
         rows = waveform if waveform.dim() > 1 else waveform[None]
         # Without a constant the original takes one maximum over the whole batch.
         over_all = self.global_log_mel_max is None and len(rows) > 1
