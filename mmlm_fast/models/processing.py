@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoFeatureExtractor, AutoImageProcessor, BatchFeature, ProcessorMixin
 
-from mmlm_fast.models.tokenization import tower_tokenizer
+from mmlm_fast.models.tokenization import image_processor, tower_tokenizer
 
 HAS_BACKENDS = find_spec("transformers.image_processing_backends") is not None  # else they are called slow and fast
 
@@ -93,6 +93,8 @@ class MMLMProcessor(ProcessorMixin):
         Raises:
             ValueError: if there is no tokenizer, or a tower without its processor.
         """
+        from mmlm_fast.audio import WhisperFeatureExtractor
+
         source = decoder or text
         if source is None and like is None:
             raise ValueError("a processor needs a tokenizer: name text or decoder, or a processor as like, got none")
@@ -107,6 +109,10 @@ class MMLMProcessor(ProcessorMixin):
         for modality, found in (("image", seeing), ("audio", hearing)):
             if found is None and modality in (model.config.modalities or ()):
                 raise ValueError(f"the model has a tower for {modality}: name its checkpoint, or a processor as like")
+        if seeing is None:  # for no tower, but transformers' processors have all their parts
+            seeing = image_processor(224)
+        if hearing is None:
+            hearing = WhisperFeatureExtractor()
         made = cls(image_processor=seeing, feature_extractor=hearing, tokenizer=tokenizer)
         if like is not None:
             made.chat_template, made.chunk_seconds = like.chat_template, like.chunk_seconds

@@ -140,8 +140,10 @@ def how_to_load(result: dict[str, Any], model: Any) -> list[str]:
     if "audio" in used:
         lines.append("clip = numpy.zeros(16000, numpy.float32)  # of one second, mono, 16 kHz")
         inputs += ["audio=[clip]", "sampling_rate=16000"]
-    if merge and kind == "generation":
-        text = "".join(f"<{m}>" for m in used if m != "text") + text + "\\n"
+    if merge and kind in ("generation", "classification"):
+        text = "".join(f"<{m}>" for m in used if m != "text") + text
+    if kind == "generation" and not model.config.is_encoder_decoder:
+        text += "\\n"  # as in training
     if kind == "image_generation":
         lines.append('painter = MMLMImageTokenizer.from_pretrained(f"{folder}/image_tokenizer")')
     if kind not in ("image_generation", "image_tokenizer"):
