@@ -291,6 +291,14 @@ def test_texts_longer_than_positions(name, cls, task):
             judge.read(Sample("s", text="x", images=picture, target="y" * 1024))
 
 
+def test_all_modalities_together_longer_than_positions():
+    """Of the encoder that reads them end to end."""
+    config, processor = presets.transformer_encoder_decoder()
+    batch = processor(text=["x" * 511], images=[Image.new("RGB", (8, 8))], text_target=["y"])
+    with pytest.raises(ValueError, match=r"together must have at most 512 tokens, .* got 516"):
+        MMLMForSeq2SeqLM(config)(**batch)
+
+
 # Pictures and films
 
 

@@ -138,7 +138,7 @@ class MMLMConfig(PretrainedConfig):
             if kwargs.get("decoder_start_token_id") is None:
                 kwargs["decoder_start_token_id"] = kwargs.get("bos_token_id")
         super().__post_init__(**kwargs)
-        self.architectures = self.architectures or []  # AutoModel chooses among classes by them
+        self.architectures = getattr(self, "architectures", None) or []  # AutoModel chooses among classes by them
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:
         """That of what writes: where there is a decoder beside the text encoder, the decoder's."""

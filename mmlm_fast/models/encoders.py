@@ -166,6 +166,12 @@ class MMLMJoin(nn.Module):
         parts += [(e.tokens + marks[i], e.mask) for i, e in enumerate(encoded.values())]
         tokens, mask = join_tokens(parts)
         if self.encoder is not None:
+            limit = getattr(self.encoder.config, "max_position_embeddings", None)
+            if limit is not None and tokens.shape[1] > limit:
+                raise ValueError(
+                    f"text, pictures and sound together must have at most {limit} tokens, which joint_config has "
+                    f"positions for, got {tokens.shape[1]}"
+                )
             seen = mask.clone()
             seen[:, 0] = True
             tokens = tokens_of(self.encoder, inputs_embeds=tokens, attention_mask=seen.to(torch.int64))

@@ -87,8 +87,8 @@ def controls(
         lost = intact.scores - control.scores
         lost = lost[~np.isnan(lost)]
         interval = metrics.interval_of("loss", -lost if name in ("wer", "cer") else lost)
-        low = (interval["loss_interval"] or [None])[0]
-        found[modality] = {"metrics": control.metrics, **interval, "used": None if low is None else low > 0}
+        between = interval["loss_interval"]
+        found[modality] = {"metrics": control.metrics, **interval, "used": None if between is None else between[0] > 0}
     return found
 
 
