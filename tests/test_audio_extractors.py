@@ -3,6 +3,7 @@ against float64 is no larger."""
 
 import copy
 import importlib
+import inspect
 import json
 import pickle
 
@@ -44,9 +45,9 @@ def pair(name, **constructor):
     return drop_in(name)(**constructor), theirs(**constructor)
 
 
-def call(extractor, clips, **options):
-    """Whatever a class calls its argument, and rates only where it takes one."""
-    name = type(extractor).__name__
+def call(extractor, clips, name=None, **options):
+    """Whatever a class (of this name) calls its argument, and rates only where it takes one."""
+    name = name or type(extractor).__name__
     np.random.seed(0)
     torch.manual_seed(0)
     if name.startswith("GraniteSpeechF"):
@@ -423,3 +424,117 @@ def test_unknown_names():
     with pytest.raises(AttributeError, match="Wav2Vec2FeatureExtractor"):
         _ = mmlm_fast.audio.Wav2Vec2FeatureExtractor
     assert "ParakeetFeatureExtractor" in dir(mmlm_fast.audio)
+
+
+# ---- what an original calls, and what it refuses ---------------------------------------------------------------------
+
+
+def _methods_of(cls):
+    """The methods that its call may reach."""
+    names = {n for c in cls.__mro__[:-1] for n, v in vars(c).items() if inspect.isfunction(v) and n[:2] != "__"}
+    return sorted(names - {"to_dict", "to_json_string", "to_json_file", "save_pretrained", "push_to_hub"})
+
+
+def _spy(method, seen):
+    def override(self, *args, **kwargs):
+        seen.append(type(self).__name__)
+        return method(self, *args, **kwargs)
+
+    return override
+
+
+PLACES = ("subclass", "mixin", "mixin behind", "instance", "original", "drop-in")
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", [n for n in EXTRACTORS if not n.startswith("Pop2Piano")])
+def test_overrides_are_called_as_by_the_original(name, place, monkeypatch):
+    """Whatever the original calls, overridden anywhere: ours calls it exactly where the original does."""
+    theirs, ours = original(name), drop_in(name)
+    if name.startswith(NEEDS_TORCHAUDIO) and not is_torchaudio_available():
+        pytest.skip("the original needs torchaudio")
+    clip = WAVEFORMS[0][:20000]
+    for method in _methods_of(theirs):
+        plain, called = getattr(theirs, method), {}
+        for key, parent in (("theirs", theirs), ("ours", ours)):
+            seen = called[key] = []
+            with monkeypatch.context() as patched:
+                cls = parent
+                if place in ("subclass", "mixin"):
+                    over = {method: _spy(getattr(parent, method), seen)}
+                    mixin = (type("Mixin", (), over), parent)
+                    cls = type("Mine", (parent,), over) if place == "subclass" else type("Mine", mixin, {})
+                elif place == "mixin behind":
+                    between = type("Between", (theirs,), {method: _spy(plain, seen)})
+                    cls = type("Mine", (parent, between), {}) if parent is ours else between
+                elif place == "original":
+                    owner = next(c for c in theirs.__mro__ if method in vars(c))
+                    patched.setattr(owner, method, _spy(vars(owner)[method], seen))
+                elif place == "drop-in":
+                    patched.setattr(parent, method, _spy(getattr(parent, method), seen))
+                extractor = cls()
+                if place == "instance":
+                    bound = _spy(getattr(parent, method), seen)
+                    vars(extractor)[method] = bound.__get__(extractor)
+                seen.clear()  # some are called by constructors
+                call(extractor, clip, name)
+        assert bool(called["ours"]) == bool(called["theirs"]), (method, place)
+
+
+INPUTS = {
+    "tensor of clips": lambda x: torch.from_numpy(np.stack([x, x[::-1]])),
+    "array of clips": lambda x: np.stack([x, x[::-1]]),
+    "list of tensors": lambda x: [torch.from_numpy(x), torch.from_numpy(x[:4000].copy())],
+    "tuple": lambda x: (x, x[:4000]),
+    "one of one": lambda x: torch.from_numpy(x[None]),
+    "three of two": lambda x: torch.from_numpy(np.stack([x, x])[None].repeat(3, 0)),
+    "list of channels": lambda x: [np.stack([x, x])] * 3,
+    "list of frames": lambda x: [np.stack([x, x], -1)[:99]] * 3,
+    "one is empty": lambda x: [x, x[:0]],
+    "one is short": lambda x: [x, x[:100]],
+    "one is a frame": lambda x: [x, x[:450]],
+    "a frame": lambda x: x[:450],
+    "no clips": lambda x: [],
+    "no rows": lambda x: np.zeros((0, 6000), np.float32),
+    "NaN": lambda x: np.where(np.arange(len(x)) == 3000, np.nan, x).astype(np.float32),
+    "int16": lambda x: (x * 32767).astype(np.int16),
+    "int32": lambda x: torch.from_numpy((x * 2**31).astype(np.int32)),
+    "list of int16": lambda x: [(x * 32767).astype(np.int16)] * 2,
+    "uint8": lambda x: (x * 100 + 128).astype(np.uint8),
+    "bool": lambda x: x > 0,
+    "complex": lambda x: x.astype(np.complex64),
+    "half": lambda x: x.astype(np.float16),
+    "bfloat16": lambda x: torch.from_numpy(x).bfloat16(),
+    "big-endian": lambda x: x.astype(">f4"),
+    "read-only": lambda x: np.frombuffer(x.tobytes(), np.float32),
+    "masked": lambda x: np.ma.masked_array(x, mask=np.arange(len(x)) < 3000),
+    "needs a gradient": lambda x: torch.from_numpy(x).requires_grad_(),
+    "objects": lambda x: np.array([x, x[:4000]], dtype=object),
+    "numbers": lambda x: list(x[:4000]),
+}
+
+
+@pytest.mark.parametrize("given", INPUTS)
+@pytest.mark.parametrize("name", [n for n in EXTRACTORS if not n.startswith("Pop2Piano")])
+def test_as_many_clips_out_as_in_or_a_value_error(name, given):
+    """And no NaN, nothing without frames, integers as the original takes them or not at all, floats as float32."""
+    ours, theirs = pair(name)
+    x = WAVEFORMS[0][20000:26000].copy()
+    clips, tensors = INPUTS[given](x), dict(return_tensors="np")
+    try:
+        out = call(ours, clips, **tensors)
+    except ValueError:
+        return
+    assert given not in ("masked", "needs a gradient", "objects", "NaN", "complex", "no clips", "no rows"), given
+    first = next(iter(out.values()))
+    is_list = isinstance(clips, (list, tuple)) and not np.isscalar(clips[0])
+    if is_list or getattr(clips, "ndim", 1) > 1:
+        assert len(first) == len(clips)
+    for array in (a for value in out.values() for a in flat(value) if a.dtype.kind == "f"):
+        assert array.size
+        assert not np.isnan(array).any()
+    if given in ("int16", "int32", "list of int16", "uint8", "bool"):
+        assert_same(out, call(theirs, copy.deepcopy(clips), **tensors), atol=0, mean=0)
+    elif given in ("half", "bfloat16", "big-endian", "read-only"):
+        exact = torch.as_tensor(np.ascontiguousarray(clips, np.float32) if isinstance(clips, np.ndarray) else clips)
+        assert_same(out, call(theirs, exact.float().numpy(), **tensors))

@@ -219,7 +219,7 @@ def test_empty_batch():
         (([],), {}, "at least 201 samples after padding, got 0"),
         ((torch.zeros(16000),), dict(num_samples=8000), "at most num_samples=8000 samples, got 16000"),
         (([torch.zeros(300), torch.zeros(2, 300)],), {}, "clip 1 must be a 1-D tensor of samples"),
-        (([np.zeros(300)],), {}, "clip 0 must be a 1-D tensor of samples, got ndarray"),
+        (([np.zeros(300, np.uint8)],), {}, "clip 0 must hold float samples"),
         ((torch.full((16000,), torch.nan),), {}, "NaN, infinity or an overflow in clip 0"),
         (([torch.zeros(400), torch.full((400,), torch.inf)],), {}, "overflow in clip 1"),
         ((torch.full((400,), 1e20),), {}, "overflow in clip 0"),

@@ -1,11 +1,17 @@
 """resample against torchaudio.functional.resample; resampling fused before features."""
 
+import resource
+import sys
+import tracemalloc
+
+import numpy as np
 import pytest
 import torch
 from peers import errors, need, signals
 
 from mmlm_fast import reference
-from mmlm_fast.audio import kaldi_fbank, log_mel, mel_spectrogram, resample
+from mmlm_fast.audio import StreamingResample, kaldi_fbank, log_mel, mel_spectrogram, resample
+from mmlm_fast.audio.resample import MAX_RATE, _filter, _native, _taps_at
 
 SIGNALS = signals()
 RATES = [(48000, 16000), (44100, 16000), (8000, 16000), (16000, 44100), (22050, 16000), (16000, 8000), (11025, 48000)]
@@ -111,3 +117,83 @@ def test_gradcheck_and_compile():
 def test_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         resample(torch.zeros(100), *arguments)
+
+
+# Rates without a common factor: a table of their filters would have up to 10 GB.
+COPRIME = [(44099, 16000), (22255, 16000), (16000, 44101), (999983, 16000), (999983, 1000003), (16001, 16000)]
+
+
+@pytest.mark.parametrize("method", ["sinc_interp_hann", "sinc_interp_kaiser"])
+@pytest.mark.parametrize(("old", "new"), COPRIME)
+def test_any_two_rates_in_little_memory(old, new, method):
+    x = SIGNALS["speech_en"][20000 : 20000 + min(old, 40000) // 10].double()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    tracemalloc.start()
+    out = resample(x, old, new, resampling_method=method)
+    python_peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 20 * 1024  # KiB
+    assert python_peak < 4 * 2**20
+    # The definition, sample by sample, with distances exact in whole numbers.
+    f = _filter(old, new, 6, 0.99, method, 14.769656459379492 if "kaiser" in method else 0.0)
+    k = torch.arange(len(x))
+    for i in (0, 1, 7, len(out) // 2, len(out) - 1):
+        taps = _taps_at(f, k * f.new - i * f.old)
+        torch.testing.assert_close(out[i], (x * taps).sum(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(resample(x.float(), old, new, resampling_method=method).double(), out, rtol=0, atol=2e-6)
+    with reference():
+        torch.testing.assert_close(resample(x, old, new, resampling_method=method), out, rtol=0, atol=1e-12)
+    assert _native.cache.num_bytes <= _native.cache.max_bytes
+
+
+@pytest.mark.parametrize(("old", "new"), [(441, 160), (160, 441), (97, 89), (3, 2), (1, 5), (5, 1)])
+def test_without_a_table_as_with_one(old, new, monkeypatch):
+    x = SIGNALS["speech_fr"][:9001].double()
+    for options in (dict(), dict(resampling_method="sinc_interp_kaiser"), dict(lowpass_filter_width=31, rolloff=0.9)):
+        expected = resample(x, old, new, **options)
+        with monkeypatch.context() as patched:
+            patched.setattr(sys.modules[_filter.__module__], "_MAX_TAPS", 0)
+            _native.cache._kept.clear()
+            out = resample(x, old, new, **options)
+            with reference():
+                torch.testing.assert_close(resample(x, old, new, **options), out, rtol=0, atol=1e-13)
+        _native.cache._kept.clear()
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-13)
+
+
+def test_features_and_gradients_between_any_two_rates():
+    x = SIGNALS["speech_en"][20000:30000]
+    torch.testing.assert_close(log_mel(x, orig_freq=15999), log_mel(resample(x, 15999, 16000)), rtol=0, atol=1e-4)
+    v = torch.randn(300, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda v: resample(v, 15999, 16000), v)
+    assert torch.autograd.gradgradcheck(lambda v: resample(v, 15999, 16000).square(), v)
+
+
+def test_compiled_with_a_gradient():
+    for old, new in ((44100, 16000), (44099, 16000)):
+        compiled = torch.compile(lambda x, o=old, n=new: resample(x, o, n), fullgraph=True, backend="aot_eager")
+        x, y = (SIGNALS["noise"][:3000].clone().requires_grad_() for _ in range(2))
+        out = compiled(x)
+        out.square().sum().backward()
+        resample(y, old, new).square().sum().backward()
+        torch.testing.assert_close(x.grad, y.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("old", "new"), [*COPRIME, (44100, 16000), (8000, 16000), (16000, 16000)])
+def test_streams_have_the_bits_of_the_whole(old, new, dtype):
+    x = SIGNALS["speech_es"][:30000].to(dtype)
+    stream, sizes = StreamingResample(old, new, dtype=dtype), [1, 0, 999, 4000, 17]
+    parts, start = [], 0
+    while start < len(x):
+        parts.append(stream.accept(x[start : start + sizes[0]]))
+        start, sizes = start + sizes[0], [*sizes[1:], sizes[0]]
+    assert torch.equal(torch.cat([*parts, stream.flush()]), resample(x, old, new))
+
+
+@pytest.mark.parametrize("rate", [True, 16000.0, np.float32(8000), "8000", 0, -1, MAX_RATE + 1, None, np.bool_(True)])
+def test_rates_are_whole_numbers(rate):
+    x = torch.zeros(100)
+    for call in (lambda: resample(x, rate, 16000), lambda: StreamingResample(rate, 16000)):
+        with pytest.raises(ValueError, match="orig_freq must be a positive whole number of hertz"):
+            call()

@@ -219,3 +219,56 @@ def test_errors():
             StreamingFbank(**options)
     with pytest.raises(ValueError, match=r"dtype must be torch\.float32 or torch\.float64"):
         StreamingLogMel(dtype=torch.float16)
+
+
+REFUSED = {
+    "NaN": np.full(100, np.nan, np.float32),
+    "infinity": np.full(1, np.inf),
+    "overflow": np.full(100, 1e30, np.float32),
+    "of float32": np.full(2, 1e300),
+    "int64": np.zeros(100, np.int64),
+    "two axes": torch.zeros(2, 100),
+    "masked": np.ma.masked_array(np.zeros(100, np.float32), mask=True),
+    "a gradient": torch.zeros(100).requires_grad_(),
+    "a list": [0.0, 1.0],
+}
+
+
+@pytest.mark.parametrize("orig_freq", [None, 44100, 44099])
+@pytest.mark.parametrize("given", REFUSED)
+@pytest.mark.parametrize("make", [StreamingFbank, StreamingMfcc, StreamingLogMel], ids=lambda c: c.__name__)
+def test_what_is_refused_is_not_taken(make, given, orig_freq):
+    """As if it had never been offered: later frames, counts, the end, and copies."""
+    untouched, stream = make(orig_freq=orig_freq), make(orig_freq=orig_freq)
+    parts = []
+    for chunk in SPEECH[20000:28123].split(1777):
+        expected = untouched.accept(chunk)
+        with pytest.raises(ValueError, match=r"sample|derivatives"):
+            stream.accept(REFUSED[given])
+        stream = pickle.loads(pickle.dumps(stream))
+        assert torch.equal(stream.accept(chunk), expected)
+        assert (stream.num_samples, stream.num_frames) == (untouched.num_samples, untouched.num_frames)
+        parts.append(expected)
+    with pytest.raises(ValueError):
+        stream.accept(REFUSED[given])
+    assert torch.equal(stream.flush(), untouched.flush())
+
+
+@pytest.mark.parametrize("name", [n for n in STREAMS if "sparse" not in n])
+@pytest.mark.parametrize("orig_freq", [8000, 44100, 44099])
+def test_other_rates_have_the_bits_of_the_whole(name, orig_freq):
+    make, _, dim = STREAMS[name]
+    plain = make()
+    options = {k: v for k, v in plain.__getstate__()["settings"].items() if k != "orig_freq"}
+    function = {StreamingFbank: kaldi_fbank, StreamingMfcc: mfcc, StreamingLogMel: log_mel}[type(plain)]
+    x, stream = SPEECH[20000:40001], type(plain)(orig_freq=orig_freq, **options)
+    parts = [stream.accept(chunk) for chunk in cut(x, [777, 0, 2400, 1])] + [stream.flush()]
+    assert torch.equal(torch.cat(parts, dim), function(x, orig_freq=orig_freq, **options))
+    assert stream.num_samples == len(x)
+
+
+def test_a_large_sample_is_taken_where_nothing_can_overflow():
+    x = SPEECH[20000:28000].double() * 1e12
+    for options in (dict(), dict(dtype=torch.float64), dict(use_power=False)):
+        stream = StreamingFbank(**options)
+        assert torch.equal(torch.cat([stream.accept(x), stream.flush()]), kaldi_fbank(x, **options))

@@ -143,10 +143,11 @@ def standardize(
         counts = [whole("num_valid", num_valid, 0, frames)] * len(flat)
     if len(counts) != len(flat):
         raise ValueError(f"num_valid must be one count a clip, from 0 to {frames}, got {counts} for {len(flat)} clips")
-    is_native = (
-        features.device.type == "cpu" and features.dtype in (torch.float32, torch.float64) and has_memory(features)
-    )
-    if not is_native or per == "clip" or using_reference() or features.requires_grad or torch.compiler.is_compiling():
+    by_reference = torch.compiler.is_compiling() or using_reference() or features.requires_grad or per == "clip"
+    if not by_reference:  # Dynamo cannot trace the look at memory
+        by_reference = features.device.type != "cpu" or features.dtype not in (torch.float32, torch.float64)
+        by_reference = by_reference or not has_memory(features)
+    if by_reference:
         out = _standardize_ref(flat, counts, per, ddof, eps_inside, eps_outside, means, variances, padding)
     else:
         with plain_torch():

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmlm_fast.audio.extractors import hooks
 from mmlm_fast.audio.plain import has_memory, in_plain_torch
 from mmlm_fast.ops._registry import reference, using_reference
 
@@ -35,9 +36,13 @@ def guarded(call: Callable) -> Callable:
         for name in names:
             if given.get(name) is None:
                 continue
-            samples = _Samples(name)
+            samples = _Samples(name, hooks.takes_tensors(self))
             value = samples.as_floats(given[name])
+            if not (samples.takes_tensors or getattr(self, "_takes_channels", False)):
+                _refuse_channels(value, name)
             counts.append(_num_clips(value))
+            if isinstance(value, (list, tuple, np.ndarray, Tensor)) and (counts[-1] == 0 or len(value) == 0):
+                raise ValueError(f"{name} must hold at least one clip and samples, got {_described(given[name])}")
             is_batch = is_batch or _is_batch(value)
             may_grow = may_grow and not _has_channels(value)  # some cut long clips into chunks
             is_float, is_usual = is_float and samples.are_float, is_usual and _is_usual(value)
@@ -66,10 +71,10 @@ def guarded(call: Callable) -> Callable:
 
 
 class _Samples:
-    """Walks through clips: their samples as float32 or float64 where they are floats."""
+    """Walks through clips: their samples as float32 or float64 where they are floats, in arrays for who wants those."""
 
-    def __init__(self, name: str) -> None:
-        self.name, self.are_float = name, True
+    def __init__(self, name: str, takes_tensors: bool) -> None:
+        self.name, self.takes_tensors, self.are_float = name, takes_tensors, True
 
     def as_floats(self, value: Any) -> Any:
         if isinstance(value, (list, tuple)):
@@ -86,8 +91,10 @@ class _Samples:
             raise ValueError(f"{self.name} must hold samples, got a {type(value).__name__} of a mode or a transform")
         if value.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{self.name} needs a gradient, which features of arrays have not: pass it detached")
+        self._refuse_complex(value.is_complex(), value)
         self.are_float = self.are_float and value.is_floating_point()
-        return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+        value = value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+        return value if self.takes_tensors else value.detach().cpu().numpy()
 
     def _array(self, value: np.ndarray) -> np.ndarray:
         if isinstance(value, np.ma.MaskedArray):
@@ -96,6 +103,7 @@ class _Samples:
             value = value.data
         if value.dtype == object:
             return value
+        self._refuse_complex(value.dtype.kind == "c", value)
         self.are_float = self.are_float and value.dtype.kind == "f"
         if value.dtype.kind == "f" and value.dtype not in (
             np.float32,
@@ -103,6 +111,10 @@ class _Samples:
         ):  # halves, long, the other byte order
             return value.astype(np.float32 if value.dtype.itemsize <= 4 else np.float64)
         return value
+
+    def _refuse_complex(self, is_complex: bool, value: Any) -> None:
+        if is_complex:
+            raise ValueError(f"{self.name} must hold real samples, got {_described(value)}")
 
 
 def _is_batch(value: Any) -> bool:
@@ -115,6 +127,17 @@ def _has_channels(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return _is_batch(value) and any(getattr(clip, "ndim", 1) > 1 for clip in value)
     return isinstance(value, (np.ndarray, Tensor)) and value.ndim > 2
+
+
+def _refuse_channels(value: Any, name: str) -> None:
+    """Before numpy pads every axis of them, to gigabytes."""
+    if _has_channels(value):
+        for clip in value:
+            shape = getattr(clip, "shape", ())
+            if sum(n != 1 for n in shape) > 1:
+                raise ValueError(
+                    f"{name} must hold mono clips, [num_samples], got shape {tuple(shape)}: mix down first"
+                )
 
 
 def _num_clips(value: Any) -> int:
@@ -168,6 +191,8 @@ def _features_of(value: Any) -> list[np.ndarray]:
     if isinstance(value, Tensor):
         is_numpys = value.device.type == "cpu" and value.dtype in (torch.float32, torch.float64)
         value = value.detach().numpy() if is_numpys else None
+    if isinstance(value, np.ndarray) and value.dtype == object:
+        value = list(value)
     if isinstance(value, (list, tuple)):
         arrays = [np.asarray(clip) for clip in value if isinstance(clip, (np.ndarray, Tensor))]
         return [array for array in arrays if array.dtype.kind == "f"]

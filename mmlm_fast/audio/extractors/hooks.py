@@ -24,6 +24,7 @@ class _Record:
     methods: dict[type, dict[str, Any]]  # of its classes
     foreign: set[str]  # patched before
     reached: dict[str, frozenset[str]] = field(default_factory=dict)
+    takes_tensors: bool = False
 
 
 _RECORDS: dict[type, _Record] = {}
@@ -34,7 +35,17 @@ def remember(drop_in: type, original: type) -> None:
     classes = [base for base in original.__mro__ if base is not object]
     methods = {base: {n: v for n, v in vars(base).items() if _is_method(n, v)} for base in classes}
     foreign = {n for found in methods.values() for n, v in found.items() if not _is_of_transformers(v)}
-    _RECORDS[drop_in] = _Record(original, methods, foreign)
+    record = _RECORDS[drop_in] = _Record(original, methods, foreign)
+    record.reached["__call__"] = _reached(record, "__call__")
+    own = [found for base, found in methods.items() if base.__module__.startswith("transformers.models.")]
+    codes = [c for name in record.reached["__call__"] for found in own for c in _codes_of(found.get(name))]
+    record.takes_tensors = any("Tensor" in _names_in(code) for code in codes)
+
+
+def takes_tensors(extractor: Any) -> bool:
+    """Whether the original's code asks for tensors; others take a tensor of clips for one clip, or pad its batch."""
+    drop_in = next((base for base in type(extractor).__mro__ if base in _RECORDS), None)
+    return drop_in is None or _RECORDS[drop_in].takes_tensors
 
 
 def is_as_made(extractor: Any, method: str) -> bool:

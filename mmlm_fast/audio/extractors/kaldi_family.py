@@ -87,6 +87,8 @@ class ASTMixin(Original):
 class SeamlessM4TMixin(Original):
     """Kaldi's filter bank of samples at 16-bit scale, in float64."""
 
+    _takes_channels = True  # the original takes the first
+
     def _extract_fbank_features(self, waveform: np.ndarray) -> np.ndarray:
         if self._takes_original("_extract_fbank_features"):
             return super()._extract_fbank_features(waveform)
