@@ -116,7 +116,7 @@ print((peak() - before) * 1024 / (result.numel() * 4))
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("extension", ["wav", "flac", "mka"])
 def test_memory_of_the_result(tmp_path, extension):
-    """Of three minutes of 48 kHz stereo: the result, a few blocks, and half as much again where the length is not known."""
+    """Of three minutes of 48 kHz stereo: the result, a few blocks, and half of it where the length is not known."""
     av = need("av") if extension == "mka" else None
     second = np.repeat((np.sin(np.arange(48000) * 0.05) * 3000).astype(np.int16)[:, None], 2, 1)
     for name, seconds in (("small", 1), ("long", 200)):

@@ -301,6 +301,13 @@ def _av_words(error: Exception) -> str:
 
 def _samples_of(frame: Any) -> np.ndarray:
     """``[n, channels]`` of a frame of PyAV, integers as int16 or int32."""
+    if (
+        frame.format.is_planar and frame.layout.nb_channels > 8
+    ):  # PyAV reads the first 8, and behind them what is not its
+        from av import AudioResampler
+
+        convert = AudioResampler(format=frame.format.packed.name, layout=frame.layout, rate=frame.sample_rate)
+        (frame,) = convert.resample(frame)
     array = frame.to_ndarray()
     array = array.T if frame.format.is_planar else array.reshape(frame.samples, -1)
     if array.dtype == np.uint8:

@@ -5,6 +5,7 @@ A file that holds less than its header states is an error of that file, never a 
 
 import os
 import stat
+import struct
 import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -83,11 +84,13 @@ def _source(path: Any) -> _Source:
             return _Source(path, name, parts_of(file))
     except FileNotFoundError:
         raise AudioFileError(path, "no such file") from None
+    except AudioFileError:
+        raise
     except (OSError, ValueError) as error:
-        if isinstance(error, AudioFileError):
-            raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise AudioFileError(path, f"cannot be opened: {reason}") from error
+    except (struct.error, ArithmeticError, LookupError) as error:  # a damaged header
+        raise AudioFileError(path, f"its header cannot be read: {error}") from error
 
 
 def _open(source: _Source, part: tuple[int, int, Stated], swap: bool = False) -> tuple[decoders.Reader, bool]:
@@ -137,14 +140,16 @@ def _decoded(source: _Source, swap: bool, target: int | None, mono: bool, block:
                 collector = Collector(target, mono, -1 if len(source.parts) > 1 else max(promised, reader.estimate))
             before = collector.num_received
             try:
-                for samples in decoders.blocks_of(reader, block):
-                    collector.add(samples)
+                for piece in decoders.blocks_of(reader, block):
+                    collector.add(piece)
             except decoders.DecoderError as error:
                 problem, is_proved = problem or str(error), False
             got = collector.num_received - before
             is_proved &= 0 <= promised <= got + slack
             if got < promised - slack:
                 problem = problem or f"cut short: its header promises {promised} samples, {got} can be read"
+            if facts.is_exact and 0 <= promised < got:
+                problem = problem or f"its header promises {promised} samples, {got} are there"
             if is_soundfile and facts.is_guessed:
                 problem = problem or f"its length is not stated, and soundfile stops at a guess; {decoders.lacking()}"
         finally:
