@@ -156,6 +156,23 @@ def test_cropped(fusion):
         assert torch.equal(made, whole(model, new, {k: new[k] for k in ("input_ids", "attention_mask")}))
 
 
+@SOME
+def test_a_cache_by_its_other_name(fusion):
+    """`cache`, as transformers calls it from 5.24 on."""
+    model, processor = build(fusion)
+    batch = make_batch(processor)
+    out = started(model, batch)
+    turn = continued(out.sequences, batch["attention_mask"])
+    turn["input_ids"] = turn["input_ids"][:, out.past_key_values.get_seq_length() :]
+    with torch.no_grad():
+        one, two = (
+            model(**turn, **{name: copy.deepcopy(out.past_key_values)}).logits for name in ("past_key_values", "cache")
+        )
+    assert torch.equal(one, two)
+    with pytest.raises(ValueError, match="pass one, got both"):
+        model(**turn, cache=DynamicCache(), past_key_values=DynamicCache())
+
+
 @EVERY
 def test_caches_of_other_kinds(fusion):
     model, processor = build(fusion)

@@ -31,7 +31,7 @@ class MMLMPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("image", "audio", "text")
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # transformers has had both names
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True

@@ -15,7 +15,7 @@ from mmlm_fast.models.configuration import DECODER_FUSIONS, POOLED_FUSIONS, MMLM
 from mmlm_fast.models.fusion import MMLMFusion, add_cross_attention, merge_tokens
 from mmlm_fast.models.objectives import MMLMAlignment, MMLMReconstruction, pooled_by_sample
 from mmlm_fast.models.towers import tokens_of
-from mmlm_fast.models.turns import keep_context, turn_context
+from mmlm_fast.models.turns import CACHE, keep_context, takes_cache, turn_context
 from mmlm_fast.nn.lazy_logits import logits_for_loss
 
 
@@ -122,6 +122,7 @@ class MMLMModel(MMLMPreTrainedModel):
         found = [pooled.get(m, (zeros, absent)) for m in self.modalities]
         return torch.stack([x for x, _ in found], 1), torch.stack([there for _, there in found], 1)
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -175,16 +176,16 @@ class MMLMModel(MMLMPreTrainedModel):
         out = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **{CACHE: past_key_values},
             **kwargs,
         )
         if fusion_context is not None and fusion_present is not None:
-            keep_context(out.past_key_values, (fusion_context, fusion_present))
+            keep_context(getattr(out, CACHE), (fusion_context, fusion_present))
         return MMLMModelOutput(
             last_hidden_state=out.last_hidden_state,
-            past_key_values=out.past_key_values,
+            **{CACHE: getattr(out, CACHE)},
             hidden_states=out.hidden_states,
             attentions=out.attentions,
             fusion_context=fusion_context,
@@ -235,6 +236,7 @@ class MMLMForConditionalGeneration(MMLMPreTrainedModel, GenerationMixin):
     def get_audio_features(self, input_features: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         return self.model.get_audio_features(input_features, **kwargs)
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -293,7 +295,7 @@ class MMLMForConditionalGeneration(MMLMPreTrainedModel, GenerationMixin):
             loss=torch.stack([w.float() for w in weighted]).sum() if weighted else None,
             **{f"{name}_loss": part for name, part in parts.items()},
             logits=logits,
-            past_key_values=out.past_key_values,
+            **{CACHE: getattr(out, CACHE)},
             hidden_states=out.hidden_states,
             attentions=out.attentions,
             fusion_context=out.fusion_context,

@@ -14,7 +14,7 @@ from transformers.utils import can_return_tuple
 from mmlm_fast.models.base import MMLMPreTrainedModel
 from mmlm_fast.models.configuration import SEQ2SEQ_FUSIONS, MMLMConfig, check_fusion, width_of
 from mmlm_fast.models.encoders import MMLMEncoderModel, MMLMJoin
-from mmlm_fast.models.turns import keep_context, kept_context, turn_context
+from mmlm_fast.models.turns import CACHE, keep_context, kept_context, takes_cache, turn_context
 from mmlm_fast.nn.lazy_logits import logits_for_loss
 
 
@@ -89,6 +89,7 @@ class MMLMForSeq2SeqLM(MMLMPreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -127,10 +128,10 @@ class MMLMForSeq2SeqLM(MMLMPreTrainedModel, GenerationMixin):
             attention_mask=decoder_attention_mask,
             encoder_hidden_states=memory,
             encoder_attention_mask=seen.to(torch.int64),
-            past_key_values=past_key_values,
             use_cache=use_cache,
+            **{CACHE: past_key_values},
         )
-        keep_context(out.past_key_values, (memory, mask))
+        keep_context(getattr(out, CACHE), (memory, mask))
         states = out.last_hidden_state
         logits = self.lm_head(states) if labels is None else logits_for_loss(self.lm_head, states)
         loss = None
@@ -142,7 +143,7 @@ class MMLMForSeq2SeqLM(MMLMPreTrainedModel, GenerationMixin):
         return Seq2SeqLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=out.past_key_values,
+            **{CACHE: getattr(out, CACHE)},
             encoder_last_hidden_state=memory,
         )
 
@@ -150,7 +151,7 @@ class MMLMForSeq2SeqLM(MMLMPreTrainedModel, GenerationMixin):
         # generate() encodes before it comes here, and hands the memory to every step.
         input_ids, model_kwargs = super()._expand_inputs_for_generation(*args, **model_kwargs)
         if model_kwargs.get("encoder_outputs") is not None:
-            encoder_outputs = _memory_of_turn(model_kwargs.get("past_key_values"), model_kwargs["encoder_outputs"])
+            encoder_outputs = _memory_of_turn(model_kwargs.get(CACHE), model_kwargs["encoder_outputs"])
             model_kwargs["encoder_outputs"] = encoder_outputs
         return input_ids, model_kwargs
 

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPast
 
 from mmlm_fast.masks import IntervalMask
+from mmlm_fast.models.turns import CACHE, takes_cache
 from mmlm_fast.nn.fusion import linear_of_parts
 from mmlm_fast.ops import interval_attention
 
@@ -119,6 +120,7 @@ class MMLMLSTMModel(_Tower):
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embed_tokens = value
 
+    @takes_cache
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -165,7 +167,7 @@ class MMLMLSTMModel(_Tower):
         if encoder_hidden_states is not None:
             attended = _attend(states, encoder_hidden_states, encoder_attention_mask)
             states = torch.tanh(linear_of_parts(self.attention, states, attended))
-        return BaseModelOutputWithPast(last_hidden_state=self.dropout(states), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.dropout(states), **{CACHE: past_key_values})
 
     def _run(self, layer: Any, x: Tensor, mask: Tensor | None, cache: Any, index: int) -> Tensor:
         if cache is None:

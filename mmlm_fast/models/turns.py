@@ -1,15 +1,40 @@
 """What a later turn of a conversation needs beside the keys and values of the earlier ones: what their tokens were
 fused with. It lives with the cache, so that any number of conversations may go on with one model."""
 
-from functools import cache
+import inspect
+from collections.abc import Callable
+from functools import cache, wraps
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 
 Context = tuple[Tensor, Tensor]
+# What transformers calls a cache, in calls and in results: from 5.24 on the former.
+_PREPARE = inspect.signature(GenerationMixin.prepare_inputs_for_generation)
+CACHE = "cache" if "cache" in _PREPARE.parameters else "past_key_values"
+
+
+def takes_cache(forward: Callable) -> Callable:
+    """Decorate a model's forward that takes `past_key_values`: ``cache`` is another name for it.
+
+    Raises:
+        ValueError: if both are given.
+    """
+
+    @wraps(forward)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if "cache" in kwargs:
+            given = kwargs.pop("cache")
+            if given is not None and kwargs.get("past_key_values") is not None:
+                raise ValueError("cache is another name for past_key_values: pass one, got both")
+            kwargs["past_key_values"] = given if given is not None else kwargs.get("past_key_values")
+        return forward(self, *args, **kwargs)
+
+    return call
 
 
 class _Fused:
