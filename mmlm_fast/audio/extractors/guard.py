@@ -86,7 +86,7 @@ class _Samples:
             return self._tensor(value)
         return self._array(value) if isinstance(value, np.ndarray) else value
 
-    def _tensor(self, value: Tensor) -> Tensor:
+    def _tensor(self, value: Tensor) -> Tensor | np.ndarray:
         if not has_memory(value):
             raise ValueError(f"{self.name} must hold samples, got a {type(value).__name__} of a mode or a transform")
         if value.requires_grad and torch.is_grad_enabled():
