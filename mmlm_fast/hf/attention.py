@@ -110,10 +110,19 @@ def attention(
     return out.transpose(1, 2).contiguous(), None
 
 
+_PACKERS: list[type] = []  # attention modules that take ``cu_seqlens`` of their own
+
+
 def _is_of_the_text(module: nn.Module, is_causal: bool) -> bool:
-    """Whether ``cu_seq_lens`` are of what a module attends to: encoders and cross-attention get the decoder's, too."""
-    in_seq2seq = getattr(getattr(module, "config", None), "is_encoder_decoder", False)
-    return "CrossAttention" not in type(module).__name__ and (bool(is_causal) or not in_seq2seq)
+    """Whether ``cu_seq_lens`` are of what a module attends to: encoders, towers and cross-attention get the decoder's,
+    too."""
+    if is_causal:
+        return "CrossAttention" not in type(module).__name__
+    config = getattr(module, "config", None)
+    if isinstance(module, tuple(_PACKERS)) or config is None:
+        return True
+    is_text = hasattr(config, "vocab_size") and not getattr(config, "is_encoder_decoder", False)
+    return is_text and "CrossAttention" not in type(module).__name__
 
 
 def _intervals(attention_mask: Tensor) -> IntervalMask:
@@ -288,15 +297,16 @@ def _ask_for_packed_calls(module_name: str) -> None:
     """Attention modules that take ``cu_seqlens`` ask `is_flash_attention_requested` whether to loop over the pieces, a
     function that sees ``"flash"`` in a name: in their file it shall see it in ours, for the configurations of these."""
     module = sys.modules.get(module_name)
-    if not hasattr(module, "is_flash_attention_requested"):
-        return
-    towers = [
+    takers = [
         cls
         for cls in vars(module).values()
         if isinstance(cls, type) and issubclass(cls, nn.Module) and cls.__module__ == module_name
         if "cu_seqlens" in signature(cls.forward).parameters
-        if "is_flash_attention_requested" in unwrap(cls.forward).__code__.co_names
     ]
+    _PACKERS.extend(takers)
+    if not hasattr(module, "is_flash_attention_requested"):
+        return
+    towers = [cls for cls in takers if "is_flash_attention_requested" in unwrap(cls.forward).__code__.co_names]
     arguments = [signature(cls.__init__).parameters.get("config") for cls in towers]
     annotations = [Parameter.empty if a is None else a.annotation for a in arguments]
     configs: Any = tuple(a if isinstance(a, type) and a is not Parameter.empty else object for a in annotations)
