@@ -142,7 +142,8 @@ std::shared_ptr<Resampler> resampler_without_table(int64_t old_rate, int64_t new
   if (old_rate < 1 || new_rate < 1 || old_rate >= limit || new_rate >= limit) {
     throw py::value_error("rates must be from 1 to 2^31 - 1");
   }
-  if (width < 1 || width > 65536 || !(rolloff > 0 && rolloff <= 1)) throw py::value_error("width or rolloff out of range");
+  if (width < 1 || width > 65536 || !(rolloff > 0 && rolloff <= 1))
+    throw py::value_error("width or rolloff out of range");
   return std::make_shared<Resampler>(old_rate, new_rate, SincFilter{rolloff, beta, width});
 }
 
@@ -409,9 +410,7 @@ py::dict cuda_status_dict() {
   return d;
 }
 
-std::string set_isa_by_name(const std::string& name) {
-  return isa_name(set_isa(isa_named(name, "isa")));
-}
+std::string set_isa_by_name(const std::string& name) { return isa_name(set_isa(isa_named(name, "isa"))); }
 
 std::vector<std::string> names_of_isas() {
   std::vector<std::string> names;
