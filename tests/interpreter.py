@@ -46,10 +46,11 @@ def _refuse_bf16(name: str) -> None:
     setattr(interpreter.InterpreterBuilder, name, guarded)
 
 
-def _patch_lang_tensor(tensor, scope, _original=interpreter._patch_lang_tensor) -> None:
+def _patch_lang_tensor(tensor, *scope, _original=interpreter._patch_lang_tensor) -> None:
     """A scalar is an array of one number, of which numpy 2.4 and later make no int: Triton 3.6's loop bounds."""
-    _original(tensor, scope)
-    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+    _original(tensor, *scope)
+    set_attr = scope[0].set_attr if scope else setattr  # 3.5 takes no scope
+    set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
 
 def install() -> None:
