@@ -231,6 +231,24 @@ def test_films_and_several_streams(tmp_path):
             function(silent)
 
 
+@pytest.mark.parametrize("codec", ["wavpack", "tta", "aac", "libopus"])
+def test_eight_and_more_planes(tmp_path, codec):
+    need("av")
+    layouts = {1: "mono", 6: "5.1", 8: "7.1"} | ({14: "9.1.4"} if codec == "wavpack" else {})
+    for channels, layout in layouts.items():
+        clip = 0.1 * np.sin(np.arange(9600) * 0.03 * np.arange(1, channels + 1)[:, None])
+        kind = {"wavpack": "wv", "libopus": "mka"}.get(codec, codec)
+        form = {"wavpack": "s16p", "tta": "s16"}.get(codec)
+        path = by_av(tmp_path / f"a.{kind}", codec, clip, 48000, layout=layout, sample_format=form)
+        samples, _ = read_audio(path, mono=False)
+        assert len(samples) == channels
+        if codec in ("wavpack", "tta"):
+            np.testing.assert_allclose(samples.numpy(), clip, atol=2**-15)
+        else:
+            power = samples.double().std(1).numpy() / clip.std(1)
+            assert np.sum(abs(power - 1) < 0.2) >= channels - 1  # all but the low-pass one of the bass
+
+
 def test_a_rate_that_changes_in_the_middle(tmp_path):
     need("av")
     slow = by_av(tmp_path / "a.aac", "aac", 0.3 * np.sin(np.arange(32000) * 0.1), 16000)

@@ -301,9 +301,8 @@ def _av_words(error: Exception) -> str:
 
 def _samples_of(frame: Any) -> np.ndarray:
     """``[n, channels]`` of a frame of PyAV, integers as int16 or int32."""
-    if (
-        frame.format.is_planar and frame.layout.nb_channels > 8
-    ):  # PyAV reads the first 8, and behind them what is not its
+    # Of 8 planes PyAV counts 9 and reads beyond them, of more it gives 8.
+    if frame.format.is_planar and frame.layout.nb_channels >= 8:
         from av import AudioResampler
 
         convert = AudioResampler(format=frame.format.packed.name, layout=frame.layout, rate=frame.sample_rate)
