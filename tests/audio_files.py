@@ -28,7 +28,7 @@ def by_av(path, codec, samples, rate=16000, format=None, layout="mono", sample_f
         convert = av.AudioResampler(
             format=stream.codec_context.format, layout=stream.layout, rate=rate, frame_size=size
         )
-        frame = av.AudioFrame.from_ndarray(samples.T.reshape(1, -1), format="flt", layout=layout)
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples.T).reshape(1, -1), format="flt", layout=layout)
         frame.rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)
         for part in (*convert.resample(frame), *convert.resample(None), None):
             file.mux(stream.encode(part))

@@ -40,14 +40,16 @@ def _riff(data: Bytes, _: int) -> Stated:
     if head[8:] != b"WAVE":  # AVI
         held = data.size - 8
         return cut(total, held, "") if held < total and not is_placeholder(total) else Stated()
-    long_size, long_place, found, place, count, width = -1, 0, None, 12, -1, 0
+    long_size, long_place, found, place, count, kind, width, fact = -1, 0, None, 12, -1, 0, 0, 0
     while len(chunk := data.at(place, 8)) == 8:
         name, size = chunk[:4], struct.unpack(order + "I", chunk[4:])[0]
         begin = place + 8
         if name == b"ds64":
             total, long_size, long_place = data.number(begin, "<Q"), data.number(begin + 8, "<Q"), begin + 8
         if name == b"fmt ":
-            width = _pcm_width(data, begin, order)
+            kind, width = _wave_format(data, begin, order)
+        if name == b"fact":
+            fact = data.number(begin, order + "I")
         if name == b"data":
             if found is not None:
                 return Stated(problem=f"it has several data chunks, at bytes {found} and {begin}")
@@ -70,18 +72,31 @@ def _riff(data: Bytes, _: int) -> Stated:
         elif found is not None and not name.isascii():
             break  # what follows the samples is no chunk
         place = begin + size + size % 2
-    return Stated(count, is_exact=True) if found is not None else Stated(problem="cut short: it has no data chunk")
+    if found is None:
+        return Stated(problem="cut short: it has no data chunk")
+    return _wave(kind, count, fact)
 
 
-def _pcm_width(data: Bytes, place: int, order: str) -> int:
-    """Bytes of a sample of all channels in a WAV file; 0 for codecs that are not a matter of bytes."""
+_MPEG = (0x50, 0x55)
+
+
+def _wave(kind: int, count: int, fact: int) -> Stated:
+    """The statement of a WAV file whose data are whole: samples by their size, or by `fact` in compressed ones."""
+    if count >= 0:
+        return Stated(count, is_exact=True)
+    is_stated = fact > 0 and not is_placeholder(fact)
+    return Stated(fact if is_stated else -1, is_guessed=kind in _MPEG, is_padded=is_stated)
+
+
+def _wave_format(data: Bytes, place: int, order: str) -> tuple[int, int]:
+    """Format of a WAV file, and bytes of a sample of all channels, 0 for codecs that are not a matter of bytes."""
     head = data.at(place, 26)
     if len(head) < 16:
-        return 0
+        return 0, 0
     kind, channels, _, _, width, bits = struct.unpack(order + "HHIIHH", head[:16])
     if kind == 0xFFFE:
         kind = int.from_bytes(head[24:26], "big" if order == ">" else "little")
-    return width if kind in (1, 3, 6, 7) and width == channels * (bits // 8) else 0
+    return kind, width if kind in (1, 3, 6, 7) and width == channels * (bits // 8) else 0
 
 
 def _ends_in_chunks(data: Bytes, place: int, end: int, order: str) -> bool:
@@ -119,18 +134,20 @@ def _iff(data: Bytes, _: int) -> Stated:
 
 
 def _w64(data: Bytes, _: int) -> Stated:
-    place, width = 40, 0
+    place, kind, width, fact = 40, 0, 0, 0
     while len(chunk := data.at(place, 24)) == 24:
         size = struct.unpack("<q", chunk[16:])[0]
         if chunk[:4] == b"fmt ":
-            width = _pcm_width(data, place + 24, "<")
+            kind, width = _wave_format(data, place + 24, "<")
+        if chunk[:4] == b"fact":
+            fact = data.number(place + 24, "<Q")
         if chunk[:4] == b"data":
             held = data.size - place - 24
             if (size - 24 <= 0 and held) or (size > held + 24 and is_placeholder(size)):
                 return unknown(data, place + 16, struct.pack("<q", held + 24))
             if size - 24 > held:
                 return cut(size - 24, held)
-            return Stated((size - 24) // width if width else -1, is_exact=True)
+            return _wave(kind, (size - 24) // width if width else -1, fact)
         if size < 24:
             break
         place += -(-size // 8) * 8

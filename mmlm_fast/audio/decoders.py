@@ -66,6 +66,7 @@ class Reader(Protocol):
     codec: str
     num_samples: int  # what it counts on a channel, -1 where it does not know
     estimate: int  # the same, guessed where it does not know
+    is_padded: bool  # it gives the padding of the last frames, too
 
     def blocks(self, size: int) -> Iterator[Block]:
         """Samples to the end of the file, about `size` of all channels in a block."""
@@ -148,6 +149,7 @@ class SoundfileReader:
         self._file = file
         self.sampling_rate, self.num_channels, self.codec = file.samplerate, file.channels, file.subtype
         self.num_samples = self.estimate = file.frames if file.frames < 2**62 else -1
+        self.is_padded = False
 
     def blocks(self, size: int) -> Iterator[Block]:
         # 16-bit files stay 16-bit: half of the memory, and what mixes and resamples them scales them.
@@ -228,7 +230,7 @@ class AvReader:
             raise DecoderError(f"cannot be decoded: {self._words} (PyAV)")
         else:
             self.sampling_rate, self.num_channels = stream.rate, stream.channels
-        self.num_samples = -1
+        self.num_samples, self.is_padded = -1, False
         if stream.duration and stream.time_base and self._container.format.name.split(",")[0] in _STATES_DURATION:
             self.num_samples = round(float(stream.duration * stream.time_base) * self.sampling_rate)
         seconds = (self._container.duration or 0) / self._av.time_base

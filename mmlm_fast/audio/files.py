@@ -9,7 +9,7 @@ import struct
 import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -138,19 +138,21 @@ def _decoded(source: _Source, swap: bool, target: int | None, mono: bool, block:
             promised, slack = _promise(reader, facts, is_soundfile)
             if collector is None:
                 collector = Collector(target, mono, -1 if len(source.parts) > 1 else max(promised, reader.estimate))
-            before = collector.num_received
+            got, is_padded = 0, promised >= 0 and (facts.is_padded or reader.is_padded)
             try:
                 for piece in decoders.blocks_of(reader, block):
-                    collector.add(piece)
+                    length = min(piece.length, max(promised - got, 0)) if is_padded else piece.length
+                    got += piece.length
+                    if length:
+                        collector.add(replace(piece, length=length))
             except decoders.DecoderError as error:
                 problem, is_proved = problem or str(error), False
-            got = collector.num_received - before
             is_proved &= 0 <= promised <= got + slack
             if got < promised - slack:
                 problem = problem or f"cut short: its header promises {promised} samples, {got} can be read"
-            if facts.is_exact and 0 <= promised < got:
+            if 0 <= promised < got - (reader.sampling_rate // 2 if is_padded else 0) and (facts.is_exact or is_padded):
                 problem = problem or f"its header promises {promised} samples, {got} are there"
-            if is_soundfile and facts.is_guessed:
+            if is_soundfile and facts.is_guessed and not 0 <= promised <= got:
                 problem = problem or f"its length is not stated, and soundfile stops at a guess; {decoders.lacking()}"
         finally:
             reader.close()

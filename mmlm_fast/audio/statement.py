@@ -14,6 +14,7 @@ class Stated:
     num_samples: int = -1  # a channel; -1: not known
     rate: int = 0  # of these samples, where it may differ from the decoder's
     is_exact: bool = False  # decoders give as many or have lost some; of lossy codecs they differ by a frame
+    is_padded: bool = False  # what the last frames hold beyond it is no part of the clip
     problem: str | None = None  # what its sizes say is wrong with it
     is_guessed: bool = False  # libsndfile guesses the length, stops there, and is not to be believed
     is_unknown: bool = False  # the header has a placeholder where the length belongs
