@@ -4,8 +4,7 @@ import struct
 
 import numpy as np
 import pytest
-import torch
-from audio_files import by_av, by_soundfile
+from audio_files import by_av
 from peers import need
 
 from mmlm_fast.audio import AudioFileError, audio_info, read_audio

@@ -27,7 +27,11 @@ def is_lossless(codec: str) -> bool:
 
 
 class DecoderError(Exception):
-    """What a decoder says of a file; blocks given before are good."""
+    """What a decoder says of a file; blocks given before are good. The first fault is behind `after` samples."""
+
+    def __init__(self, words: str, after: int = 0) -> None:
+        super().__init__(words)
+        self.after = after
 
 
 @dataclass(frozen=True)
@@ -220,7 +224,7 @@ class AvReader:
             context.options = {"err_detect": "crccheck+explode"}
         if self.codec == "alac":  # its last packet holds what there is; FFmpeg takes a CAF file's padding off it again
             context.options = {"flags2": "+skip_manual"}
-        self._num_bad, self._words, self._num_given = 0, "", 0
+        self._num_bad, self._words, self._num_given, self._after = 0, "", 0, 0
         # The first frame knows what a header may have wrong: the rate and channels of HE-AAC.
         self._frames = self._decode()
         self._first = next(self._frames, None)
@@ -256,8 +260,9 @@ class AvReader:
                 self._note(error)
 
     def _note(self, error: Exception) -> None:
+        if not self._num_bad:
+            self._words, self._after = f"{_av_words(error)}, after {self._num_given} samples", self._num_given
         self._num_bad += 1
-        self._words = self._words or f"{_av_words(error)}, after {self._num_given} samples"
 
     def blocks(self, size: int) -> Iterator[Block]:
         size = min(size, AV_BLOCK)
@@ -288,7 +293,7 @@ class AvReader:
         if block is not None:
             yield block
         if self._num_bad:
-            raise DecoderError(f"broken in {self._num_bad} places: {self._words} (PyAV)")
+            raise DecoderError(f"broken in {self._num_bad} places: {self._words} (PyAV)", self._after)
 
     def close(self) -> None:
         self._container.close()

@@ -146,7 +146,8 @@ def _decoded(source: _Source, swap: bool, target: int | None, mono: bool, block:
                     if length:
                         collector.add(replace(piece, length=length))
             except decoders.DecoderError as error:
-                problem, is_proved = problem or str(error), False
+                if not is_padded or error.after < promised:  # else it is behind the end
+                    problem, is_proved = problem or str(error), False
             is_proved &= 0 <= promised <= got + slack
             if got < promised - slack:
                 problem = problem or f"cut short: its header promises {promised} samples, {got} can be read"
