@@ -4,7 +4,7 @@ import struct
 
 import numpy as np
 import pytest
-from audio_files import by_av
+from audio_files import by_av, by_soundfile
 from peers import need
 
 from mmlm_fast.audio import AudioFileError, audio_info, read_audio
@@ -45,3 +45,32 @@ def test_compressed_wav(tmp_path, monkeypatch, codec, kind):
         path.write_bytes(content)
         with pytest.raises(AudioFileError, match=f"promises {2 * count} samples"):
             read_audio(path)
+
+
+@pytest.mark.parametrize("rate", [16000, 44100])
+@pytest.mark.parametrize("encoder", ["soundfile", "av"])
+def test_mp3_cut_by_a_few_bytes(tmp_path, encoder, rate):
+    """What a tag counts is compared exactly, in bytes and frames."""
+    path = tmp_path / "a.mp3"
+    clip = np.resize(CLIP, 10 * 20000)[: 200000 if rate > 16000 else 20000]
+    if encoder == "av":
+        need("av")
+        by_av(path, "libmp3lame", clip, rate)
+    else:
+        path.write_bytes(by_soundfile(clip, rate, format="MP3"))
+    whole = path.read_bytes()
+    assert len(read_audio(path)[0]) == len(clip) == audio_info(path).num_samples
+    for size in (1, 200, 600, len(whole) // 20, len(whole) // 10):
+        path.write_bytes(whole[:-size])
+        for function in (read_audio, audio_info):
+            with pytest.raises(AudioFileError, match="cut short: its header promises"):
+                function(path)
+    tag = max(whole.find(b"Info"), whole.find(b"Xing"))
+    count = int.from_bytes(whole[tag + 12 : tag + 16], "big")
+    longer = bytearray(whole)
+    longer[tag + 12 : tag + 16] = (count + 128).to_bytes(4, "big")  # bytes of a tag that was taken away
+    path.write_bytes(longer)
+    assert len(read_audio(path)[0]) == len(clip)
+    path.write_bytes(longer[:-600])
+    with pytest.raises(AudioFileError, match="cut short: its header promises"):
+        read_audio(path)

@@ -175,20 +175,49 @@ def mp3(data: Bytes, tags: int) -> Stated:
     place = tags + begin
     tag = data.at(place + frame[2], 160)
     if tag[:4] not in (b"Xing", b"Info") or not tag[7] & 1:
-        return Stated(is_guessed=True)
-    frames = int.from_bytes(tag[8:12], "big")
-    trim = 0
+        return _vbri(data, place, frame[1])
+    frames, trim = int.from_bytes(tag[8:12], "big"), 0
     at = 8 + 4 * (tag[7] & 1) + 4 * (tag[7] >> 1 & 1) + 100 * (tag[7] >> 2 & 1) + 4 * (tag[7] >> 3 & 1)
     if tag[at : at + 4].strip(b"\0"):
         delays = int.from_bytes(tag[at + 21 : at + 24], "big")
         trim = (delays >> 12) + (delays & 0xFFF)
     num_samples = max(frames * frame[1] - trim, 0)
-    if not tag[7] & 2:
+    size = int.from_bytes(tag[12:16], "big") if tag[7] & 2 else 0
+    if problem := _mp3_problem(data, place, frames, size):
+        return Stated(num_samples, problem=problem)
+    if not size:
         return Stated(num_samples)
     # Another file behind this one, and behind the tags that may end it?
-    end = place + int.from_bytes(tag[12:16], "big")
+    end = place + size
     behind = data.at(end, 1 << 16)
     for i in range(len(behind)):
         if behind[i : i + 3] == b"ID3" or (behind[i] == 0xFF and _frames_begin(data, end + i)):
             return Stated(num_samples, parts=ranges(data, [0, end + i]))
     return Stated(num_samples)
+
+
+def _vbri(data: Bytes, place: int, samples: int) -> Stated:
+    """Fraunhofer's tag of the first frame, or a file without one."""
+    tag = data.at(place + 36, 18)
+    if len(tag) < 18 or tag[:4] != b"VBRI":
+        return Stated(is_guessed=True)
+    size, frames = struct.unpack(">II", tag[10:])
+    return Stated(frames * samples, is_guessed=True, problem=_mp3_problem(data, place, frames, size))
+
+
+def _mp3_problem(data: Bytes, place: int, frames: int, size: int) -> str | None:
+    """What is wrong where a tag counts more than there is; `size` is 0 where it does not count bytes.
+
+    Encoders differ on whether the bytes include tags, so frames decide.
+    """
+    held = data.size - place
+    if 0 < size <= held:
+        return None
+    first, count = place, 0
+    while count <= frames and (frame := _mp3_frame(data.at(place, 4))) and frame[0] and place + frame[0] <= data.size:
+        place, count = place + frame[0], count + 1
+    count -= 1  # the one with the tag
+    if count >= frames:
+        return None
+    counted = f"{size} bytes, {data.size - first} are there" if size else f"{frames} frames, {count} are there"
+    return f"cut short: its header promises {counted}"
