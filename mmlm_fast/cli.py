@@ -144,6 +144,7 @@ def _train(args: argparse.Namespace) -> int:
 
     from mmlm_fast.models.presets import PRESETS
     from mmlm_fast.training import BadSampleError, read_settings, shipped, train
+    from mmlm_fast.training.running import whole_checkpoints
     from mmlm_fast.training.card import summary_lines
 
     if args.list:
@@ -166,6 +167,7 @@ def _train(args: argparse.Namespace) -> int:
     if args.quiet:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
+    others = whole_checkpoints(settings) if args.overwrite else {}  # of an earlier run
     try:
         result = train(settings, resume=args.resume, overwrite=args.overwrite, progress=not args.quiet)
     except BadSampleError as error:
@@ -175,7 +177,7 @@ def _train(args: argparse.Namespace) -> int:
         print(f"mmlm-fast train: {_in_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"mmlm-fast train: interrupted; to go on: {_resuming(args, settings)}", file=sys.stderr)
+        print(f"mmlm-fast train: interrupted; to go on: {_resuming(args, settings, others)}", file=sys.stderr)
         return 130
     print("\n".join(summary_lines(result)))
     print(f"{settings.output}: model, README.md, metrics.json, predictions.jsonl")
@@ -186,13 +188,15 @@ def _in_one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _resuming(args: argparse.Namespace, settings: Any) -> str:
-    """The command that goes on with an interrupted training, or starts it again where nothing is saved yet."""
-    from mmlm_fast.training.running import can_resume
+def _resuming(args: argparse.Namespace, settings: Any, others: dict[Path, int]) -> str:
+    """The command that goes on with an interrupted training, or starts it again where nothing of it is saved yet but
+    `others`, checkpoints of an earlier run."""
+    from mmlm_fast.training.running import whole_checkpoints
 
     words = ["mmlm-fast", "train", args.config, *(["--output", args.output] if args.output is not None else [])]
     words += [*(["--set", *args.set] if args.set else []), *(["--quiet"] if args.quiet else [])]
-    return shlex.join([*words, "--resume" if can_resume(settings) else "--overwrite"])
+    own = whole_checkpoints(settings).items() - others.items()
+    return shlex.join([*words, "--resume" if own else "--overwrite"])
 
 
 if __name__ == "__main__":

@@ -149,7 +149,7 @@ def test_overwritten_checkpoints_are_out_of_reach(folder, monkeypatch):
     old = {p.name for p in (out / "checkpoints").glob("checkpoint-*")}
     assert old
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(checkpoints, "_delete", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(folder, overwrite=True)
     with pytest.raises(ValueError, match="nothing to resume"):
@@ -162,8 +162,38 @@ def test_overwritten_checkpoints_are_out_of_reach(folder, monkeypatch):
         run(folder, resume=True)
     for place in (out, out / "checkpoints"):
         assert (place / "notes.txt").read_text() == (place / "more/notes.txt").read_text() == "mine"
-    assert not (out / "checkpoints.replaced").exists()
     assert {p.name for p in (out / "checkpoints").iterdir()} == {"notes.txt", "more", "run.json"}
+
+
+def test_overwriting_deletes_what_the_run_wrote_alone(folder):
+    """Not what others put among its checkpoints, into them, or beside them, whatever it is called."""
+    run(folder)
+    out = folder / "out"
+    mine = [
+        "checkpoints.replaced/a.txt", "checkpoints/checkpoint-4/mine/a.txt", "checkpoints/checkpoint-4/a.txt",
+        "checkpoints/runs/a.txt", "checkpoints/mine/a.txt",
+    ]  # fmt: skip
+    for name in mine:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("mine")
+    (out / "checkpoints/checkpoint-7").write_text("mine")
+    with pytest.warns(UserWarning, match="not-of-the-run-checkpoint-4 holds what lay in checkpoint-4"):
+        run(folder, overwrite=True)
+    for name in [*mine, "checkpoints/checkpoint-7"]:
+        name = name.replace("checkpoint-4", "not-of-the-run-checkpoint-4")
+        assert (out / name).read_text() == "mine", name
+    assert not (out / "checkpoints/not-of-the-run-checkpoint-4/model.safetensors").exists()
+    assert checkpoints.last_whole(out / "checkpoints")[0].name == "checkpoint-8"
+
+
+def test_checkpoints_without_a_list_are_deleted_by_their_names(folder):
+    """Those of earlier versions."""
+    run(folder)
+    for path in (folder / "out/checkpoints").glob("checkpoint-*"):
+        (path / "files.json").unlink()
+    (folder / "out/checkpoints/checkpoint-8").rename(folder / "out/checkpoints/checkpoint-9")
+    checkpoints.put_away(folder / "out/checkpoints")
+    assert {p.name for p in (folder / "out/checkpoints").iterdir()} <= {"run.json"}
 
 
 def test_nothing_is_deleted_for_settings_that_do_not_work(folder):
@@ -241,12 +271,43 @@ def test_checkpoints_of_unknown_settings(folder):
         run(folder, resume=True)
 
 
+@pytest.mark.parametrize("content", ["[]", "3", "null", "{", '"x"'])
+def test_a_record_that_is_none(folder, content):
+    run(folder)
+    (folder / "out/checkpoints/run.json").write_text(content)
+    with pytest.raises(ValueError, match=r"run.json cannot be read: "):
+        run(folder, resume=True)
+
+
+@pytest.mark.parametrize("whole", [2**30, 0])
+def test_files_that_changed_but_not_in_size(folder, monkeypatch, whole):
+    """Also in data sets of which only pieces of files are compared."""
+    monkeypatch.setattr(checkpoints, "WHOLE", whole)
+    for i in range(16):
+        Image.effect_noise((200, 200), 90).convert("RGB").save(folder / f"{i}.bmp")
+    content = (folder / "data.jsonl").read_text()
+    (folder / "data.jsonl").write_text(content.replace(".png", ".bmp"))
+    run(folder)
+    size = (folder / "3.bmp").stat().st_size
+    Image.effect_noise((200, 200), 90).convert("RGB").save(folder / "3.bmp")
+    assert (folder / "3.bmp").stat().st_size == size > 3 * checkpoints.PIECE
+    with pytest.raises(ValueError, match=r"training samples \(other contents\)"):
+        run(folder, resume=True)
+
+
 # A whole checkpoint
 
 
 def cut(path, keep=0.5):
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * keep)])
+
+
+def zero(path):
+    """Bytes in the midst of a file; its end stays."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 4 : len(content) // 2] = bytes(len(content) // 2 - len(content) // 4)
+    path.write_bytes(content)
 
 
 BREAKS = {
@@ -263,6 +324,17 @@ BREAKS = {
     "state cut": (lambda c: cut(c / "trainer_state.json"), "trainer_state.json cannot be read"),
     "state of another": (lambda c: (c / "trainer_state.json").write_text("{}"), "trainer_state.json is not of step 8"),
     "configuration cut": (lambda c: cut(c / "config.json"), "config.json cannot be read"),
+    "weights damaged": (lambda c: zero(c / "model.safetensors"), "model.safetensors is not whole"),
+    "optimizer damaged": (lambda c: zero(c / "optimizer.pt"), "optimizer.pt is not whole"),
+    "scheduler damaged": (lambda c: zero(c / "scheduler.pt"), "scheduler.pt is not whole"),
+    "random state damaged": (lambda c: zero(c / "rng_state.pth"), "rng_state.pth is not whole"),
+    "arguments damaged": (lambda c: zero(c / "training_args.bin"), "training_args.bin is not whole"),
+    "arguments missing": (lambda c: (c / "training_args.bin").unlink(), "no training_args.bin"),
+    "list damaged": (lambda c: (c / "files.json").write_text("[]"), "files.json cannot be read"),
+    "optimizer of an older version damaged": (
+        lambda c: ((c / "files.json").unlink(), zero(c / "optimizer.pt")),
+        "optimizer.pt is not whole",
+    ),
     "part missing": (
         lambda c: (c / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-2.safetensors"}}'),
         "no model-2.safetensors",
@@ -328,6 +400,36 @@ def test_pictures_from_text_go_on_in_either_stage(tmp_path, monkeypatch):
         train(settings(name), progress=False, resume=True)
         for file in ("model.safetensors", "image_tokenizer/model.safetensors"):
             assert (tmp_path / name / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), (name, file)
+
+
+def test_overwriting_puts_away_both_stages_at_once(tmp_path, monkeypatch):
+    """A new run that is stopped in its first stage is not gone on with from the second stage of the old one, nor from
+    the old first stage where another task writes into the folder."""
+    options = ["data.train_count=32", "data.eval_count=4", "training.num_train_epochs=1", "model.hidden_size=64"]
+    settings = read_settings("digits_pictures", [*options, f"output={tmp_path / 'out'}"])
+    train(settings, progress=False)
+    assert len(running.whole_checkpoints(settings)) == 2
+    with monkeypatch.context() as patch:
+        stopped_after(1, patch)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings, progress=False, overwrite=True)
+    assert not list((tmp_path / "out/checkpoints").glob("checkpoint-*"))
+    assert list(running.whole_checkpoints(settings)) == [tmp_path / "out/image_tokenizer/checkpoints/checkpoint-1"]
+    for stop in ("_delete_checkpoint", "write_record"):
+        with monkeypatch.context() as patch:
+            write, calls = checkpoints.write_record, []
+
+            def stopped(*args, write=write, calls=calls, stop=stop):
+                calls.append(args)
+                if stop == "_delete_checkpoint" or len(calls) == 2:
+                    raise KeyboardInterrupt
+                write(*args)
+
+            patch.setattr(checkpoints, stop, stopped)
+            with pytest.raises(KeyboardInterrupt):
+                train(settings, progress=False, overwrite=True)
+        with pytest.raises(ValueError, match="nothing to resume: the run in .* was to be replaced"):
+            train(settings, progress=False, resume=True)
 
 
 # Settings that are wrong
@@ -456,6 +558,22 @@ def test_ctrl_c_says_how_to_go_on(folder, capsys, monkeypatch, steps, word):
     words = shlex.split(said[0].partition("to go on: mmlm-fast ")[2])
     assert main(words) == 0
     assert (folder / "the out/metrics.json").is_file()
+
+
+def test_ctrl_c_before_the_old_run_is_replaced(folder, capsys, monkeypatch):
+    """Going on is no matter of the run that is still there."""
+    arguments = ["train", str(folder / "config.toml"), "--quiet", "--overwrite"]
+    assert main(arguments[:-1]) == 0
+    for name in ("read_data", "build", "_record"):
+        with monkeypatch.context() as patch:
+            patch.setattr(running, name, lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+            assert main(arguments) == 130
+        assert capsys.readouterr().err.endswith(" --overwrite\n")
+        assert len(running.whole_checkpoints(read_settings(folder / "config.toml"))) == 1
+    with monkeypatch.context() as patch:
+        stopped_after(4, patch)
+        assert main(arguments) == 130
+    assert capsys.readouterr().err.endswith(" --resume\n")
 
 
 # What is left behind

@@ -7,7 +7,9 @@ import re
 import shutil
 import warnings
 import zipfile
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,17 @@ from mmlm_fast.training.samples import Sample
 
 RECORD = "run.json"  # beside the checkpoints: what the run was of
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+FILES = "files.json"  # in a checkpoint, written last: the checksums of its files
 SET_ASIDE = "incomplete-"
+KEPT_APART = "not-of-the-run-"  # what else lay in a checkpoint that was deleted
+REPLACED = "being replaced"  # key of a record: the checkpoints beside it are of no run any more
+# What Trainer writes into a checkpoint, for those that are older than their list of files.
+WRITTEN = re.compile(
+    r"(adapter_)?(config|generation_config|trainer_state)\.json|(model|pytorch_model|adapter_model).*|optimizer.*"
+    r"|scheduler\.pt|scaler\.pt|rng_state(_\d+)?\.pth|training_args\.bin|zero_to_fp32\.py|latest|global_step\d+"
+)
+WHOLE = 2**30  # bytes of data files that are compared in full; of more, pieces of each
+PIECE = 2**12
 # A checkpoint goes on only with the same steps an epoch and the same optimizer; other changes are said, or do no harm.
 FIXED = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "dataloader_drop_last", "optim",
@@ -29,7 +41,7 @@ KEPT = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsil
 
 
 def problem_of(checkpoint: Path) -> str | None:
-    """What keeps Trainer from going on from a checkpoint; None for a whole one. Tensors are not read."""
+    """What keeps Trainer from going on from a checkpoint; None for a whole one."""
     for name in ("trainer_state.json", "config.json"):
         path = checkpoint / name
         try:
@@ -44,7 +56,46 @@ def problem_of(checkpoint: Path) -> str | None:
         step = values.get("global_step") if isinstance(values, dict) else None
         if name == "trainer_state.json" and (number is None or step != int(number[1])):
             return f"{name} is not of step {number and number[1]}"
-    return _weights_problem(checkpoint) or _states_problem(checkpoint)
+    return _weights_problem(checkpoint) or _states_problem(checkpoint) or _contents_problem(checkpoint)
+
+
+def write_files(checkpoint: Path) -> None:
+    """Write the checksums of a checkpoint's files into it."""
+    found = {str(path.relative_to(checkpoint)): _checksum(path) for path in sorted(_files(checkpoint))}
+    _write_json(checkpoint / FILES, found)
+
+
+def _contents_problem(checkpoint: Path) -> str | None:
+    """Files that are not as they were written; None also for checkpoints older than their list."""
+    try:
+        listed = json.loads((checkpoint / FILES).read_text(encoding="utf-8"))
+        for name, wanted in listed.items():
+            if _checksum(checkpoint / name) != wanted:
+                return f"{name} is not whole"
+    except FileNotFoundError as error:
+        name = os.path.relpath(error.filename, checkpoint)
+        return None if name == FILES else f"no {name}"
+    except (OSError, ValueError, AttributeError, TypeError):
+        return f"{FILES} cannot be read"
+    return None
+
+
+def _files(folder: Path) -> Iterable[Path]:
+    return (path for path in folder.rglob("*") if path.is_file() and path.name != FILES)
+
+
+def _checksum(path: Path) -> int:
+    found = path.stat()
+    return _checksum_of(path, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _checksum_of(path: Path, size: int, changed_ns: int) -> int:
+    total = 0
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            total = zlib.crc32(block, total)
+    return total
 
 
 def _weights_problem(checkpoint: Path) -> str | None:
@@ -87,8 +138,10 @@ def _zip_problem(path: Path) -> str | None:
         return None if any(path.iterdir()) else f"{path.name} is empty"
     try:
         with zipfile.ZipFile(path) as file:  # what torch.save writes; its index is at the end
-            return None if file.namelist() else f"{path.name} is empty"
-    except (OSError, zipfile.BadZipFile):
+            if not file.namelist():
+                return f"{path.name} is empty"
+            return f"{path.name} is not whole" if file.testzip() else None
+    except (OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile):
         return f"{path.name} is not whole"
 
 
@@ -114,41 +167,73 @@ def set_aside(problems: dict[Path, str]) -> None:
         warnings.warn(f"{path} is incomplete ({problem}) and called {other.name} from here on", stacklevel=2)
 
 
-def put_away(folder: Path) -> None:
-    """Delete the checkpoints, logs and record of an earlier run, and nothing else.
+def put_away(folder: Path, *others: Path) -> None:
+    """Delete the checkpoints, logs and record of an earlier run, in `folder` and those of its other stages, and nothing
+    that the run did not write.
 
-    They are out of reach by one renaming before the first is deleted: a run that ends meanwhile leaves none to resume.
+    They are out of reach by one writing before the first is deleted: a run that ends meanwhile leaves none to resume.
     """
-    folder = folder.resolve()
-    old = folder.with_name(folder.name + ".replaced")
-    if folder.is_dir():
-        if old.is_dir():  # of a run that ended there
-            _delete(old, folder)
-        if old.is_dir():
-            raise ValueError(f"{old} has files that {folder} has too: move one of them away")
-        folder.rename(old)
-    if old.is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
-        _delete(old, folder)
+    write_record(folder, {REPLACED: True})
+    for place in (folder, *others):
+        if not place.is_dir():
+            continue
+        for path in sorted(place.iterdir()):
+            if path.is_symlink() or not path.is_dir():
+                continue
+            if path.name == "runs":
+                _delete(path, [p for p in path.rglob("events.out.tfevents.*") if p.is_file()])
+            elif CHECKPOINT.fullmatch(path.name.removeprefix(SET_ASIDE)):
+                _delete_checkpoint(path)
+        if place != folder:
+            (place / RECORD).unlink(missing_ok=True)
 
 
-def _delete(old: Path, folder: Path) -> None:
-    for path in old.iterdir():
-        written = CHECKPOINT.fullmatch(path.name.removeprefix(SET_ASIDE)) or path.name in (RECORD, "runs")
-        if written:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        elif not (folder / path.name).exists():
-            path.rename(folder / path.name)
-    if not any(old.iterdir()):
-        old.rmdir()
+def is_replaced(folder: Path) -> bool:
+    """Whether a run that was to replace the one in `folder` ended before it had deleted its checkpoints."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(record, dict) and REPLACED in record
+
+
+def _delete_checkpoint(checkpoint: Path) -> None:
+    try:
+        listed = json.loads((checkpoint / FILES).read_text(encoding="utf-8"))
+        mine = [checkpoint / name for name in listed if (checkpoint / name).is_file()]
+    except (OSError, ValueError, TypeError):
+        mine = [path for path in checkpoint.iterdir() if WRITTEN.fullmatch(path.name)]
+    _delete(checkpoint, mine)
+    if not checkpoint.is_dir():
+        return
+    number = 0
+    while (kept := checkpoint.with_name(f"{KEPT_APART}{checkpoint.name}" + f"-{number}" * bool(number))).exists():
+        number += 1
+    checkpoint.rename(kept)  # Trainer deletes old checkpoints with all that is in them
+    warnings.warn(f"{kept} holds what lay in {checkpoint.name}, now deleted, and is not of the run", stacklevel=2)
+
+
+def _delete(folder: Path, mine: Iterable[Path]) -> None:
+    """Delete these in `folder`, then it and what is in it as far as that is empty."""
+    for path in mine:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    (folder / FILES).unlink(missing_ok=True)
+    places = [path for path in folder.rglob("*") if path.is_dir() and not path.is_symlink()]
+    for path in (*sorted(places, key=lambda p: -len(p.parts)), folder):
+        if not any(path.iterdir()):
+            path.rmdir()
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Write what a run is of beside its checkpoints, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    new = folder / f".{RECORD}"
-    new.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(new, folder / RECORD)
+    _write_json(folder / RECORD, record)
+
+
+def _write_json(path: Path, values: Any) -> None:
+    new = path.with_name(f".{path.name}")
+    new.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(new, path)
 
 
 def compare_record(folder: Path, record: dict[str, Any]) -> None:
@@ -164,6 +249,8 @@ def compare_record(folder: Path, record: dict[str, Any]) -> None:
         return
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder / RECORD} cannot be read: {error}") from error
+    if not isinstance(held, dict):
+        raise ValueError(f"{folder / RECORD} cannot be read: must hold an object, got {type(held).__name__}")
     wanted, changes, told = json.loads(json.dumps(record)), [], []
     for name in sorted({*held, *wanted}):
         before, now = held.get(name), wanted.get(name)
@@ -186,14 +273,33 @@ def compare_record(folder: Path, record: dict[str, Any]) -> None:
 
 
 def digest_of_samples(samples: Sequence[Sample], folder: Path) -> str:
-    """Of what samples say, the names of their files from `folder` on, and their sizes; not of what files hold."""
-    digest = hashlib.sha256()
-    for sample in samples:
-        files = [x for x in (*sample.images, *sample.audio, sample.video) if isinstance(x, (str, Path))]
-        named = [(os.path.relpath(x, folder), Path(x).stat().st_size) for x in files]
-        other = None if files else sample.name  # of a built-in set
-        fields = (named, other, sample.text, sample.target, sample.label, sample.messages)
+    """Of what samples say, the names of their files from `folder` on, and what those hold: all of it where they have a
+    gibibyte together, else the sizes and the first, middle and last four kibibytes of each."""
+    digest, named = hashlib.sha256(), [_files_of(sample) for sample in samples]
+    sizes = {path: path.stat().st_size for paths in named for path in paths}
+    whole, contents = sum(sizes.values()) <= WHOLE, {}
+    for path, size in sizes.items():
+        contents[path] = (os.path.relpath(path, folder), size, _digest_of_file(path, size, whole))
+    for sample, paths in zip(samples, named, strict=True):
+        other = None if paths else sample.name  # of a built-in set
+        held = [contents[path] for path in paths]
+        fields = (held, other, sample.text, sample.target, sample.label, sample.messages)
         digest.update(repr(fields).encode())
+    return digest.hexdigest()
+
+
+def _files_of(sample: Sample) -> list[Path]:
+    return [Path(x) for x in (*sample.images, *sample.audio, sample.video) if isinstance(x, (str, Path))]
+
+
+def _digest_of_file(path: Path, size: int, whole: bool) -> str:
+    with path.open("rb") as file:
+        if whole or size <= 3 * PIECE:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        for place in (0, (size - PIECE) // 2, size - PIECE):
+            file.seek(place)
+            digest.update(file.read(PIECE))
     return digest.hexdigest()
 
 

@@ -60,6 +60,13 @@ class _Trainer(Trainer):
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         return self._apart(super().get_eval_dataloader(*args, **kwargs))
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_checkpoint(*args, **kwargs)
+        PartialState().wait_for_everyone()
+        checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if PartialState().is_main_process and checkpoint.is_dir():
+            checkpoints.write_files(checkpoint)
+
     def _apart(self, loader: Any) -> Any:
         inner = getattr(loader, "base_dataloader", loader)  # of accelerate's wrapper
         inner.generator = torch.Generator(device="cpu").manual_seed(self.args.seed)
@@ -128,9 +135,10 @@ def train(
     eval_samples, others = usable(eval_samples, collator.check, **found)
     _check_evaluation(settings, eval_samples)
     record = _record(settings, labels, train_samples, processor, arguments)
+    main_stage, first_stage = _stages(settings)
+    _begin(main_stage, record, resume, first_stage)
     painter = _image_tokenizer(settings, train_samples, eval_samples, record, resume, progress)
     collator.image_tokenizer = judge.image_tokenizer = painter
-    _begin(output / CHECKPOINTS, record, resume and checkpoint is not None)
     history = fit(model, collator, train_samples, eval_samples, settings, arguments, checkpoint)
     result: dict[str, Any] = {
         "task": settings.task,
@@ -189,6 +197,8 @@ def _checkpoint_to_resume(settings: TrainSettings, resume: bool, overwrite: bool
         return None
     found, problems = checkpoints.last_whole(output / CHECKPOINTS)
     if not can_resume(settings):
+        if checkpoints.is_replaced(output / CHECKPOINTS):
+            raise ValueError(f"nothing to resume: the run in {output} was to be replaced: --overwrite to start anew")
         told = "".join(f"; {path.name} is incomplete: {problem}" for path, problem in problems.items())
         raise ValueError(
             f"nothing to resume: no {'whole ' if problems else ''}checkpoint in {output / CHECKPOINTS}{told}"
@@ -198,12 +208,27 @@ def _checkpoint_to_resume(settings: TrainSettings, resume: bool, overwrite: bool
 
 def can_resume(settings: TrainSettings) -> bool:
     """Whether the output folder holds a whole checkpoint, of the training or of its first stage."""
-    stages = (Path(settings.output), Path(settings.output) / IMAGE_TOKENIZER)
-    return any(checkpoints.last_whole(stage / CHECKPOINTS)[0] is not None for stage in stages)
+    return bool(whole_checkpoints(settings))
 
 
-def _begin(folder: Path, record: dict[str, Any], resume: bool) -> None:
-    """Leave in `folder` what the run that begins may use: the checkpoints it goes on from, or none; and its record."""
+def whole_checkpoints(settings: TrainSettings) -> dict[Path, int]:
+    """The last whole checkpoint of each stage that can be resumed, and when it was written, in nanoseconds."""
+    main, first = _stages(settings)
+    if checkpoints.is_replaced(main):
+        return {}
+    found = [checkpoints.last_whole(folder)[0] for folder in (main, first)]
+    return {path: (path / "trainer_state.json").stat().st_mtime_ns for path in found if path is not None}
+
+
+def _stages(settings: TrainSettings) -> tuple[Path, Path]:
+    """Folders of checkpoints: of the training, and of its first stage where there are two."""
+    output = Path(settings.output)
+    return output / CHECKPOINTS, output / IMAGE_TOKENIZER / CHECKPOINTS
+
+
+def _begin(folder: Path, record: dict[str, Any], resume: bool, *others: Path) -> None:
+    """Leave in `folder` what the run that begins may use: the checkpoints it goes on from, or none, neither there nor
+    in those of `others`; and its record."""
     if resume:
         checkpoints.compare_record(folder, record)
     PartialState().wait_for_everyone()
@@ -211,7 +236,7 @@ def _begin(folder: Path, record: dict[str, Any], resume: bool) -> None:
         if resume:
             checkpoints.set_aside(checkpoints.last_whole(folder)[1])
         else:
-            checkpoints.put_away(folder)
+            checkpoints.put_away(folder, *others)
         checkpoints.write_record(folder, record)
     PartialState().wait_for_everyone()
 
