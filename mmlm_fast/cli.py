@@ -144,8 +144,8 @@ def _train(args: argparse.Namespace) -> int:
 
     from mmlm_fast.models.presets import PRESETS
     from mmlm_fast.training import BadSampleError, read_settings, shipped, train
-    from mmlm_fast.training.running import whole_checkpoints
     from mmlm_fast.training.card import summary_lines
+    from mmlm_fast.training.running import whole_checkpoints
 
     if args.list:
         print("configurations: " + ", ".join(shipped()))

@@ -133,6 +133,26 @@ def test_bad_samples_are_named_before_training(tmp_path, make, message):
         usable([make(tmp_path)], collator().check, skip=False)
 
 
+@pytest.mark.parametrize("place", ["target", "messages"])
+@pytest.mark.parametrize("token", ["<image>", "<audio>"])
+def test_targets_with_placeholders_are_bad_samples(folder, place, token):
+    """By file and line before training; skipped, counted and listed where that is asked for."""
+    said = f"see {token}"
+    messages = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": said}]
+    row = {"image": "a.png"} | ({"target": said} if place == "target" else {"messages": messages})
+    (folder / "data.jsonl").write_text((folder / "data.jsonl").read_text() + "\n" + json.dumps(row))
+    settings = lambda *more: settings_of(
+        folder, "model.image_size=56", *more, task="captioning", preset="token_merge_vlm"
+    )
+    with pytest.raises(BadSampleError, match=rf"data.jsonl:7: target has {token}"):
+        train(settings("data.eval=data.jsonl"), progress=False)
+    if place == "target":
+        skip = ['data.bad_samples="skip"', "data.eval=data.jsonl", "training.max_steps=1"]
+        result = train(settings(*skip, "evaluation.generation.max_new_tokens=1"), progress=False, overwrite=True)
+        assert len(result["bad_samples"]) == 2
+        assert result["num_samples"] == {"train": 6, "eval": 6}
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

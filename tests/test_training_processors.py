@@ -96,6 +96,85 @@ def test_wrong_labels(vlm, options, message):
         vlm[1](text="x", **options)
 
 
+SEEN = dict(text="<image>a", images=PICTURE)  # four placeholders of the picture
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (SEEN | {"suffix": "see <image>"}, r"suffix\[0\] has <image>, which .* cannot be written"),
+        (SEEN | {"suffix": ["<audio>"]}, r"suffix\[0\] has <audio>"),
+        ({"text": ["a", "b"], "suffix": ["a", None]}, r"suffix\[1\] must be a text, got None"),
+        ({"text": ["a", "b"], "suffix": [3, "a"]}, r"suffix\[0\] must be a text, got 3"),
+        ({"text": ["a", None]}, r"text\[1\] must be a text, got None"),
+        ({"text": [2.5]}, r"text\[0\] must be a text, got 2.5"),
+        ({"text": []}, "text must be a text or a list of one or more, got \\[\\]"),
+        ({"text": 3}, "text must be a text or a list of one or more, got 3"),
+        ({"text": b"x"}, "text must be a text or a list of one or more, got b'x'"),
+        ({"text": "a", "suffix": []}, "suffix must be a text or a list of one or more"),
+        ({"text": "a", "text_target": "b"}, "text_target is for sequence-to-sequence models"),
+        (
+            SEEN | {"truncation": True, "max_length": 3},
+            r"text\[0\] has 4 <image>, of which 3 are left within max_length 3",
+        ),
+        (
+            {"text": "abcdef", "suffix": "abc", "truncation": True, "max_length": 6},
+            "text with its suffix must have at most max_length, 6 tokens with the end token, got 10 in place 0",
+        ),
+        ({"text": "<audio>", "audio": [CLIP[:0]], "sampling_rate": 16000}, "a clip is empty: say None for none"),
+        ({"text": "<audio>", "audio": [[CLIP, CLIP[:0]]], "sampling_rate": 16000}, "a clip is empty"),
+        ({"text": "<audio>", "audio": CLIP[:0], "sampling_rate": 16000}, "a clip is empty"),
+    ],
+)
+def test_what_cannot_be_a_batch(vlm, options, message):
+    with pytest.raises(ValueError, match=message):
+        vlm[1](**options)
+
+
+def test_what_another_decoder_cannot_write():
+    _, processor = presets.mmlm_basic()
+    limit = {"truncation": True, "max_length": 4}
+    for target, options, message in (
+        ("see <image>", {}, r"text_target\[0\] has <image>"),
+        ([None], {}, r"text_target\[0\] must be a text, got None"),
+        ([], {}, "text_target must be a text or a list of one or more"),
+        (["a", "b"], {}, "text_target must be one a text, got 2 for 1 texts"),
+        ("abcd", limit, "text_target must have at most max_length, 4 tokens with the end token, got 5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            processor(text=["abcdefgh"], text_target=target, **options)
+    batch = processor(text=["abcdefgh"], text_target="abc", **limit)
+    assert batch["input_ids"].shape == batch["labels"].shape == (1, 4)
+    batch = processor(text=["abcde"], text_target="abc", pad_to_multiple_of=8)
+    assert batch["input_ids"].shape == batch["labels"].shape == (1, 8)
+    assert (batch["labels"] != -100).sum() == 4
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_suffixes_are_padded_to_a_multiple(side):
+    _, processor = presets.token_merge_vlm(image_size=28, audio_seconds=2, tokenizer=byte_tokenizer(padding_side=side))
+    options = dict(text=["abc", "a"], suffix=["abc", "b"])
+    batch, plain = processor(**options, pad_to_multiple_of=8), processor(**options)
+    assert plain["labels"].shape == (2, 7)
+    kept = slice(1, None) if side == "left" else slice(None, -1)
+    for name, fill in (("input_ids", processor.tokenizer.pad_token_id), ("attention_mask", 0), ("labels", -100)):
+        assert batch[name].shape == (2, 8)
+        assert torch.equal(batch[name][:, kept], plain[name])
+        assert (batch[name][:, 0 if side == "left" else -1] == fill).all()
+
+
+def test_what_is_saved_hears_as_before(vlm, tmp_path):
+    """Features to the bit, by mmlm-fast's extractor, also behind transformers' Auto class."""
+    processor = vlm[1]
+    processor.save_pretrained(tmp_path)
+    clip = np.random.default_rng(0).standard_normal(16000).astype(np.float32)
+    features = processor(text="<audio>", audio=clip, sampling_rate=16000)["input_features"]
+    for again in (MMLMProcessor.from_pretrained(tmp_path), transformers.AutoProcessor.from_pretrained(tmp_path)):
+        assert type(again.feature_extractor) is type(processor.feature_extractor)
+        assert again.feature_extractor.to_dict() == processor.feature_extractor.to_dict()
+        assert torch.equal(again(text="<audio>", audio=clip, sampling_rate=16000)["input_features"], features)
+
+
 def test_pictures_without_texts(vlm):
     _, processor = presets.clip_contrastive(audio=True)
     assert set(processor(images=[PICTURE])) == {"pixel_values"}

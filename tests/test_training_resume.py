@@ -428,7 +428,7 @@ def test_overwriting_puts_away_both_stages_at_once(tmp_path, monkeypatch):
             patch.setattr(checkpoints, stop, stopped)
             with pytest.raises(KeyboardInterrupt):
                 train(settings, progress=False, overwrite=True)
-        with pytest.raises(ValueError, match="nothing to resume: the run in .* was to be replaced"):
+        with pytest.raises(ValueError, match=r"nothing to resume: the run in .* was to be replaced"):
             train(settings, progress=False, resume=True)
 
 

@@ -19,7 +19,8 @@ class MMLMProcessor(ProcessorMixin):
     """Tokenizer, image processor and audio feature extractor in one call.
 
     Args:
-        image_processor, feature_extractor, tokenizer: Of transformers, or drop-ins. The tokenizer must know the two
+        image_processor, feature_extractor, tokenizer: Of transformers, or drop-ins. In the place of transformers'
+            feature extractors come mmlm-fast's of the same name, where there are some. The tokenizer must know the two
             placeholder tokens.
         image_seq_length, audio_seq_length: Tokens a picture or a chunk of sound becomes, the length of its tower's
             output; the placeholder is repeated that often. 0 for every fusion but ``merge``: placeholders are then
@@ -46,7 +47,7 @@ class MMLMProcessor(ProcessorMixin):
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         self.audio_token_id = tokenizer.convert_tokens_to_ids(audio_token)
         self.chunk_seconds = chunk_seconds
-        super().__init__(image_processor, feature_extractor, tokenizer, chat_template=chat_template)
+        super().__init__(image_processor, _feature_extractor(feature_extractor), tokenizer, chat_template=chat_template)
 
     def to_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What is saved; also which library resizes pictures, which transformers does not keep."""
@@ -105,7 +106,7 @@ class MMLMProcessor(ProcessorMixin):
         if image is not None:
             seeing = AutoImageProcessor.from_pretrained(image)
         if audio is not None:
-            hearing = _feature_extractor(AutoFeatureExtractor.from_pretrained(audio))
+            hearing = AutoFeatureExtractor.from_pretrained(audio)
         for modality, found in (("image", seeing), ("audio", hearing)):
             if found is None and modality in (model.config.modalities or ()):
                 raise ValueError(f"the model has a tower for {modality}: name its checkpoint, or a processor as like")
@@ -150,9 +151,11 @@ class MMLMProcessor(ProcessorMixin):
             sampling_rate: Of the clips, in hertz. Required with audio.
             suffix: What a causal decoder is to write behind each text: it goes behind it in ``input_ids``, with the end
                 token, and ``labels`` are of it alone.
-            text_target: What the decoder of a sequence-to-sequence model is to write: ``labels`` are of it.
+            text_target: What the decoder of a sequence-to-sequence model is to write: ``labels`` are of it. The
+                tokenizer then pads on the right.
             return_labels: ``labels`` of the texts themselves: ``input_ids`` but for padding and placeholders.
-            padding, tokenizer_kwargs: For the tokenizer.
+            padding, tokenizer_kwargs: For the tokenizer. Truncation cuts texts that nothing follows, but neither
+                placeholders nor what is to be learnt.
             return_tensors: Only ``"pt"``.
 
         Returns:
@@ -161,7 +164,9 @@ class MMLMProcessor(ProcessorMixin):
             where asked for, -100 for what is not to be learnt.
 
         Raises:
-            ValueError: for placeholders that do not match what is given, or a missing or wrong sampling rate.
+            ValueError: for placeholders that do not match what is given, are in ``suffix`` or ``text_target``, or would
+                be cut; for what is to be learnt and longer than ``max_length``; for empty clips, texts that are none,
+                and a missing or wrong sampling rate.
         """
         if (suffix is not None) + (text_target is not None) + return_labels > 1:
             raise ValueError("labels are of one of suffix, text_target and return_labels, got several")
@@ -171,7 +176,16 @@ class MMLMProcessor(ProcessorMixin):
             raise ValueError("text is required, got None")
         if return_tensors != "pt":
             raise ValueError(f"return_tensors must be 'pt', got {return_tensors!r}")
-        texts = None if text is None else [text] if isinstance(text, str) else list(text)
+        texts = None if text is None else _texts("text", text)
+        if text_target is not None and self.tokenizer.padding_side == "left":
+            raise ValueError(
+                "text_target is for sequence-to-sequence models, whose tokenizer pads on the right; a causal decoder's "
+                "pads on the left and takes suffix"
+            )
+        targets = self._targets("suffix", suffix) or self._targets("text_target", text_target)
+        if targets and texts is not None and len(targets) != len(texts):
+            name = "suffix" if suffix is not None else "text_target"
+            raise ValueError(f"{name} must be one a text, got {len(targets)} for {len(texts)} texts")
         data: dict[str, Any] = {}
         if images is not None:
             items = list(images) if isinstance(images, (list, tuple)) else [images]
@@ -195,16 +209,18 @@ class MMLMProcessor(ProcessorMixin):
         if suffix is not None:
             if padding not in (True, "longest"):
                 raise ValueError(f"padding with suffix must be True or 'longest', got {padding!r}")
-            data |= self._with_suffix(texts or [], suffix, tokenizer_kwargs)
+            data |= self._with_suffix(texts or [], targets, tokenizer_kwargs)
         elif text is not None:
             data |= self.tokenizer(texts, padding=padding, return_tensors="pt", **tokenizer_kwargs)
+            self._check_placeholders(texts or [], data["input_ids"], tokenizer_kwargs)
         if return_labels:
             learnt = data["attention_mask"].bool()
             for token_id in (self.image_token_id, self.audio_token_id):
                 learnt &= data["input_ids"] != token_id
             data["labels"] = data["input_ids"].masked_fill(~learnt, -100)
         if text_target is not None:
-            data["labels"] = _padded(self._target_ids(text_target), -100, "right")
+            _check_cut("text_target", targets, tokenizer_kwargs)
+            data["labels"] = _padded(targets, -100, "right", tokenizer_kwargs.get("pad_to_multiple_of"))
         return BatchFeature(data)
 
     def pixel_values(self, pictures: list) -> Tensor:
@@ -214,25 +230,47 @@ class MMLMProcessor(ProcessorMixin):
         how = {"input_data_format": "channels_last"} if pil and _backend_of(self.image_processor) == "pil" else {}
         return self.image_processor(pictures, return_tensors="pt", **how)["pixel_values"]
 
-    def _target_ids(self, targets: str | Sequence[str]) -> list[list[int]]:
+    def _targets(self, name: str, targets: str | Sequence[str] | None) -> list[list[int]]:
+        """Tokens of what is to be written, with the end token."""
+        if targets is None:
+            return []
         if self.tokenizer.eos_token_id is None:
             raise ValueError("targets end with the tokenizer's eos_token, got a tokenizer without one")
-        listed = [targets] if isinstance(targets, str) else list(targets)
+        listed = _texts(name, targets)
+        for i, target in enumerate(listed):
+            for token in (self.image_token, self.audio_token):
+                if token in target:
+                    raise ValueError(f"{name}[{i}] has {token}, which stands for what goes in and cannot be written")
         ids = self.tokenizer(listed, add_special_tokens=False)["input_ids"]
         return [[*row, self.tokenizer.eos_token_id] for row in ids]
 
     def _with_suffix(
-        self, texts: list[str], suffix: str | Sequence[str], tokenizer_kwargs: dict[str, Any]
+        self, texts: list[str], targets: list[list[int]], tokenizer_kwargs: dict[str, Any]
     ) -> dict[str, Tensor]:
-        prompts, targets = self.tokenizer(texts, **tokenizer_kwargs)["input_ids"], self._target_ids(suffix)
-        if len(targets) != len(prompts):
-            raise ValueError(f"suffix must be one a text, got {len(targets)} for {len(prompts)} texts")
+        others = {k: v for k, v in tokenizer_kwargs.items() if k not in ("truncation", "max_length")}
+        multiple = others.pop("pad_to_multiple_of", None)
+        prompts = self.tokenizer(texts, **others)["input_ids"]
         pairs, side = list(zip(prompts, targets, strict=True)), self.tokenizer.padding_side
+        _check_cut("text with its suffix", [p + t for p, t in pairs], tokenizer_kwargs)
         return {
-            "input_ids": _padded([p + t for p, t in pairs], self.tokenizer.pad_token_id, side),
-            "attention_mask": _padded([[1] * len(p + t) for p, t in pairs], 0, side),
-            "labels": _padded([[-100] * len(p) + t for p, t in pairs], -100, side),
+            "input_ids": _padded([p + t for p, t in pairs], self.tokenizer.pad_token_id, side, multiple),
+            "attention_mask": _padded([[1] * len(p + t) for p, t in pairs], 0, side, multiple),
+            "labels": _padded([[-100] * len(p) + t for p, t in pairs], -100, side, multiple),
         }
+
+    def _check_placeholders(self, texts: list[str], input_ids: Tensor, tokenizer_kwargs: dict[str, Any]) -> None:
+        """Raise where truncation cut some."""
+        for modality in ("image", "audio"):
+            token = getattr(self, f"{modality}_token")
+            if not getattr(self, f"{modality}_seq_length") or len(input_ids) != len(texts):
+                continue
+            found = (input_ids == getattr(self, f"{modality}_token_id")).sum(1).tolist()
+            for i, (text, got) in enumerate(zip(texts, found, strict=True)):
+                if got != text.count(token):
+                    raise ValueError(
+                        f"text[{i}] has {text.count(token)} {token}, of which {got} are left within max_length "
+                        f"{tokenizer_kwargs.get('max_length')}: features need all of them"
+                    )
 
     def _chunks(self, entry: Any, sampling_rate: int) -> list | None:
         """Of a clip, or of each of a list of clips; None for none."""
@@ -240,12 +278,14 @@ class MMLMProcessor(ProcessorMixin):
             return None
         seconds = self.chunk_seconds or getattr(self.feature_extractor, "chunk_length", None)
         chunks = []
-        for clip in entry if isinstance(entry, (list, tuple)) and np.ndim(entry[0]) else [entry]:
+        for clip in entry if isinstance(entry, (list, tuple)) and len(entry) and np.ndim(entry[0]) else [entry]:
             clip = np.asarray(clip)
             if clip.ndim != 1:
                 raise ValueError(f"audio must be mono, [samples], got shape {clip.shape}")
+            if not len(clip):
+                raise ValueError("a clip is empty: say None for none")
             length = len(clip) if seconds is None else max(1, round(seconds * sampling_rate))
-            chunks += [clip[at : at + length] for at in range(0, max(1, len(clip)), max(1, length))]
+            chunks += [clip[at : at + length] for at in range(0, len(clip), length)]
         return chunks
 
     def _groups(
@@ -291,7 +331,9 @@ class MMLMProcessor(ProcessorMixin):
 
 
 def _feature_extractor(found: Any) -> Any:
-    """Ours of the same name, where there is one."""
+    """Ours in the place of transformers' of the same name, where there is one."""
+    if not type(found).__module__.startswith("transformers."):
+        return found
     import mmlm_fast.audio
 
     ours = getattr(mmlm_fast.audio, type(found).__name__, None)
@@ -315,8 +357,34 @@ def _tokens_per_item(model: Any, processor: MMLMProcessor) -> tuple[int, int]:
     return counts[0], counts[1]
 
 
-def _padded(rows: list[list[int]], value: int, side: str) -> Tensor:
+def _texts(name: str, given: Any) -> list[str]:
+    """A text or texts as a list."""
+    is_list = isinstance(given, (Sequence, np.ndarray)) and not isinstance(given, (str, bytes))
+    listed = list(given) if is_list else [given]
+    if not listed or not (is_list or isinstance(given, str)):
+        raise ValueError(f"{name} must be a text or a list of one or more, got {given!r}")
+    for i, one in enumerate(listed):
+        if not isinstance(one, str):
+            raise ValueError(f"{name}[{i}] must be a text, got {one!r}")
+    return listed
+
+
+def _check_cut(name: str, rows: list[list[int]], tokenizer_kwargs: dict[str, Any]) -> None:
+    """Raise where truncation would cut what is to be learnt."""
+    limit = tokenizer_kwargs.get("max_length")
+    if limit is None or tokenizer_kwargs.get("truncation") in (None, False, "do_not_truncate"):
+        return
+    for i, row in enumerate(rows):
+        if len(row) > limit:
+            raise ValueError(
+                f"{name} must have at most max_length, {limit} tokens with the end token, got {len(row)} in place {i}: "
+                "what is to be learnt is not cut"
+            )
+
+
+def _padded(rows: list[list[int]], value: int, side: str, multiple: int | None = None) -> Tensor:
     longest = max(map(len, rows))
+    longest += -longest % (multiple or 1)
     fill = [[value] * (longest - len(row)) for row in rows]
     return torch.tensor([f + r if side == "left" else r + f for r, f in zip(rows, fill, strict=True)])
 

@@ -135,6 +135,9 @@ class Collator:
             raise BadSampleError(f"{sample.name}: {lacks}")
         if kind == "generation" and not (sample.messages or (sample.target or "").strip()):
             raise BadSampleError(f"{sample.name}: target is empty")
+        for token in (self.processor.image_token, self.processor.audio_token) if kind == "generation" else ():
+            if token in self.target(sample):
+                raise BadSampleError(f"{sample.name}: target has {token}, which stands for what goes in")
         if kind in ("image_generation", "image_tokenizer") and not sample.images:
             raise BadSampleError(f"{sample.name}: has no picture")
         if kind == "classification":
