@@ -4,6 +4,7 @@ import struct
 
 import numpy as np
 import pytest
+import torch
 from audio_files import by_av, by_soundfile
 from peers import need
 
@@ -74,3 +75,95 @@ def test_mp3_cut_by_a_few_bytes(tmp_path, encoder, rate):
     path.write_bytes(longer[:-600])
     with pytest.raises(AudioFileError, match="cut short: its header promises"):
         read_audio(path)
+
+
+BY_SOUNDFILE = [("W64", "PCM_16"), ("W64", "IMA_ADPCM"), ("W64", "GSM610"), ("CAF", "PCM_16"), ("CAF", "ALAC_16")]
+BY_SOUNDFILE += [("AIFF", "PCM_16"), ("AU", "PCM_16"), ("AU", "G721_32"), ("SVX", "PCM_16"), ("VOC", "PCM_16")]
+BY_SOUNDFILE += [("WAV", "PCM_16"), ("WAV", "IMA_ADPCM"), ("RF64", "PCM_16"), ("MAT4", "PCM_16"), ("MAT5", "PCM_16")]
+BY_SOUNDFILE += [("SDS", "PCM_16"), ("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("MP3", "MPEG_LAYER_III")]
+UNSTATED = [("PAF", "PCM_16"), ("PVF", "PCM_16"), ("IRCAM", "PCM_16"), ("XI", "DPCM_16")]
+BY_AV = [
+    ("sox", "pcm_s32le"),
+    ("adx", "adpcm_adx"),
+    ("kvag", "adpcm_ima_ssi"),
+    ("rso", "pcm_u8"),
+    ("flv", "libmp3lame"),
+]
+BY_AV += [("flv", "aac"), ("tta", "tta"), ("rm", "ac3"), ("apm", "adpcm_ima_apm"), ("m4a", "aac"), ("mka", "aac")]
+BY_AV += [("ts", "aac")]
+BY_AV_UNSTATED = [("wtv", "pcm_s16le"), ("nut", "pcm_s16le"), ("asf", "aac")]
+
+
+def content_of(tmp_path, kind, codec):
+    if kind.isupper():
+        return by_soundfile(CLIP, 16000, format=kind, subtype=codec)
+    need("av")
+    rate = dict(ac3=48000, libmp3lame=22050).get(codec, 16000)
+    path = tmp_path / f"whole.{kind}"
+    by_av(path, codec, CLIP, rate, format="kvag" if kind == "kvag" else None, sample_format={"tta": "s16"}.get(codec))
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(("kind", "codec"), BY_SOUNDFILE + BY_AV)
+def test_bytes_behind_the_end(tmp_path, kind, codec):
+    """Zeros and tags behind the stated end are no samples."""
+    whole = content_of(tmp_path, kind, codec)
+    path = tmp_path / f"a.{kind.lower()}"
+    path.write_bytes(whole)
+    expected, info = read_audio(path)[0], audio_info(path)
+    assert len(CLIP) <= len(expected) <= len(CLIP) + 2048
+    for junk in (bytes(5000), b"TAG" + b"x" * 122, b"APETAGEX" + bytes(24), b"\xf3\xa1\x80\x93" * 31 + b"\xc5"):
+        path.write_bytes(whole + junk)
+        try:
+            assert torch.equal(read_audio(path)[0], expected), junk[:4]
+            assert audio_info(path) == info, junk[:4]
+        except AudioFileError:
+            # No name ends in .rso in a part of a file; boxes and packets may be of any kind.
+            assert kind in ("rso", "m4a", "ts", "FLAC", "OGG"), junk[:4]
+
+
+@pytest.mark.parametrize(("kind", "codec"), BY_AV[:-1])
+def test_cut_where_a_length_is_stated(tmp_path, kind, codec):
+    whole = content_of(tmp_path, kind, codec)
+    path = tmp_path / f"a.{kind}"
+    for size in (len(whole) // 2, len(whole) * 9 // 10, len(whole) * 99 // 100):
+        path.write_bytes(whole[:size])
+        for function in (read_audio, audio_info):
+            with pytest.raises(AudioFileError, match="cut short"):
+                function(path)
+
+
+def test_cut_xi(tmp_path):
+    """libsndfile writes no length into it, trackers do."""
+    whole = bytearray(by_soundfile(CLIP, 16000, format="XI", subtype="DPCM_16"))
+    struct.pack_into("<I", whole, 298, 40000)
+    path = tmp_path / "a.xi"
+    path.write_bytes(whole + bytes(5000))
+    assert len(read_audio(path)[0]) == audio_info(path).num_samples == 20000
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(AudioFileError, match="promises 40000 bytes of samples"):
+        read_audio(path)
+
+
+@pytest.mark.parametrize(("kind", "codec"), BY_SOUNDFILE + UNSTATED + BY_AV[:-1] + BY_AV_UNSTATED)
+def test_another_file_behind(tmp_path, kind, codec):
+    """All parts or an error, never the first one alone and never a header as samples."""
+    need("av")
+    first = content_of(tmp_path, kind, codec)
+    path = tmp_path / f"a.{kind.lower()}"
+    path.write_bytes(first)
+    alone = read_audio(path)[0]
+    others = [(kind, codec), ("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("WAV", "PCM_16"), ("MP3", "MPEG_LAYER_III")]
+    for other in others:
+        second = content_of(tmp_path, *other)
+        if other[0] == "MP3" and ((kind, codec) in UNSTATED + BY_AV_UNSTATED or kind == "FLAC"):
+            continue  # whose frames may be samples as well
+        path.write_bytes(first + second)
+        for function in (read_audio, audio_info):
+            try:
+                result = function(path)
+            except AudioFileError:
+                continue
+            assert kind == other[0], other
+            got = result.num_samples if function is audio_info else len(result[0])
+            assert got == 2 * len(alone), other

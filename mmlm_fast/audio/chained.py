@@ -3,12 +3,12 @@
 import struct
 from itertools import pairwise
 
-from mmlm_fast.audio.statement import Bytes, Stated, ranges
+from mmlm_fast.audio.magic import begins, first_within
+from mmlm_fast.audio.statement import Bytes, Stated, another, ranges
 
 
-def id3_size(data: Bytes) -> int:
-    """Bytes of ID3v2 tags in front, which FLAC, AAC and MP3 files may have."""
-    place = 0
+def id3_size(data: Bytes, place: int = 0) -> int:
+    """Where ID3v2 tags end that begin at a place: FLAC, AAC and MP3 files may have them in front."""
     while (head := data.at(place, 10))[:3] == b"ID3" and len(head) == 10:
         a, b, c, d = head[6:10]
         place += 10 + (a << 21 | b << 14 | c << 7 | d) + (10 if head[5] & 0x10 else 0)
@@ -19,21 +19,25 @@ def flac(data: Bytes, tags: int) -> Stated:
     total = data.number(tags + 18, ">Q") & (1 << 36) - 1
     ends = [_flac_frame_end(data, data.size * i // 4, data.number(tags + 10, ">H")) for i in (1, 2, 3, 4)]
     last = ends[-1]
+    tail = max(data.size - (1 << 16), tags + 8)
+    if (place := first_within(data.at(tail, 1 << 16))) >= 0 and data.at(tail + place, 4) != b"fLaC":
+        return another(tail + place)
     if total and last == total and all(a <= b for a, b in pairwise(ends)):
         return Stated(total, is_exact=True)
     # Another file behind this one? Looked for only here, since it takes a tenth of the time that decoding does.
-    begins, block, seen = [0], 1 << 20, tags + 8
-    while len(held := data.at(seen, block + 7)) > 7:
-        place = held.find(b"fLaC")
-        while place >= 0:
-            if held[place + 4 : place + 8] in (b"\0\0\0\x22", b"\x80\0\0\x22"):  # the header that begins a file
-                begins.append(seen + place)
-            place = held.find(b"fLaC", place + 1)
+    starts, block, seen = [0], 1 << 20, tags + 8
+    while len(held := data.at(seen, block + 16)) > 7:
+        place = first_within(held)
+        while 0 <= place < block:
+            if held[place : place + 4] != b"fLaC":
+                return another(seen + place)
+            starts.append(seen + place)
+            place = first_within(held, place + 1)
         seen += block
     problem = None
-    if len(begins) == 1 and 0 < total < last:
+    if len(starts) == 1 and 0 < total < last:
         problem = f"its header promises {total} samples, its last frame ends at {last}"
-    return Stated(total or -1, is_exact=True, is_unknown=total == 0, problem=problem, parts=ranges(data, begins))
+    return Stated(total or -1, is_exact=True, is_unknown=total == 0, problem=problem, parts=ranges(data, starts))
 
 
 def _flac_frame_end(data: Bytes, end: int, frame_length: int) -> int:
@@ -75,7 +79,7 @@ def _crc8(data: bytes) -> int:
 
 def ogg(data: Bytes, _: int) -> Stated:
     """Follow the pages. A stream ends on a page that says so; one without was cut off, or whoever wrote it killed."""
-    place, begins, is_body, problem = 0, [0], False, None
+    place, starts, is_body, problem = 0, [0], False, None
     opened: set[bytes] = set()
     ended: set[bytes] = set()
     numbers: dict[bytes, int] = {}
@@ -84,7 +88,7 @@ def ogg(data: Bytes, _: int) -> Stated:
         flags, serial, number = head[5], head[14:18], struct.unpack("<I", head[18:22])[0]
         if flags & 2:
             if is_body:
-                begins.append(place)
+                starts.append(place)
                 problem = problem or _unended(opened, ended)
                 opened, ended, numbers, granules, is_body = set(), set(), {}, [], False
             opened.add(serial)
@@ -102,13 +106,15 @@ def ogg(data: Bytes, _: int) -> Stated:
         if len(lacing) < head[26] or size > data.size - place:
             held = data.size - place
             problem = problem or f"cut short: its last page promises {size} bytes, {held} are there"
-            return Stated(problem=problem, parts=ranges(data, begins))
+            return Stated(problem=problem, parts=ranges(data, starts))
         place += size
+    if is_file_behind_tags(data, place):
+        return another(place)
     if data.at(place, 1).strip(b"\0") and b"OggS" in data.at(place, 1 << 17):
         problem = problem or f"broken at byte {place}: no page begins there"
     problem = problem or _unended(opened, ended)
-    if len(begins) > 1 or len(opened) > 1:
-        return Stated(problem=problem, parts=ranges(data, begins))
+    if len(starts) > 1 or len(opened) > 1:
+        return Stated(problem=problem, parts=ranges(data, starts))
     rate, skipped = _ogg_rate(data.at(28, 64))
     if not rate or not granules or granules[0] > 10 * rate:  # a recording of a stream that had begun before
         return Stated(problem=problem)
@@ -157,7 +163,7 @@ def _mp3_frame(head: bytes) -> tuple[int, int, int] | None:
     return size, samples, 4 + ((17 if is_mono else 32) if is_first else (9 if is_mono else 17))
 
 
-def _frames_begin(data: Bytes, place: int) -> bool:
+def frames_begin(data: Bytes, place: int) -> bool:
     for _ in range(3):
         if (frame := _mp3_frame(data.at(place, 4))) is None:
             return False
@@ -167,7 +173,7 @@ def _frames_begin(data: Bytes, place: int) -> bool:
 
 def mp3(data: Bytes, tags: int) -> Stated:
     head = data.at(tags, 4096)
-    begin = next((i for i in range(len(head)) if head[i] == 0xFF and _frames_begin(data, tags + i)), None)
+    begin = next((i for i in range(len(head)) if head[i] == 0xFF and frames_begin(data, tags + i)), None)
     if begin is None or (begin and not tags):
         return Stated()
     frame = _mp3_frame(head[begin : begin + 4])
@@ -189,11 +195,27 @@ def mp3(data: Bytes, tags: int) -> Stated:
         return Stated(num_samples)
     # Another file behind this one, and behind the tags that may end it?
     end = place + size
+    if is_file_behind_tags(data, end, with_mp3=False):
+        return another(end)
     behind = data.at(end, 1 << 16)
     for i in range(len(behind)):
-        if behind[i : i + 3] == b"ID3" or (behind[i] == 0xFF and _frames_begin(data, end + i)):
+        if behind[i : i + 3] == b"ID3" or (behind[i] == 0xFF and frames_begin(data, end + i)):
             return Stated(num_samples, parts=ranges(data, [0, end + i]))
     return Stated(num_samples)
+
+
+def is_file_behind_tags(data: Bytes, place: int, with_mp3: bool = True) -> bool:
+    """Whether a file begins at a place or behind the tags that stand there; with or without a look for MP3."""
+    while True:
+        head = data.at(place, 16)
+        if head[:3] == b"TAG":
+            place += 128
+        elif head[:8] == b"APETAGEX":
+            place += 32 + int.from_bytes(head[12:16], "little")
+        elif (tags := id3_size(data, place)) > place:
+            place = tags
+        else:
+            return begins(data, place) or (with_mp3 and frames_begin(data, place))
 
 
 def _vbri(data: Bytes, place: int, samples: int) -> Stated:

@@ -9,9 +9,11 @@ import os
 import re
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from typing import BinaryIO
 
-from mmlm_fast.audio.chained import flac, id3_size, mp3, ogg
+from mmlm_fast.audio import magic, uncommon
+from mmlm_fast.audio.chained import flac, id3_size, is_file_behind_tags, mp3, ogg
 from mmlm_fast.audio.statement import Bytes, Stated, another, cut, is_near_the_top, is_placeholder, unknown
 
 MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"moof", b"styp", b"sidx", b"uuid")
@@ -20,14 +22,28 @@ MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"mo
 def stated(file: BinaryIO, start: int, end: int) -> Stated:
     """Read what the header of bytes [start, end) of a file says of its length."""
     data = Bytes(file, start, end)
+    facts = _stated(data)
+    if facts.problem is None and 0 < facts.end < data.size and _follows(data, facts.end):
+        return another(facts.end)
+    return facts
+
+
+def _stated(data: Bytes) -> Stated:
     tags = id3_size(data)
     head = data.at(tags, 40)
-    for place, magic, reader in _CONTAINERS:
-        if head[place : place + len(magic)] == magic:
+    for place, first, reader in _CONTAINERS:
+        if head[place : place + len(first)] == first:
             return reader(data, tags)
     if head[4:8] in MP4_BOXES:
         return _mp4(data)
-    return mp3(data, tags)
+    return uncommon.adx(data) or uncommon.rso(data) or uncommon.transport(data) or mp3(data, tags)
+
+
+def _follows(data: Bytes, place: int) -> bool:
+    """Whether another file begins at a place or behind the few bytes that fill up a block, and tags."""
+    held = data.at(place, 16)
+    zeros = len(held) - len(held.lstrip(b"\0"))
+    return any(is_file_behind_tags(data, start) for start in range(place, place + zeros + 1))
 
 
 # ---- chunks: RIFF, RF64, AIFF, 8SVX, W64, CAF ---------------------------------------------------------------------
@@ -67,9 +83,9 @@ def _riff(data: Bytes, _: int) -> Stated:
             if size > held:
                 return cut(size, held)
             count = size // width if width else -1
-        elif found is not None and name == head[:4] and data.at(place + 8, 4) == b"WAVE":
+        elif found is not None and is_file_behind_tags(data, place):
             return another(place)
-        elif found is not None and not name.isascii():
+        elif found is not None and (not name.isascii() or chunk == bytes(8)):
             break  # what follows the samples is no chunk
         place = begin + size + size % 2
     if found is None:
@@ -109,7 +125,7 @@ def _ends_in_chunks(data: Bytes, place: int, end: int, order: str) -> bool:
 
 
 def _iff(data: Bytes, _: int) -> Stated:
-    kind, place, frames, found, is_pcm = data.at(8, 4), 12, -1, False, data.at(8, 4) == b"AIFF"
+    place, frames, found, is_pcm = 12, -1, False, data.at(8, 4) == b"AIFF"
     while len(chunk := data.at(place, 8)) == 8:
         name, size = chunk[:4], struct.unpack(">I", chunk[4:])[0]
         begin = place + 8
@@ -123,14 +139,14 @@ def _iff(data: Bytes, _: int) -> Stated:
             if size > held:
                 return cut(size, held)
             found = True
-        elif found and name == b"FORM" and data.at(begin, 4) == kind:
+        elif found and is_file_behind_tags(data, place):
             return another(place)
-        elif found and not name.isascii():
+        elif found and (not name.isascii() or chunk == bytes(8) or size > data.size - begin):
             break
         place = begin + size + size % 2
     if not found:
         return Stated() if frames == 0 else Stated(problem="cut short: it has no chunk of samples")
-    return Stated(frames if is_pcm else -1, is_exact=True)
+    return Stated(frames if is_pcm else -1, is_exact=True, end=min(place, data.size))
 
 
 def _w64(data: Bytes, _: int) -> Stated:
@@ -147,7 +163,14 @@ def _w64(data: Bytes, _: int) -> Stated:
                 return unknown(data, place + 16, struct.pack("<q", held + 24))
             if size - 24 > held:
                 return cut(size - 24, held)
-            return _wave(kind, (size - 24) // width if width else -1, fact)
+            if is_file_behind_tags(data, place + size):  # not filled up to 8 bytes
+                return another(place + size)
+            end = place + -(-size // 8) * 8
+            while 24 <= (behind := data.number(end + 16, "<q")) <= data.size - end and not is_file_behind_tags(
+                data, end
+            ):
+                end += -(-behind // 8) * 8
+            return replace(_wave(kind, (size - 24) // width if width else -1, fact), end=min(end, data.size))
         if size < 24:
             break
         place += -(-size // 8) * 8
@@ -159,6 +182,8 @@ def _caf(data: Bytes, _: int) -> Stated:
     while len(chunk := data.at(place, 12)) == 12:
         name, size = chunk[:4], struct.unpack(">q", chunk[4:])[0]
         held = data.size - place - 12
+        if found and is_file_behind_tags(data, place):
+            return another(place)
         if name == b"desc" and data.number(place + 32, ">I") == 1:  # a sample a packet
             width = data.number(place + 28, ">I")
         if name == b"pakt":
@@ -185,11 +210,9 @@ def _au(data: Bytes, _: int) -> Stated:
         return unknown(data, 8, b"\xff" * 4)
     if size > held:
         return cut(size, held)
-    if data.at(begin + size, 4) == data.at(0, 4):
-        return another(begin + size)
     width = {1: 1, 2: 1, 3: 2, 4: 3, 5: 4, 6: 4, 7: 8, 27: 1}.get(data.number(12, order + "I"), 0)
     width *= data.number(20, order + "I")
-    return Stated(size // width if width else -1, is_exact=True)
+    return Stated(size // width if width else -1, is_exact=True, end=begin + size)
 
 
 def _nist(data: Bytes, _: int) -> Stated:
@@ -209,45 +232,6 @@ def _wve(data: Bytes, _: int) -> Stated:
     return Stated(data.number(18, ">I"), is_exact=True)
 
 
-def _sds(data: Bytes, _: int) -> Stated:
-    bits, (a, b, c) = data.number(6, "B"), data.at(10, 3).ljust(3, b"\0")
-    frames = a | b << 7 | c << 14
-    size = -(-frames // (120 // max(-(-bits // 7), 2))) * 127
-    return cut(size, data.size - 21) if size > data.size - 21 else Stated()
-
-
-def _voc(data: Bytes, _: int) -> Stated:
-    place = data.number(20, "<H")
-    while len(block := data.at(place, 4)) == 4 and 0 < block[0] < 10:
-        size, held = int.from_bytes(block[1:], "little"), data.size - place - 4
-        if size > held:
-            return cut(size, held)
-        place += 4 + size
-    return Stated()
-
-
-def _mat5(data: Bytes, _: int) -> Stated:
-    order, place = "<" if data.at(126, 2) == b"IM" else ">", 128
-    while len(element := data.at(place, 8)) == 8:
-        size, held = struct.unpack(order + "I", element[4:])[0], data.size - place - 8
-        if size > held + 8:  # libsndfile counts its own header twice
-            return cut(size, held)
-        place += 8 + size
-    return Stated()
-
-
-def _mat4(data: Bytes, _: int) -> Stated:
-    order, place = "<" if data.at(0, 4)[3:] == b"\0" and data.number(0, "<I") < 1000 else ">", 0
-    while len(head := data.at(place, 20)) == 20:
-        kind, rows, columns, is_complex, name = struct.unpack(order + "5I", head)
-        width = {0: 8, 1: 4, 2: 4, 3: 2, 4: 2, 5: 1}.get(kind // 10 % 10, 1)
-        size, held = rows * columns * width * (1 + is_complex), data.size - place - 20 - name
-        if size > held:
-            return cut(size, held)
-        place += 20 + name + size
-    return Stated()
-
-
 # ---- films ---------------------------------------------------------------------------------------------------------
 
 
@@ -259,14 +243,14 @@ def _mp4(data: Bytes) -> Stated:
             size = data.number(place + 8, ">Q")
         if size == 0:
             break  # it goes to the end of the file, wherever that is
+        if place and is_file_behind_tags(data, place):
+            return another(place)
         if size > held:
             return cut(size, held, "")
-        if place and box[4:] == b"ftyp":
-            return another(place)
         if size < 8:
             break
         place += size
-    return Stated()
+    return another(place) if place and is_file_behind_tags(data, place) else Stated()
 
 
 def _vint(data: Bytes, place: int) -> tuple[int, int]:
@@ -288,13 +272,15 @@ def _ebml(data: Bytes, _: int) -> Stated:
     size, place = _vint(data, place + 4)
     if size > data.size - place:
         return cut(size, data.size - place, "")
-    follows = size >= 0 and data.at(place + size, 4) == b"\x1a\x45\xdf\xa3"
+    follows = size >= 0 and is_file_behind_tags(data, place + size)
     return another(place + size) if follows else Stated()
 
 
 def _asf(data: Bytes, _: int) -> Stated:
     place = 0
     while len(head := data.at(place, 24)) == 24:
+        if place and is_file_behind_tags(data, place):
+            return another(place)
         size, held = struct.unpack("<Q", head[16:])[0], data.size - place
         if size > held:
             return cut(size, held, "")
@@ -318,10 +304,25 @@ _CONTAINERS: tuple[tuple[int, bytes, Callable[[Bytes, int], Stated]], ...] = (
     (0, b"2BIT", _avr),
     (0, b"\x01\x04", _mpc2k),
     (0, b"ALawSoundFile**", _wve),
-    (0, b"\xf0\x7e", _sds),
-    (0, b"Creative Voice File", _voc),
-    (0, b"MATLAB 5.0 MAT-file", _mat5),
-    (20, b"samplerate\0", _mat4),
+    (0, b"\xf0\x7e", uncommon.sds),
+    (0, b"Creative Voice File", uncommon.voc),
+    (0, b"MATLAB 5.0 MAT-file", uncommon.mat5),
+    (20, b"samplerate\0", uncommon.mat4),
+    (0, b"Extended Instrument: ", uncommon.xi),
+    (0, b".SoX", uncommon.sox),
+    (0, b"XoS.", uncommon.sox),
+    (0, b"KVAG", uncommon.kvag),
+    (20, b"vs12", uncommon.apm),
+    (0, b"TTA1", uncommon.tta),
+    (0, b"FLV\x01", uncommon.flv),
+    (0, b".RMF", uncommon.real),
+    (0, b"ASF\0", uncommon.alone),
+    (0, b"PVF1\n", uncommon.named),
+    (0, b" paf\0", uncommon.alone),
+    (0, b"fap \0", uncommon.alone),
+    (0, magic.NUT, uncommon.named),
+    (0, magic.WTV, uncommon.alone),
+    *((0, first, uncommon.named) for first in magic.IRCAM),
     (0, b"\x1a\x45\xdf\xa3", _ebml),
     (0, b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", _asf),
     (0, b"fLaC", flac),

@@ -99,7 +99,10 @@ def _open(source: _Source, part: tuple[int, int, Stated], swap: bool = False) ->
     It is, too, where libsndfile would guess the length and stop there. Raises `DecoderError`.
     """
     start, end, facts = part
-    piece = decoders.Part(start, end, facts.patch) if len(source.parts) > 1 or facts.patch else None
+    is_followed = 0 < facts.end < end - start
+    piece = None
+    if len(source.parts) > 1 or facts.patch or is_followed:
+        piece = decoders.Part(start, start + facts.end if is_followed else end, facts.patch)
     reasons = []
     for name in decoders.DECODERS[:: -1 if swap != facts.is_guessed else 1]:
         try:

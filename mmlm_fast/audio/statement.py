@@ -19,6 +19,7 @@ class Stated:
     is_guessed: bool = False  # libsndfile guesses the length, stops there, and is not to be believed
     is_unknown: bool = False  # the header has a placeholder where the length belongs
     patch: tuple[int, bytes] | None = None  # bytes to read at a place in the file, for decoders that do not know it
+    end: int = -1  # where the file ends and something else may follow; -1: not known
     parts: tuple[tuple[int, int], ...] = field(default=())  # of a chained file: first byte and end of each
 
 
