@@ -5,6 +5,7 @@ import json
 import shlex
 import sys
 import time
+import traceback
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -143,7 +144,7 @@ def _train(args: argparse.Namespace) -> int:
     import transformers
 
     from mmlm_fast.models.presets import PRESETS
-    from mmlm_fast.training import BadSampleError, read_settings, shipped, train
+    from mmlm_fast.training import BadSampleError, TrainingError, read_settings, shipped, train
     from mmlm_fast.training.card import summary_lines
     from mmlm_fast.training.running import whole_checkpoints
 
@@ -176,6 +177,10 @@ def _train(args: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"mmlm-fast train: {_in_one_line(error)}", file=sys.stderr)
         return 2
+    except TrainingError as error:
+        traceback.print_exc()
+        print(f"mmlm-fast train: training failed at {_in_one_line(error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"mmlm-fast train: interrupted; to go on: {_resuming(args, settings, others)}", file=sys.stderr)
         return 130

@@ -133,6 +133,40 @@ def test_bad_samples_are_named_before_training(tmp_path, make, message):
         usable([make(tmp_path)], collator().check, skip=False)
 
 
+@pytest.mark.parametrize("size", [16, 32])
+def test_one_picture_in_a_batch(folder, size):
+    """The last stage of a ResNet then has one value a channel: batch normalisation takes its running statistics."""
+    rows = [{"image": "a.png", "text": "a", "label": "x"}, *[{"text": "b", "label": "y"}] * 3]
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    result = train(settings_of(folder, f"model.image_size={size}", "data.eval=data.jsonl"), progress=False)
+    assert np.isfinite(next(row["train_loss"] for row in result["history"] if "train_loss" in row))
+
+
+@pytest.mark.parametrize("size", [(1, 4), (1, 4, 1), (1, 4, 1, 1)])
+def test_batch_norm_of_one_value(size):
+    """By hand; the running statistics stay, and two values are torch's."""
+    from mmlm_fast.models.towers import with_lone_values
+
+    norm = torch.nn.BatchNorm2d(4) if len(size) == 4 else torch.nn.BatchNorm1d(4)
+    plain = type(norm)(4)
+    for layer in (norm, plain):
+        with torch.no_grad():
+            layer.running_mean.fill_(1.0), layer.running_var.fill_(4.0), layer.weight.fill_(3.0), layer.bias.fill_(0.5)
+    with_lone_values(torch.nn.Sequential(norm)).train()
+    x = torch.randn(size, requires_grad=True)
+    out = norm(x)
+    torch.testing.assert_close(out, (x - 1) / (4 + norm.eps) ** 0.5 * 3 + 0.5)
+    out.sum().backward()
+    torch.testing.assert_close(x.grad, torch.full_like(x, 3 / (4 + norm.eps) ** 0.5))
+    assert norm.running_mean.eq(1).all()
+    two = torch.randn(2, *size[1:])
+    assert torch.equal(norm(two), plain(two))
+    assert torch.equal(norm.running_var, plain.running_var)
+    assert norm.state_dict().keys() == plain.state_dict().keys()
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        plain(x)
+
+
 @pytest.mark.parametrize("place", ["target", "messages"])
 @pytest.mark.parametrize("token", ["<image>", "<audio>"])
 def test_targets_with_placeholders_are_bad_samples(folder, place, token):

@@ -471,7 +471,38 @@ WRONG = {
     "model.fusoin=mean": "unknown setting model.fusoin; did you mean model.fusion?",
     "model.fusion=none": "model: fusion must be one of",
     "model.fusion=cross_attention": "model: ",
-    "model.hidden_size=abc": "model: ",
+    "model.hidden_size=abc": "model.hidden_size must be a whole number, got 'abc'",
+    "model.hidden_size=-64": "model.hidden_size must be at least 1, got -64",
+    "model.num_hidden_layers=0": "model.num_hidden_layers must be at least 1, got 0",
+    "model.image_size=0": "model.image_size must be at least 1, got 0",
+    "model.audio_seconds=0": "model.audio_seconds must be at least 1, got 0",
+    "model.num_labels=0": "model.num_labels must be at least 1, got 0",
+    "model.audio=maybe": "model.audio must be true or false, got 'maybe'",
+    "model.audio=3": "model.audio must be true or false, got 3",
+    "model.problem_type=foo": "model.problem_type must be among single_label_classification, ",
+    "model.classifier_dropout=9": "model.classifier_dropout must be at least 0 and at most 1, got 9",
+    "model.frozen=image": "model.frozen must be a list or nothing, got 'image'",
+    "training.lr_scheduler_kwargs=foo": "training.lr_scheduler_kwargs must be a section, got 'foo'",
+    "training.use_liger_kernel=true": "training.use_liger_kernel needs a package that is missing",
+    "training.push_to_hub=true": "training.push_to_hub is set by none: upload",
+    "training.adam_beta1=2": "training.adam_beta1 must be below 1, got 2",
+    "training.adam_beta2=1": "training.adam_beta2 must be below 1, got 1",
+    "training.label_smoothing_factor=2": "training.label_smoothing_factor must be below 1, got 2",
+    "training.optim_args=foo": "training.optim_args must be key=value,key=value, got 'foo'",
+    "training.dataloader_persistent_workers=true": "needs training.dataloader_num_workers above 0",
+    "training.train_sampling_strategy=foo": "training.train_sampling_strategy must be among random, ",
+    "training.accelerator_config=foo": "training: ",
+    "evaluation.generation.num_beams=-1": "evaluation.generation.num_beams must be at least 1, got -1",
+    "evaluation.generation.num_return_sequences=2": "evaluation.generation.num_return_sequences must be 1, got 2",
+    "evaluation.generation.max_new_tokens=abc": ".generation.max_new_tokens must be a whole number, got 'abc'",
+    "evaluation.generation.temperature=hot": "evaluation.generation.temperature must be a number, got 'hot'",
+    "evaluation.generation.output_scores=true": "evaluation.generation.output_scores must be false, got True",
+    "data.modalities=[]": "data.modalities must be one or more of text, image, audio, got []",
+    "data.modalities=['text','text']": "data.modalities must be different ones of text, image, audio",
+    "data.kind=foo": "data.kind is for built-in sets, got 'foo' with data.train",
+    "data=3": "data must be a section, got 3",
+    "evaluation=3": "evaluation must be a section, got 3",
+    "folder=x": "unknown setting folder: that of the results is output",
     "model.hidden_size=33": "model: hidden_size must be a multiple of 32, got 33",
     "model.tokenizer=bpe:many": "model: tokenizer must be bytes, bpe:<number of tokens> or a checkpoint",
     "model.tokenizer=/nowhere/at/all": "model: ",
@@ -498,9 +529,47 @@ def test_wrong_settings_end_with_2_and_one_line(folder, change, capsys, monkeypa
         code = error.code
     said = capsys.readouterr().err
     assert code == 2
+    assert not (folder / "out").exists()
     assert len(said.splitlines()) == 1, said
     assert said.startswith("mmlm-fast train: ")
     assert WRONG[change] in said or re.search(WRONG[change], said), said
+
+
+@pytest.mark.parametrize(
+    ("change", "place", "message"),
+    [
+        ("training.lr_scheduler_kwargs={a=1}", None, "training: .*TypeError: .*'a'"),
+        ("training.optim_args=a=1", ("create_optimizer", transformers.Trainer), "training: RuntimeError: broken"),
+        ("training.train_sampling_strategy=group_by_length", None, "training: "),
+        ("seed=1", ("build", running), "model: RuntimeError: broken"),
+    ],
+)
+def test_settings_that_only_building_refuses(folder, capsys, monkeypatch, change, place, message):
+    """End with 2 and one line too; nothing is made, and nothing of an earlier run is lost."""
+    if place is not None:
+        monkeypatch.setattr(place[1], place[0], lambda *a, **k: (_ for _ in ()).throw(RuntimeError("broken")))
+    arguments = ["train", str(folder / "config.toml"), "--quiet", "--set", change, "--output"]
+    assert main([*arguments, str(folder / "new/er")]) == 2
+    assert re.fullmatch(f"mmlm-fast train: {message}.*\n", capsys.readouterr().err)
+    assert not (folder / "new").exists()
+    monkeypatch.undo()
+    run(folder, "training.max_steps=1", "training.save_strategy=steps", "training.save_steps=1")
+    if place is not None:
+        monkeypatch.setattr(place[1], place[0], lambda *a, **k: (_ for _ in ()).throw(RuntimeError("broken")))
+    assert main([*arguments, str(folder / "out"), "--overwrite"]) == 2
+    assert (folder / "out/checkpoints/checkpoint-1/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ValueError, KeyError])
+@pytest.mark.parametrize(("place", "said"), [("training_step", "step 1"), ("judge_model", "evaluation")])
+def test_errors_on_the_way_are_no_wrong_settings(folder, capsys, monkeypatch, error, place, said):
+    """They end with 1, a traceback and a line that says where."""
+    where = running if place == "judge_model" else transformers.Trainer
+    monkeypatch.setattr(where, place, lambda *a, **k: (_ for _ in ()).throw(error("broken")))
+    assert main(["train", str(folder / "config.toml"), "--quiet", "--set", "training.max_steps=1"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(rf"mmlm-fast train: training failed at {said}: .*broken'?", lines[-1])
+    assert "Traceback (most recent call last):" in lines
 
 
 def test_numbers_that_yaml_takes_for_text(folder):

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModel, GenerationMixin, PreTrainedModel
 from mmlm_fast.models.configuration import MMLMConfig, width_of
 from mmlm_fast.models.fusion import MMLMProjector
 from mmlm_fast.models.tokenization import tower_tokenizer
-from mmlm_fast.models.towers import freeze_poolers, make_tower, tokens_of
+from mmlm_fast.models.towers import freeze_poolers, make_tower, tokens_of, with_lone_values
 from mmlm_fast.nn import ClipLoss, DecisionFusion, FuseModalities, GatedCrossAttentionLayer, SiglipLoss
 
 TOWERS = {
@@ -141,7 +141,7 @@ def load_tower(name: str, source: str) -> tuple[nn.Module, Any]:
     missing = sorted(k for k in told["missing_keys"] if "pooler" not in k)
     if missing:
         raise ValueError(f"{source} lacks weights of the {name} tower: {', '.join(missing[:5])}")
-    return (tower.get_encoder() if config.is_encoder_decoder else tower), config
+    return with_lone_values(tower.get_encoder() if config.is_encoder_decoder else tower), config
 
 
 def make_projector(config: MMLMConfig, width: int) -> nn.Module:

@@ -330,9 +330,41 @@ for _config, _model in (
 
 
 def make_tower(config: PretrainedConfig) -> nn.Module:
-    """The model of a configuration; of an encoder–decoder (Whisper, T5, BART), its encoder."""
+    """The model of a configuration; of an encoder–decoder (Whisper, T5, BART), its encoder.
+
+    Its batch normalisations use their running statistics where a batch in training has one value a channel, of which
+    there is no variance: the last stage of a ResNet sees that of the only picture of a batch.
+    """
     tower = AutoModel.from_config(config)
-    return tower.get_encoder() if getattr(config, "is_encoder_decoder", False) else tower
+    return with_lone_values(tower.get_encoder() if getattr(config, "is_encoder_decoder", False) else tower)
+
+
+def with_lone_values(tower: nn.Module) -> nn.Module:
+    """Make a tower's batch normalisations take one value a channel in training; see `make_tower`."""
+    for module in tower.modules():
+        if type(module) in _LONE_VALUES:
+            module.__class__ = _LONE_VALUES[type(module)]
+    return tower
+
+
+class _LoneValues:
+    def forward(self: Any, input: Tensor) -> Tensor:
+        if self.training and input.numel() == self.num_features and self.running_mean is not None:
+            return nn.functional.batch_norm(
+                input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+            )
+        return super().forward(input)  # type: ignore[misc]
+
+
+class _BatchNorm1d(_LoneValues, nn.BatchNorm1d):
+    pass
+
+
+class _BatchNorm2d(_LoneValues, nn.BatchNorm2d):
+    pass
+
+
+_LONE_VALUES: dict[type[nn.Module], type[nn.Module]] = {nn.BatchNorm1d: _BatchNorm1d, nn.BatchNorm2d: _BatchNorm2d}
 
 
 def freeze_poolers(tower: nn.Module) -> None:

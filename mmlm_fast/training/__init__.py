@@ -1,7 +1,7 @@
 """Training and evaluation of the thin model on transformers' Trainer, from a configuration file or from Python."""
 
 from mmlm_fast.training.evaluation import Evaluation, controls, evaluate
-from mmlm_fast.training.running import train
+from mmlm_fast.training.running import TrainingError, train
 from mmlm_fast.training.samples import BadSampleError, Sample, load, read_samples
 from mmlm_fast.training.search import EmbeddingIndex, embed
 from mmlm_fast.training.settings import TrainSettings, read_settings, shipped
@@ -15,6 +15,7 @@ __all__ = [
     "Evaluation",
     "Sample",
     "TrainSettings",
+    "TrainingError",
     "controls",
     "embed",
     "evaluate",

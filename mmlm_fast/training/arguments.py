@@ -1,7 +1,9 @@
 """`[training]`: transformers' TrainingArguments, checked before data is read and a model is built."""
 
 import dataclasses
+import json
 import math
+import re
 import types
 import typing
 from difflib import get_close_matches
@@ -11,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import GenerationConfig, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 DEFAULTS: dict[str, Any] = {
@@ -39,6 +41,7 @@ ELSEWHERE = {
     "do_train": "",
     "do_eval": "",
     "do_predict": "",
+    "push_to_hub": "none: upload the output folder when it is there, by hf upload",
 }
 POSITIVE = (
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "num_train_epochs",
@@ -46,8 +49,43 @@ POSITIVE = (
 )  # fmt: skip
 AT_LEAST_0 = (
     "learning_rate", "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "warmup_steps",
-    "dataloader_num_workers", "eval_delay", "label_smoothing_factor",
+    "dataloader_num_workers", "eval_delay", "label_smoothing_factor", "warmup_ratio",
 )  # fmt: skip
+BELOW_1 = ("adam_beta1", "adam_beta2", "label_smoothing_factor")
+SECTIONS_AS_TEXT = ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs")  # JSON objects, where they are texts
+# Of GenerationConfig, whose fields have no types: the type, and from where to where.
+GENERATION: dict[str, tuple[Any, float, float]] = {
+    "max_new_tokens": (int, 1, math.inf),
+    "max_length": (int, 1, math.inf),
+    "min_new_tokens": (int, 0, math.inf),
+    "min_length": (int, 0, math.inf),
+    "num_beams": (int, 1, math.inf),
+    "num_return_sequences": (int, 1, 1),  # one for each sample is judged
+    "no_repeat_ngram_size": (int, 0, math.inf),
+    "encoder_no_repeat_ngram_size": (int, 0, math.inf),
+    "top_k": (int, 0, math.inf),
+    "temperature": (float, 1e-6, math.inf),
+    "top_p": (float, 1e-6, 1),
+    "min_p": (float, 0, 1),
+    "top_h": (float, 1e-6, 1),
+    "typical_p": (float, 1e-6, 1),
+    "epsilon_cutoff": (float, 0, 1),
+    "eta_cutoff": (float, 0, 1),
+    "repetition_penalty": (float, 1e-6, math.inf),
+    "encoder_repetition_penalty": (float, 1e-6, math.inf),
+    "length_penalty": (float, -math.inf, math.inf),
+    "guidance_scale": (float, 0, math.inf),
+    "max_time": (float, 1e-6, math.inf),
+    "do_sample": (bool, 0, 1),
+    "use_cache": (bool, 0, 1),
+    "renormalize_logits": (bool, 0, 1),
+    "remove_invalid_values": (bool, 0, 1),
+    "return_dict_in_generate": (bool, 0, 0),  # tokens alone are judged
+    "output_scores": (bool, 0, 0),
+    "output_logits": (bool, 0, 0),
+    "output_attentions": (bool, 0, 0),
+    "output_hidden_states": (bool, 0, 0),
+}
 
 
 def typed(name: str, value: Any, hint: Any) -> Any:
@@ -90,7 +128,13 @@ def _as_float(value: Any) -> float | int | None:
 
 
 def _described(hint: Any) -> str:
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a section"}
+    names: dict[Any, str] = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        dict: "a section",
+    }
     kind = typing.get_origin(hint) or hint
     if kind is list:
         return "a list"
@@ -106,6 +150,36 @@ def unknown_setting(name: str, known: typing.Iterable[str], prefix: str = "") ->
     return ValueError(f"unknown setting {prefix}{name}{hint}")
 
 
+def in_range(name: str, value: Any, least: float, most: float = math.inf) -> None:
+    """Raise ValueError for a number that is not."""
+    if not least <= value <= most:
+        said = f"{least:g}" if least == most else f"at least {least:g}" + f" and at most {most:g}" * (most < math.inf)
+        raise ValueError(f"{name} must be {'false' if isinstance(value, bool) else said}, got {value}")
+
+
+def checked_generation(generation: dict[str, Any]) -> dict[str, Any]:
+    """Return `[evaluation.generation]` if keys and values are GenerationConfig's.
+
+    Raises:
+        ValueError: naming the first setting that is not.
+    """
+    known, found = {name for name in vars(GenerationConfig()) if not name.startswith("_")}, {}
+    for key, value in generation.items():
+        name = f"evaluation.generation.{key}"
+        if key not in known:
+            raise unknown_setting(key, known, "evaluation.generation.")
+        if key in GENERATION:
+            hint, least, most = GENERATION[key]
+            value = typed(name, value, hint)
+            in_range(name, value, least, most)
+        found[key] = value
+    try:
+        GenerationConfig(**found).validate()
+    except Exception as error:
+        raise ValueError(f"evaluation.generation: {error}") from error
+    return found
+
+
 def checked(training: dict[str, Any]) -> dict[str, Any]:
     """Return `[training]` if keys and values are TrainingArguments'.
 
@@ -113,18 +187,31 @@ def checked(training: dict[str, Any]) -> dict[str, Any]:
         ValueError: naming the first setting that is not.
     """
     hints = typing.get_type_hints(TrainingArguments)
-    known = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
+    known = {f.name: f for f in dataclasses.fields(TrainingArguments) if f.init}
     found = {}
     for key, value in training.items():
         if key in ELSEWHERE:
             raise ValueError(f"training.{key} is set by {ELSEWHERE[key] or 'the program'}, got {value!r}")
         if key not in known:
-            raise unknown_setting(key, known - set(ELSEWHERE), "training.")
+            raise unknown_setting(key, set(known) - set(ELSEWHERE), "training.")
         found[key] = value = typed(f"training.{key}", value, hints[key])
         if key in POSITIVE and value is not None and value <= 0:
             raise ValueError(f"training.{key} must be above 0, got {value}")
         if key in AT_LEAST_0 and value < 0:
             raise ValueError(f"training.{key} must be at least 0, got {value}")
+        if key in BELOW_1 and value >= 1:
+            raise ValueError(f"training.{key} must be below 1, got {value}")
+        choices = known[key].metadata.get("choices")
+        if choices and isinstance(value, str) and value not in choices:
+            raise ValueError(f"training.{key} must be among {', '.join(choices)}, got {value!r}")
+        if key in SECTIONS_AS_TEXT and isinstance(value, str):
+            found[key] = _section(f"training.{key}", value)
+    if found.get("optim_args") and not re.fullmatch(r"[^=,]+=[^=,]+(,[^=,]+=[^=,]+)*", found["optim_args"]):
+        raise ValueError(f"training.optim_args must be key=value,key=value, got {found['optim_args']!r}")
+    if found.get("dataloader_persistent_workers") and not found.get("dataloader_num_workers"):
+        raise ValueError("training.dataloader_persistent_workers needs training.dataloader_num_workers above 0")
+    if found.get("use_liger_kernel") and find_spec("liger_kernel") is None:
+        raise ValueError("training.use_liger_kernel needs a package that is missing: pip install liger-kernel")
     if found.get("max_steps", 1) < 1 and found["max_steps"] != -1:
         raise ValueError(f"training.max_steps must be at least 1, or -1 for whole epochs, got {found['max_steps']}")
     if found.get("metric_for_best_model") not in (None, "loss", "eval_loss"):
@@ -137,6 +224,16 @@ def checked(training: dict[str, Any]) -> dict[str, Any]:
     for name in [reporters] if isinstance(reporters, str) else reporters:
         if name not in ("none", "all", *have):
             raise ValueError(f"training.report_to must be among {', '.join(have)} (installed here), got {name!r}")
+    return found
+
+
+def _section(name: str, value: str) -> dict[str, Any]:
+    try:
+        found = json.loads(value)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{name} must be a section, got {value!r}")
     return found
 
 
@@ -159,5 +256,5 @@ def training_arguments(training: dict[str, Any], folder: Path, seed: int, progre
             disable_tqdm=not progress,
             **options,
         )
-    except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
+    except Exception as error:  # transformers' checks raise errors of several kinds
         raise ValueError(f"training: {error}") from error

@@ -1,6 +1,7 @@
 """Models and processors of a configuration file."""
 
 import inspect
+import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from mmlm_fast.models import MMLMConfig, MMLMImageTokenizer, MMLMImageTokenizerC
 from mmlm_fast.models.base import CONFIG_OF
 from mmlm_fast.models.presets import PRESETS
 from mmlm_fast.models.tokenization import byte_tokenizer
-from mmlm_fast.training.arguments import unknown_setting
+from mmlm_fast.training.arguments import in_range, typed, unknown_setting
 from mmlm_fast.training.settings import TrainSettings
 from mmlm_fast.training.tasks import TASKS
 
+PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
 PADS_LEFT = ("MMLMForConditionalGeneration",)
 
 
@@ -58,6 +60,7 @@ def check(settings: TrainSettings) -> None:
             raise ValueError(f"model.{name} is that of the model in start_from, got {settings.model[name]!r}")
         if name not in known:
             raise unknown_setting(name, known, "model.")
+    _check_options(settings)
     try:
         if cls is MMLMImageTokenizer or TASKS[settings.task].kind == "image_generation":
             image_tokenizer_of(settings)
@@ -75,6 +78,24 @@ def check(settings: TrainSettings) -> None:
                 cls(config)
     except Exception as error:  # transformers' configurations raise errors of several kinds
         raise ValueError(f"model: {error}") from error
+
+
+def _check_options(settings: TrainSettings) -> None:
+    """Raise for options of the model that are not of the types of their annotations, or outside their ranges."""
+    hints: dict[str, Any] = dict(MMLMConfig.__annotations__)
+    sizes = typing.get_type_hints(PRESETS[settings.preset].build)
+    hints |= {"num_labels": int, "problem_type": str} | {n: h for n, h in sizes.items() if n in settings.model}
+    for name, value in settings.model.items():
+        if name not in hints or hints[name] is Any:
+            continue
+        settings.model[name] = value = typed(f"model.{name}", value, hints[name])
+        if value is not None and (name in sizes or name == "num_labels") and hints[name] is int:
+            in_range(f"model.{name}", value, 1)
+        if name.endswith("dropout"):
+            in_range(f"model.{name}", value, 0, 1)
+    kind = settings.model.get("problem_type", PROBLEMS[0])
+    if kind not in PROBLEMS:
+        raise ValueError(f"model.problem_type must be among {', '.join(PROBLEMS)}, got {kind!r}")
 
 
 def _find_checkpoint(name: str, source: str) -> None:

@@ -3,7 +3,8 @@
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,14 @@ class SampleList(Dataset):
 
 
 class _Trainer(Trainer):
-    """Trainer whose loaders draw the seeds of their workers from a generator of their own.
+    """Trainer that lists the files of its checkpoints, and whose loaders draw the seeds of their workers from a
+    generator of their own.
 
-    Otherwise they come from the one that dropout draws from, of workers that persist once a process: a resumed training
+    Otherwise those come from the one that dropout draws from, of workers that persist once a process: a resumed run
     would drop others than an uninterrupted one.
     """
+
+    begin: "_Begin"
 
     def get_train_dataloader(self) -> Any:
         return self._apart(super().get_train_dataloader())
@@ -78,12 +82,27 @@ class _Begin(TrainerCallback):
 
     def __init__(self, samples: SampleList) -> None:
         self.samples = samples
+        self.begun = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begun = True
         state.compute_steps(args, state.max_steps)  # when to log and save is what is said now, not in the checkpoint
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.samples.epoch.fill_(int(state.epoch or 0))  # accelerate's loaders tell it to their samplers alone
+
+
+@contextmanager
+def _leaving_no_empty_folder(output: Path) -> Iterator[None]:
+    """Remove folders that were made for results, if an error comes before there are any."""
+    made = [path for path in (output / CHECKPOINTS, output, *output.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        for path in made:
+            with suppress(OSError):  # not empty, not made, or removed by another process
+                path.rmdir()
+        raise
 
 
 def train(
@@ -105,7 +124,13 @@ def train(
         ValueError: for settings or samples that cannot be used, a folder that is not empty, nothing to resume, and
             settings or data other than those of the run to be resumed.
         BadSampleError: for the first bad sample, unless ``data.bad_samples`` is ``skip``.
+        TrainingError: for what goes wrong in the midst of training.
     """
+    with _leaving_no_empty_folder(Path(settings.output)):
+        return _train(settings, resume, overwrite, progress)
+
+
+def _train(settings: TrainSettings, resume: bool, overwrite: bool, progress: bool) -> dict[str, Any]:
     start = time.perf_counter()
     output = Path(settings.output)
     arguments = training_arguments(settings.training, output / CHECKPOINTS, settings.seed, progress)
@@ -117,11 +142,7 @@ def train(
     train_samples, eval_samples = read_data(settings, bad if settings.data.bad_samples == "skip" else None)
     labels = _labels(settings, train_samples)
     texts = [s.text for s in train_samples] + [s.target for s in train_samples if s.target]
-    if settings.task == "image_tokenizer":
-        model: Any = image_tokenizer_of(settings)
-        _, processor = build(_as_generation(settings), (), ())
-    else:
-        model, processor = build(settings, labels, texts)
+    model, processor = _build(settings, labels, texts)
     options: dict[str, Any] = dict(labels=labels, modalities=settings.data.modalities)
     options |= dict(seed=settings.seed, num_frames=settings.data.num_frames)
     collator = Collator(settings.task, model, processor, **options)
@@ -135,11 +156,12 @@ def train(
     eval_samples, others = usable(eval_samples, collator.check, **found)
     _check_evaluation(settings, eval_samples)
     record = _record(settings, labels, train_samples, processor, arguments)
+    trainer = trainer_of(model, collator, train_samples, eval_samples, settings, arguments)
     main_stage, first_stage = _stages(settings)
     _begin(main_stage, record, resume, first_stage)
     painter = _image_tokenizer(settings, train_samples, eval_samples, record, resume, progress)
     collator.image_tokenizer = judge.image_tokenizer = painter
-    history = fit(model, collator, train_samples, eval_samples, settings, arguments, checkpoint)
+    history = fit(trainer, checkpoint)
     result: dict[str, Any] = {
         "task": settings.task,
         "preset": settings.preset,
@@ -152,7 +174,12 @@ def train(
         "bad_samples": bad + more + others,
         "labels": labels,
     }
-    judged, shown = judge_model(model, judge, eval_samples, settings, progress)
+    try:
+        judged, shown = judge_model(model, judge, eval_samples, settings, progress)
+    except BadSampleError:
+        raise
+    except Exception as error:
+        raise TrainingError(f"evaluation: {_told(error)}") from error
     result |= judged | {"history": history, "seconds": round(time.perf_counter() - start, 1)}
     if painter is not None:
         result["pictures"], more_metrics = paint(model, painter, judge, train_samples, eval_samples, output)
@@ -161,6 +188,17 @@ def train(
         _write(output, model, processor, painter, result, shown, settings)
     PartialState().wait_for_everyone()
     return result
+
+
+def _build(settings: TrainSettings, labels: Sequence[str], texts: Sequence[str]) -> tuple[Any, Any]:
+    try:
+        if settings.task != "image_tokenizer":
+            return build(settings, labels, texts)
+        return image_tokenizer_of(settings), build(_as_generation(settings), (), ())[1]
+    except ValueError:
+        raise
+    except Exception as error:  # of transformers' and torch's modules
+        raise ValueError(f"model: {_told(error)}") from error
 
 
 def _write(
@@ -316,34 +354,70 @@ def _labels(settings: TrainSettings, samples: Sequence[Sample]) -> list[str]:
     return sorted(found)
 
 
-def fit(
+class TrainingError(RuntimeError):
+    """What went wrong after the first step of a training began."""
+
+
+def trainer_of(
     model: Any,
     collator: Collator,
     train_samples: Sequence[Sample],
     eval_samples: Sequence[Sample],
     settings: TrainSettings,
     arguments: TrainingArguments,
-    checkpoint: Path | None,
-) -> list[dict[str, Any]]:
-    """Train with transformers' Trainer; returns its log."""
+) -> Trainer:
+    """transformers' Trainer, of which all that a training begins with could be built.
+
+    Raises:
+        ValueError: for settings that it cannot be built from, whatever the error was.
+    """
     changing = SampleList(train_samples, settings.data.augment, settings.seed)
-    trainer = _Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=changing,
-        eval_dataset=SampleList(eval_samples, settings.evaluation.augment, settings.seed + 1),
-        data_collator=collator,
-        callbacks=[_Begin(changing)],
-    )
+    begin = _Begin(changing)
+    try:
+        trainer = _Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=changing,
+            eval_dataset=SampleList(eval_samples, settings.evaluation.augment, settings.seed + 1),
+            data_collator=collator,
+            callbacks=[begin],
+        )
+        trainer.get_train_dataloader()
+        trainer.create_optimizer()
+        trainer.create_scheduler(num_training_steps=100, optimizer=trainer.optimizer)
+    except Exception as error:
+        raise ValueError(f"training: {_told(error)}") from error
+    trainer.optimizer = trainer.lr_scheduler = None  # made again when it trains, for as many steps as there are
+    trainer.begin = begin
     if arguments.disable_tqdm:
         trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def fit(trainer: Trainer, checkpoint: Path | None) -> list[dict[str, Any]]:
+    """Train; returns Trainer's log.
+
+    Raises:
+        BadSampleError: for a sample that shows when it is read.
+        ValueError: for settings that no training begins with.
+        TrainingError: for other errors on the way.
+    """
+    transformers.set_seed(trainer.args.seed)  # whatever went before
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except BadSampleError as error:
         # Out of a DataLoader's worker comes the text of a traceback, whose last line is the error.
         mark = f"{BadSampleError.__module__}.{BadSampleError.__name__}: "
         raise BadSampleError(str(error).rpartition(mark)[2].strip()) from error
+    except Exception as error:
+        if not trainer.begin.begun:
+            raise ValueError(f"training: {_told(error)}") from error
+        raise TrainingError(f"step {trainer.state.global_step + 1}: {_told(error)}") from error
     return trainer.state.log_history
+
+
+def _told(error: Exception) -> str:
+    return str(error) if isinstance(error, (ValueError, ImportError)) else f"{type(error).__name__}: {error}"
 
 
 def judge_model(
@@ -407,8 +481,9 @@ def _image_tokenizer(
     record = record | {"stage": IMAGE_TOKENIZER}
     resume = resume and (folder / CHECKPOINTS / checkpoints.RECORD).is_file()
     checkpoint = checkpoints.last_whole(folder / CHECKPOINTS)[0] if resume else None
+    trainer = trainer_of(painter, collator, train_samples, eval_samples, settings, arguments)
     _begin(folder / CHECKPOINTS, record, resume)
-    fit(painter, collator, train_samples, eval_samples, settings, arguments, checkpoint)
+    fit(trainer, checkpoint)
     return painter.eval()
 
 

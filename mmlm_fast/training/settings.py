@@ -8,10 +8,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig
-
 from mmlm_fast.models.presets import PRESETS
-from mmlm_fast.training.arguments import checked, typed, unknown_setting
+from mmlm_fast.training.arguments import checked, checked_generation, typed
 from mmlm_fast.training.builtin import BUILTIN
 from mmlm_fast.training.samples import AUGMENTATIONS, strict_json
 from mmlm_fast.training.tasks import MODALITIES, TASKS, class_name
@@ -117,10 +115,18 @@ class TrainSettings:
         ):
             for value in values:
                 _choice(name, value, known)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} must be different ones of {', '.join(known)}, got {values!r}")
+        if not self.data.modalities:
+            raise ValueError(f"data.modalities must be one or more of {', '.join(MODALITIES)}, got []")
         if (self.data.name is None) == (self.data.train is None):
             raise ValueError("data needs either name (a built-in set) or train (a file), got both or neither")
         if self.data.name is not None:
             _choice("data.name", self.data.name, BUILTIN)
+            if self.data.eval is not None:
+                raise ValueError(f"data.eval is for files; {self.data.name} has its own, got {self.data.eval!r}")
+        elif self.data.kind is not None:
+            raise ValueError(f"data.kind is for built-in sets, got {self.data.kind!r} with data.train")
         if self.image_tokenizer and self.task != "image_generation":
             raise ValueError(f"image_tokenizer is for task image_generation, got task {self.task}")
         if self.start_from and self.task == "image_tokenizer":
@@ -128,14 +134,7 @@ class TrainSettings:
         if self.start_from and self.towers:
             raise ValueError("towers are those of the model in start_from, got both")
         self.training = checked(self.training)
-        options = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
-        for name in self.evaluation.generation:
-            if name not in options:
-                raise unknown_setting(name, options, "evaluation.generation.")
-        try:
-            GenerationConfig(**self.evaluation.generation).validate()
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"evaluation.generation: {error}") from error
+        self.evaluation.generation = checked_generation(self.evaluation.generation)
 
     def _check_numbers_and_labels(self) -> None:
         if not 0 <= self.seed < 2**31:
@@ -207,6 +206,8 @@ def read_settings(source: str | Path, overrides: list[str] | tuple[str, ...] = (
         raise ValueError(f"{source} must hold sections, got {type(values).__name__}")
     for override in overrides:
         _override(values, override)
+    if "folder" in values:
+        raise ValueError("unknown setting folder: that of the results is output, paths are relative to the file")
     return _filled(TrainSettings, {**values, "folder": folder}, "")
 
 
@@ -245,7 +246,7 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 def _filled(cls: Any, values: Any, prefix: str) -> Any:
     if not isinstance(values, dict):
-        raise ValueError(f"{prefix or 'the file'} must be a section, got {values!r}")
+        raise ValueError(f"{prefix.rstrip('.') or 'the file'} must be a section, got {values!r}")
     fields = {f.name: f for f in dataclasses.fields(cls)}
     unknown = sorted(set(values) - set(fields), key=str)
     if unknown:
