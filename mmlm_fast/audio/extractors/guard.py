@@ -1,7 +1,7 @@
 """What every drop-in's call makes sure of: as many clips out as in, no samples that the original refuses, no NaN.
 
-The core takes float samples. What else an original takes (integers, as floats of thousands) is for its own code to
-answer; where that raises, whatever it raises, it is a ValueError here.
+The core takes float samples. What else an original takes (integers, as floats of thousands; no samples) is for its own
+code to answer; where that raises, whatever it raises, it is a ValueError here.
 """
 
 import inspect
@@ -33,26 +33,28 @@ def guarded(call: Callable) -> Callable:
             return plain(self, *args, **kwargs)
         given = dict(zip(parameters, args, strict=False)) | kwargs
         counts, is_batch, may_grow, is_float, is_usual = [], False, True, True, True
+        checks = getattr(self, "_checks_samples", False)
         for name in names:
             if given.get(name) is None:
                 continue
             samples = _Samples(name, hooks.takes_tensors(self))
             value = samples.as_floats(given[name])
-            if not (samples.takes_tensors or getattr(self, "_takes_channels", False)):
+            if not (samples.takes_tensors or getattr(self, "_takes_channels", checks)):
                 _refuse_channels(value, name)
             counts.append(_num_clips(value))
-            if isinstance(value, (list, tuple, np.ndarray, Tensor)) and (counts[-1] == 0 or len(value) == 0):
-                raise ValueError(f"{name} must hold at least one clip and samples, got {_described(given[name])}")
+            if not checks and (counts[-1] == 0 or (isinstance(value, (list, tuple)) and not value)):
+                raise ValueError(f"{name} must hold at least one clip, got {_described(given[name])}")
             is_batch = is_batch or _is_batch(value)
             may_grow = may_grow and not _has_channels(value)  # some cut long clips into chunks
-            is_float, is_usual = is_float and samples.are_float, is_usual and _is_usual(value)
+            is_float = is_float and samples.are_float and not _is_empty(value)
+            is_usual = is_usual and _is_usual(value)
             place = parameters.index(name)
             if place < len(args):
                 args = (*args[:place], value, *args[place + 1 :])
             else:
                 kwargs[name] = value
         try:
-            if is_float or getattr(self, "_refuses_integers", False):
+            if is_float or checks:
                 out = plain(self, *args, **kwargs)
             else:
                 with reference():
@@ -121,6 +123,11 @@ def _is_batch(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return bool(value) and isinstance(value[0], (list, tuple, np.ndarray, Tensor))
     return isinstance(value, (np.ndarray, Tensor)) and value.ndim > 1
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether it is one clip without samples, which some originals pad."""
+    return isinstance(value, (np.ndarray, Tensor)) and value.ndim == 1 and len(value) == 0
 
 
 def _has_channels(value: Any) -> bool:

@@ -26,7 +26,7 @@ class FastWhisperMixin(WhisperMixin):
     `do_normalize` works in float32 for float16 samples too.
     """
 
-    _refuses_integers = True  # where the original takes them unscaled
+    _checks_samples = True  # on its own; integers, which the original takes unscaled, are refused
 
     # Set by the original's constructor.
     sampling_rate: int
