@@ -167,3 +167,42 @@ def test_another_file_behind(tmp_path, kind, codec):
             assert kind == other[0], other
             got = result.num_samples if function is audio_info else len(result[0])
             assert got == 2 * len(alone), other
+
+
+@pytest.mark.parametrize("length", [500, 1000, 20000, 20480])
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [
+        ("a.m4a", "aac"),
+        ("a.mov", "aac"),
+        ("a.mp4", "libmp3lame"),
+        ("a.mp4", "libopus"),
+        ("a.m4a", "alac"),
+        ("a.mov", "pcm_s16le"),
+    ],
+)
+def test_padding_of_mp4(tmp_path, name, codec, length):
+    """An edit list rounds to milliseconds: no sample is cut off by it, and the number is not known before."""
+    need("av")
+    rate = 48000 if codec == "libopus" else 16000
+    clip = 0.3 * np.sin(np.arange(length) * 0.05)
+    path = by_av(tmp_path / name, codec, clip, rate)
+    samples, _ = read_audio(path)
+    assert length <= len(samples) <= length + 1152 + 1105
+    is_lossless = codec in ("alac", "pcm_s16le")
+    assert audio_info(path).num_samples == (len(samples) if is_lossless else -1)
+    if length > 10000 and codec == "aac":
+        np.testing.assert_allclose(samples[2000 : length - 2000].numpy(), clip[2000:-2000], atol=0.02)
+    fragmented = by_av(tmp_path / name, codec, clip, rate, movflags="frag_keyframe+empty_moov", frag_duration="100000")
+    assert audio_info(fragmented).num_samples == -1
+    assert length <= len(read_audio(fragmented)[0]) <= length + 3 * 1152
+
+
+@pytest.mark.parametrize(
+    ("kind", "codec"), [("nut", "pcm_s16le"), ("nut", "aac"), ("flv", "aac"), ("flv", "libmp3lame"), ("asf", "aac")]
+)
+def test_timestamps_are_no_lengths(tmp_path, kind, codec):
+    path = tmp_path / f"a.{kind}"
+    path.write_bytes(content_of(tmp_path, kind, codec))
+    assert audio_info(path).num_samples == -1
+    assert len(CLIP) <= len(read_audio(path)[0]) <= len(CLIP) + 2048

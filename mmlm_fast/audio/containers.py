@@ -236,7 +236,7 @@ def _wve(data: Bytes, _: int) -> Stated:
 
 
 def _mp4(data: Bytes) -> Stated:
-    place = 0
+    place, is_fragmented = 0, False
     while len(box := data.at(place, 8)) == 8 and box[4:].isalnum():
         size, held = struct.unpack(">I", box[:4])[0], data.size - place
         if size == 1:
@@ -249,8 +249,11 @@ def _mp4(data: Bytes) -> Stated:
             return cut(size, held, "")
         if size < 8:
             break
+        is_fragmented |= box[4:] == b"moof"
         place += size
-    return another(place) if place and is_file_behind_tags(data, place) else Stated()
+    if place and is_file_behind_tags(data, place):
+        return another(place)
+    return Stated(is_unknown=is_fragmented)  # of which FFmpeg counts some fragments
 
 
 def _vint(data: Bytes, place: int) -> tuple[int, int]:

@@ -16,6 +16,8 @@ HEADROOM = 4096
 HINT = "pip install '.[audio]' in a checkout, or 'mmlm-fast[audio]'"
 # Containers whose header states how long a stream is; PyAV gives an estimate from the bit rate for others.
 _STATES_DURATION = {"mov", "asf", "ape", "wv", "tta"}
+# Of these, by the timestamp of the last packet, which is no number of samples.
+_BY_TIME = {"asf", "flv", "nut"}
 _STATES_DURATION_OF_ALL = {"flv", "nut"}  # of the longest stream
 # Codecs with a checksum of each frame, which FFmpeg looks at when asked.
 _CHECKED = {"flac", "wavpack", "tta"}
@@ -70,7 +72,7 @@ class Reader(Protocol):
     codec: str
     num_samples: int  # what it counts on a channel, -1 where it does not know
     estimate: int  # the same, guessed where it does not know
-    is_padded: bool  # it gives the padding of the last frames, too
+    is_by_time: bool  # what it counts is by timestamps: no fewer samples, but not that many
 
     def blocks(self, size: int) -> Iterator[Block]:
         """Samples to the end of the file, about `size` of all channels in a block."""
@@ -153,7 +155,7 @@ class SoundfileReader:
         self._file = file
         self.sampling_rate, self.num_channels, self.codec = file.samplerate, file.channels, file.subtype
         self.num_samples = self.estimate = file.frames if file.frames < 2**62 else -1
-        self.is_padded = False
+        self.is_by_time = False
 
     def blocks(self, size: int) -> Iterator[Block]:
         # 16-bit files stay 16-bit: half of the memory, and what mixes and resamples them scales them.
@@ -234,8 +236,12 @@ class AvReader:
             raise DecoderError(f"cannot be decoded: {self._words} (PyAV)")
         else:
             self.sampling_rate, self.num_channels = stream.rate, stream.channels
-        self.num_samples, self.is_padded = -1, False
-        if stream.duration and stream.time_base and self._container.format.name.split(",")[0] in _STATES_DURATION:
+        self.num_samples = -1
+        container = self._container.format.name.split(",")[0]
+        # An edit list is in milliseconds, mostly; FFmpeg applies its beginning and gives the last frame whole.
+        is_edited = container == "mov" and not is_lossless(self.codec)
+        self.is_by_time = container in _BY_TIME or is_edited
+        if stream.duration and stream.time_base and container in _STATES_DURATION:
             self.num_samples = round(float(stream.duration * stream.time_base) * self.sampling_rate)
         seconds = (self._container.duration or 0) / self._av.time_base
         self.estimate = max(self.num_samples, round(seconds * self.sampling_rate))

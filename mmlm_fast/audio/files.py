@@ -45,7 +45,7 @@ def _printable(text: str) -> str:
 class AudioInfo:
     sampling_rate: int
     num_channels: int
-    num_samples: int  # a channel, at the rate above, as the header states; -1 where it does not
+    num_samples: int  # a channel, at the rate above, as the header states; -1 where it does not, or only times
     codec: str
 
 
@@ -141,7 +141,7 @@ def _decoded(source: _Source, swap: bool, target: int | None, mono: bool, block:
             promised, slack = _promise(reader, facts, is_soundfile)
             if collector is None:
                 collector = Collector(target, mono, -1 if len(source.parts) > 1 else max(promised, reader.estimate))
-            got, is_padded = 0, promised >= 0 and (facts.is_padded or reader.is_padded)
+            got, is_padded = 0, promised >= 0 and facts.is_padded
             try:
                 for piece in decoders.blocks_of(reader, block):
                     length = min(piece.length, max(promised - got, 0)) if is_padded else piece.length
@@ -201,7 +201,7 @@ def audio_info(path: str | bytes | os.PathLike) -> AudioInfo:
             raise AudioFileError(path, str(error)) from error
         try:
             count, _ = _promise(reader, facts, is_soundfile)
-            if facts.is_unknown or (facts.is_guessed and facts.num_samples < 0):
+            if facts.is_unknown or (facts.num_samples < 0 and (facts.is_guessed or reader.is_by_time)):
                 count = -1
             infos.append(AudioInfo(reader.sampling_rate, reader.num_channels, count, reader.codec))
         finally:
@@ -219,6 +219,10 @@ def read_audio(
 
     It is decoded to its end, mixed and resampled on the way, in the memory of the result and a few blocks. Of several
     audio streams the first is read; of a chained file (Ogg, FLAC, MP3 put one after the other) all parts.
+
+    The end is where the container states it in samples, `fact` in WAV included. Where nothing states it, or only
+    times (FLV, NUT, ASF, the edit lists of MP4, which round to milliseconds), all that is decoded is given, with what
+    fills up the last frame of a lossy codec, and `audio_info` says -1.
 
     Args:
         path: The file.
