@@ -200,6 +200,13 @@ def test_compiles():
         (dict(vtln_warp=1.1, vtln_low=10.0), "must rise within low_freq and high_freq"),
         (dict(round_to_power_of_two=False, frame_length=25.1), "even number of samples, got 401"),
         (dict(channel=3), "channel must be below 1, got 3"),
+        *(
+            (dict(frame_length=ms), "frame_length must be at most 4194304 samples")
+            for ms in (1e9, torch.inf, torch.nan)
+        ),
+        *((dict(frame_shift=ms), "frame_shift must be at most 4194304 samples") for ms in (1e9, torch.inf, torch.nan)),
+        *((dict(sample_frequency=f), "sample_frequency must be positive and") for f in (1e12, torch.inf, torch.nan)),
+        (dict(num_mel_bins=10**9), "num_mel_bins must be at most 524288 for 512 samples"),
         (dict(dtype=torch.int32), "dtype must be torch.float32"),
         (dict(orig_freq=0), "orig_freq must be a rate in whole hertz"),
     ],
@@ -210,6 +217,11 @@ def test_errors(arguments, message):
 
 
 def test_more_errors():
+    for waveform in (torch.zeros(16000), [torch.zeros(16000)] * 2, torch.zeros(16000).numpy()):
+        with pytest.raises(ValueError, match="channel must be 0 or -1 for waveforms of one channel, got 5"):
+            kaldi_fbank(waveform, channel=5)
+        with pytest.raises(ValueError, match="channel must be 0 or -1 for waveforms of one channel, got 1"):
+            mfcc(waveform, channel=1)
     with pytest.raises(ValueError, match="at least 400 samples"):
         kaldi_fbank(torch.zeros(399))
     with pytest.raises(ValueError, match="num_ceps must be at most num_mel_bins=23, got 24"):

@@ -23,6 +23,10 @@ from mmlm_fast.audio.spectral import (
 from mmlm_fast.audio.waveforms import Clips, Waveform, as_float, clips_of, tensor_of
 
 EPSILON = 1.1920928955078125e-07  # FLT_EPSILON: the floor of energies
+# Far above what is in use; a frame of more is an argument in another unit, and its tables would not fit in memory.
+MAX_RATE = 10**8
+MAX_FRAME = 1 << 22
+MAX_TABLE = 1 << 28  # of the filters, bins times samples
 _WINDOWS = ("povey", "hanning", "hamming", "blackman", "rectangular")
 
 
@@ -124,8 +128,11 @@ def checked_key(
     """From torchaudio's keywords to a spec's key, or ValueError."""
     sample_frequency, frame_shift, frame_length = map(plain_float, (sample_frequency, frame_shift, frame_length))
     vtln = (plain_float(vtln_low), plain_float(vtln_high), plain_float(vtln_warp))
-    if sample_frequency <= 0:
-        raise ValueError(f"sample_frequency must be positive, got {sample_frequency}")
+    if not 0 < sample_frequency <= MAX_RATE:
+        raise ValueError(f"sample_frequency must be positive and at most {MAX_RATE} Hz, got {sample_frequency}")
+    for name, ms in (("frame_length", frame_length), ("frame_shift", frame_shift)):
+        if not -math.inf < sample_frequency * ms * 0.001 <= MAX_FRAME:
+            raise ValueError(f"{name} must be at most {MAX_FRAME} samples, got {ms} ms at {sample_frequency} Hz")
     shift, length = (int(sample_frequency * ms * 0.001) for ms in (frame_shift, frame_length))
     if length < 2 or shift < 1:
         raise ValueError(
@@ -143,6 +150,8 @@ def checked_key(
     if window_type not in _WINDOWS:
         raise ValueError(f"window_type must be among {', '.join(_WINDOWS)}, got {window_type!r}")
     num_mel_bins = whole("num_mel_bins", num_mel_bins, 4, None, "above 3")
+    if num_mel_bins * n_fft > MAX_TABLE:
+        raise ValueError(f"num_mel_bins must be at most {MAX_TABLE // n_fft} for {n_fft} samples, got {num_mel_bins}")
     num_ceps = whole("num_ceps", num_ceps, 0)
     if num_ceps > num_mel_bins:
         raise ValueError(f"num_ceps must be at most num_mel_bins={num_mel_bins}, got {num_ceps}")
@@ -194,8 +203,17 @@ def _clips(waveform: Any, channel: int, channel_dim: int | None, orig_freq: int 
             if max(channel, 0) >= channels:
                 raise ValueError(f"channel must be below {channels}, got {channel}")
             waveform = waveform[max(channel, 0)]
+        elif waveform.dim() == 1:
+            _check_only_channel(channel)
         return clips_of(waveform, channel_dim=channel_dim, orig_freq=orig_freq), True
+    if channel_dim is None:
+        _check_only_channel(channel)
     return clips_of(waveform, channel_dim=channel_dim, orig_freq=orig_freq), False
+
+
+def _check_only_channel(channel: int) -> None:
+    if channel > 0:
+        raise ValueError(f"channel must be 0 or -1 for waveforms of one channel, got {channel}")
 
 
 def _run(
