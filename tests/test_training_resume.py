@@ -186,6 +186,24 @@ def test_overwriting_deletes_what_the_run_wrote_alone(folder):
     assert checkpoints.last_whole(out / "checkpoints")[0].name == "checkpoint-8"
 
 
+def test_old_checkpoints_are_deleted_but_not_what_others_have_there(folder):
+    """save_total_limit is of the run's own checkpoints; the best one stays."""
+    for name in ("checkpoint-best", "checkpoint-x-1"):
+        (folder / "out/checkpoints" / name).mkdir(parents=True)
+        (folder / "out/checkpoints" / name / "a.txt").write_text("mine")
+    run(folder, "training.save_total_limit=1", "training.num_train_epochs=3", overwrite=True)
+    names = lambda: {p.name for p in (folder / "out/checkpoints").glob("checkpoint-*")}
+    assert names() == {"checkpoint-best", "checkpoint-x-1", "checkpoint-12"}
+    for best, kept in ((None, [2, 3]), (2, [2, 3]), (0, [0, 3])):
+        place = folder / f"best{best}"
+        for i in range(4):
+            (place / f"checkpoint-{i}").mkdir(parents=True)
+        checkpoints.delete_all_but(place, 2, None if best is None else place / f"checkpoint-{best}")
+        assert sorted(p.name for p in place.iterdir()) == [f"checkpoint-{i}" for i in kept]
+    checkpoints.delete_all_but(place, 1, place / "checkpoint-0")
+    assert sorted(p.name for p in place.iterdir()) == ["checkpoint-0", "checkpoint-3"]
+
+
 def test_checkpoints_without_a_list_are_deleted_by_their_names(folder):
     """Those of earlier versions."""
     run(folder)

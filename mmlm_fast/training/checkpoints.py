@@ -188,6 +188,20 @@ def put_away(folder: Path, *others: Path) -> None:
             (place / RECORD).unlink(missing_ok=True)
 
 
+def delete_all_but(folder: Path, limit: int | None, best: Path | None) -> None:
+    """Delete checkpoints but the last `limit` (None: all), of which the best is one; but the last stays in any case."""
+    found = [path for path in folder.iterdir() if CHECKPOINT.fullmatch(path.name) and path.is_dir()]
+    found.sort(key=lambda path: int(path.name.split("-")[1]))
+    if limit is None or len(found) <= limit:
+        return
+    kept = found[-limit:]
+    if best is not None and best.name in [path.name for path in found] and best.name not in [p.name for p in kept]:
+        kept = [path for path in found if path.name == best.name] + kept[-max(1, limit - 1) :]
+    for path in found:
+        if path not in kept:
+            _delete_checkpoint(path)
+
+
 def is_replaced(folder: Path) -> bool:
     """Whether a run that was to replace the one in `folder` ended before it had deleted its checkpoints."""
     try:

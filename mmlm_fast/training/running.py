@@ -65,11 +65,17 @@ class _Trainer(Trainer):
         return self._apart(super().get_eval_dataloader(*args, **kwargs))
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        super()._save_checkpoint(*args, **kwargs)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # Trainer deletes others' folders too
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
         PartialState().wait_for_everyone()
-        checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        if PartialState().is_main_process and checkpoint.is_dir():
-            checkpoints.write_files(checkpoint)
+        folder = Path(self.args.output_dir)
+        if PartialState().is_main_process and (folder / f"checkpoint-{self.state.global_step}").is_dir():
+            checkpoints.write_files(folder / f"checkpoint-{self.state.global_step}")
+            best = self.state.best_model_checkpoint
+            checkpoints.delete_all_but(folder, limit, None if best is None else Path(best))
 
     def _apart(self, loader: Any) -> Any:
         inner = getattr(loader, "base_dataloader", loader)  # of accelerate's wrapper
