@@ -287,7 +287,8 @@ def test_what_pyav_reads(tmp_path, name, codec, options):
     if codec in ("alac", "pcm_s16le", "tta", "wavpack", "flac"):
         np.testing.assert_allclose(samples[: len(clip)].numpy(), clip, atol=2**-15)
     for share in (0.4, 0.8):
-        path.write_bytes(whole[: int(len(whole) * share)])
+        # Odd: between two packets of a transport stream nothing shows a cut.
+        path.write_bytes(whole[: int(len(whole) * share) | 1])
         with pytest.raises(AudioFileError):
             read_audio(path)
         if name in ("a.caf", "a.wv") or (name == "a.m4a" and not options):

@@ -115,8 +115,10 @@ def transport(data: Bytes) -> Stated | None:
     if any(data.at(188 * i, 1) != b"\x47" for i in range(3)):
         return None
     rest = data.size % 188
-    is_cut = rest and data.at(data.size - rest, 1) == b"\x47" and data.at(data.size - rest - 188, 1) == b"\x47"
-    return cut(188, rest, " in its last packet") if is_cut else Stated()
+    whole = data.size - rest
+    if rest and data.at(whole, 1) == b"\x47" and data.at(whole - 188, 1) == b"\x47":
+        return cut(188, rest, " in its last packet")
+    return Stated()
 
 
 def sds(data: Bytes, _: int) -> Stated:
