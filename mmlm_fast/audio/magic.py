@@ -1,7 +1,5 @@
 """Where another file begins: the first bytes of every container that is known, at a place or anywhere in a range."""
 
-import re
-
 from mmlm_fast.audio.statement import Bytes
 
 WTV = bytes.fromhex("b7d800203749da11a64e0007e95ead8d")
@@ -15,9 +13,15 @@ _FIRST = (
     *(b"TTA1", b"wvpk", b"MAC ", b".SoX", b"XoS.", b"FLV\x01", b".RMF", b"KVAG", b"#!AMR", NUT, WTV, ASF, EBML, *IRCAM),
 )
 _FORMS = (b"WAVE", b"AVI ", b"AIFF", b"AIFC", b"8SVX", b"16SV")
-# Long enough not to be met by chance in a gigabyte of samples.
-_ANYWHERE = re.compile(
-    rb"fLaC[\0\x80]\0\0\x22|OggS\0\x02|(?:RIFF|RIFX|RF64|BW64)....WAVE|FORM....AIF[FC]|caff\0\x01\0\0desc", re.DOTALL
+# Long enough not to be met by chance in a gigabyte of samples: bytes, how far behind the first one, and what that is.
+_ANYWHERE = (
+    (b"fLaC\0\0\0\x22", 0, b"fLaC"),
+    (b"fLaC\x80\0\0\x22", 0, b"fLaC"),
+    (b"OggS\0\x02", 0, b"OggS"),
+    (b"caff\0\x01\0\0desc", 0, b"caff"),
+    *((b"WAVE", 8, first) for first in (b"RIFF", b"RIFX", b"RF64", b"BW64")),
+    (b"AIFF", 8, b"FORM"),
+    (b"AIFC", 8, b"FORM"),
 )
 
 
@@ -37,8 +41,15 @@ def begins(data: Bytes, place: int) -> bool:
 
 def first_within(held: bytes, begin: int = 0) -> int:
     """Where a file begins in bytes that are not known to end there; -1 where none does."""
-    found = _ANYWHERE.search(held, begin)
-    return found.start() if found else -1
+    found = -1
+    for seen, offset, first in _ANYWHERE:  # a regular expression for all of them takes thirty times as long
+        end = found + offset + len(seen) if found >= 0 else len(held)
+        place = held.find(seen, begin + offset, end)
+        while place >= 0 and held[place - offset : place - offset + 4] != first:
+            place = held.find(seen, place + 1, end)
+        if place >= 0:
+            found = place - offset
+    return found
 
 
 def repeated(data: Bytes, head: bytes) -> int:
