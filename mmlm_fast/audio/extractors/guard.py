@@ -96,7 +96,8 @@ class _Samples:
         self._refuse_complex(value.is_complex(), value)
         self.are_float = self.are_float and value.is_floating_point()
         value = value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
-        return value if self.takes_tensors else value.detach().cpu().numpy()
+        as_it_is = self.takes_tensors or not value.is_floating_point()  # integers are the original's to answer
+        return value if as_it_is else value.detach().cpu().numpy()
 
     def _array(self, value: np.ndarray) -> np.ndarray:
         if isinstance(value, np.ma.MaskedArray):
