@@ -184,6 +184,13 @@ def test_gradient_flows_through_the_reference():
     assert samples.grad.abs().sum() > 0
 
 
+def test_compiles_by_itself():
+    """Its default integers become symbols."""
+    x = torch.from_numpy(WAVEFORMS[0][:8000])
+    compiled = torch.compile(log_mel, dynamic=True, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), log_mel(x))
+
+
 def test_reference_switch():
     samples = torch.from_numpy(SIGNALS["noise"])
     with reference():
