@@ -1,5 +1,5 @@
-// Polyphase resampling with a windowed sinc: from a table of the phases' filters, trimmed to what is not zero, or, where
-// there are so many phases that a table would be larger than the clip, with taps made anew for every output.
+// Polyphase resampling with a windowed sinc: from a table of the phases' filters, trimmed to what is not zero, or,
+// where there are so many phases that a table would be larger than the clip, with taps made anew for every output.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -8,7 +8,8 @@
 
 namespace mmlm {
 
-// sinc(t) times a window that is 0 from |t| = width on: a Kaiser window of shape `beta`, or, for a beta below 0, Hann's.
+// sinc(t) times a window that is 0 from |t| = width on: a Kaiser window of shape `beta`, or, for a beta below 0,
+// Hann's.
 struct SincFilter {
   double rolloff = 1, beta = -1;
   int64_t width = 6;
@@ -32,10 +33,11 @@ struct Resampler {
   static constexpr int kTapsAtOnce = 48;
   bool has_table;
   SincFilter filter;
-  int64_t reach = 0;                      // taps on each side of an output
-  double base = 0;                        // cut-off, in the coprime rates' unit
-  std::vector<double> turn, window_turn;  // [2][kTapsAtOnce]: cos and sin of what the m-th tap of a run adds to an angle
-  std::vector<double> bessel;             // 1 / k^2: the terms of I0
+  int64_t reach = 0;  // taps on each side of an output
+  double base = 0;    // cut-off, in the coprime rates' unit
+  std::vector<double> turn,
+      window_turn;             // [2][kTapsAtOnce]: cos and sin of what the m-th tap of a run adds to an angle
+  std::vector<double> bessel;  // 1 / k^2: the terms of I0
   double bessel_of_beta = 1;
 
   int64_t num_bytes() const {

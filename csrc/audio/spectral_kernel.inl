@@ -171,7 +171,8 @@ template <typename T>
 MMLM_INLINE Vec<T> emphasis(Vec<T> x, T c, Vec<T> before) {
   if constexpr (kWidens<T>) {
     return __builtin_convertvector(
-        __builtin_convertvector(x, WideVec) - static_cast<double>(c) * __builtin_convertvector(before, WideVec), Vec<T>);
+        __builtin_convertvector(x, WideVec) - static_cast<double>(c) * __builtin_convertvector(before, WideVec),
+        Vec<T>);
   } else {
     return x - c * before;
   }

@@ -15,8 +15,8 @@ class SpectralStream {
   // The plan's dynamic_range is not applied: a stream does not know the largest value to come.
   explicit SpectralStream(std::shared_ptr<const SpectralPlan> plan) : plan_(std::move(plan)) {}
 
-  // Take `count` samples; returns the number of frames that are ready and not yet pulled. Takes nothing where one is not
-  // finite (kNotFinite) or so large that a frame to come might overflow (kTooLarge).
+  // Take `count` samples; returns the number of frames that are ready and not yet pulled. Takes nothing where one is
+  // not finite (kNotFinite) or so large that a frame to come might overflow (kTooLarge).
   static constexpr int64_t kNotFinite = -1, kTooLarge = -2;
   int64_t push(const void* samples, SampleType type, int64_t count);
   // The signal has ended and has `total_frames` frames in all: the rest is ready, its edge made up as the plan says.

@@ -18,7 +18,7 @@ MMLM_INLINE V activate(V x, V& slope) {
   if (kind == Activation::quick_gelu) {
     u = 1.702f * x;
     du = broadcast(1.702f);
-  } else if (kind == Activation::gelu_tanh) {  // (1 + tanh(z)) / 2 = sigmoid(2z)
+  } else if (kind == Activation::gelu_tanh) {      // (1 + tanh(z)) / 2 = sigmoid(2z)
     const V square = min(broadcast(1e6f), x * x);  // u is beyond +-88 by then, and finite numbers stay finite
     u = 1.5957691216057308f * (x * (1.f + 0.044715f * square));
     if (with_slope) du = 1.5957691216057308f * (1.f + 0.134145f * square);
