@@ -35,8 +35,8 @@ struct Resampler {
   SincFilter filter;
   int64_t reach = 0;  // taps on each side of an output
   double base = 0;    // cut-off, in the coprime rates' unit
-  std::vector<double> turn,
-      window_turn;             // [2][kTapsAtOnce]: cos and sin of what the m-th tap of a run adds to an angle
+  // [2][kTapsAtOnce]: cos and sin of what the m-th tap of a run adds to an angle
+  std::vector<double> turn, window_turn;
   std::vector<double> bessel;  // 1 / k^2: the terms of I0
   double bessel_of_beta = 1;
 
