@@ -142,7 +142,7 @@ CASES = {
     "siglip_loss": ("_FormedGradients", ops.siglip_loss, ((5, 8), (5, 8), (), ())),
     "log_mel": ("_SpectralFeatures", audio.log_mel, ((2, 800),)),
     "mfcc": ("_SpectralFeatures", lambda w: audio.mfcc(w, orig_freq=24_000, dither=0.0), ((1, 2400),)),
-    "resample": (None, lambda w: audio.resample(w, 16_000, 8_000), ((2, 200),)),
+    "resample": ("_Resample", lambda w: audio.resample(w, 16_000, 8_000), ((2, 200),)),
     "standardize": (None, audio.standardize, ((2, 5, 4),)),
 }
 NOT_DIFFERENTIABLE = {"patchify"}  # integers alone

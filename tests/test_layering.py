@@ -66,6 +66,7 @@ MAY_IMPORT = {
         "numpy",
         "transformers",
         "huggingface_hub",
+        "accelerate",
         "safetensors",
         "tqdm",
         "PIL",

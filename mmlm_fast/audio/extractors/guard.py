@@ -78,6 +78,7 @@ class _Samples:
     def __init__(self, name: str, takes_tensors: bool) -> None:
         self.name, self.takes_tensors, self.are_float = name, takes_tensors, True
 
+    @in_plain_torch
     def as_floats(self, value: Any) -> Any:
         if isinstance(value, (list, tuple)):
             if not value or not isinstance(value[0], (list, tuple, np.ndarray, Tensor)):
@@ -169,6 +170,7 @@ def _described(value: Any) -> str:
     return type(value).__name__
 
 
+@in_plain_torch
 def _check(out: Any, counts: list[int], is_batch: bool, may_grow: bool, name: str) -> None:
     values = list(out.values()) if hasattr(out, "values") else []
     wanted = max(counts, default=1)
