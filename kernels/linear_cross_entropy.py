@@ -28,9 +28,11 @@ ROWS, DEPTH = 1, 2  # what of a product the count bounds
 def _matmul_kernel(a_ptr, b_ptr, bias_ptr, c_ptr, count_ptr, first, M, N, K, stride_am, stride_ak, stride_bk, stride_bn,
                    stride_cm, UNIT_M: tl.constexpr, UNIT_K: tl.constexpr, BOUNDED: tl.constexpr,
                    HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
-                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+                   IN_STEPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                   BLOCK_K: tl.constexpr):  # fmt: skip
     """C = A B + bias, or C += A B. Of this chunk count - first rows count. BOUNDED 1: rows of A; 2: of B, K of them.
 
+    IN_STEPS: each step's BLOCK_K terms are summed by themselves, which rounds the long sum K / BLOCK_K times, not K.
     M and K are in units that are 16 where a mask along the dense dimension of A needs to be known for wide loads.
     """
     M, K = M * UNIT_M, K * UNIT_K
@@ -56,11 +58,15 @@ def _matmul_kernel(a_ptr, b_ptr, bias_ptr, c_ptr, count_ptr, first, M, N, K, str
     a_ptrs = a_ptr + rows[:, None].to(tl.int64) * stride_am + ks[None, :].to(tl.int64) * stride_ak
     b_ptrs = b_ptr + ks[:, None].to(tl.int64) * stride_bk + columns[None, :].to(tl.int64) * stride_bn
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    ones = tl.full((BLOCK_M, BLOCK_N), 1.0, tl.float32)
     for k in range(0, K, BLOCK_K):
         inside = k + ks < K
         a = tl.load(a_ptrs, mask=row_mask[:, None] & inside[None, :], other=0.0)
         b = tl.load(b_ptrs, mask=inside[:, None] & column_mask[None, :], other=0.0)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        if IN_STEPS:
+            acc = tl.fma(tl.dot(a, b, input_precision=PRECISION), ones, acc)  # a + would be drawn into the product
+        else:
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
         a_ptrs += BLOCK_K * stride_ak
         b_ptrs += BLOCK_K * stride_bk
     if HAS_BIAS:
@@ -161,7 +167,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor, bounds: tuple, bounded: int, bia
     _matmul_kernel[grid](
         a, b, out if bias is None else bias, out, count, first, rows // unit_m, columns, depth // unit_k, *a.stride(),
         *b.stride(), out.stride(0), UNIT_M=unit_m, UNIT_K=unit_k, BOUNDED=bounded, HAS_BIAS=bias is not None,
-        ACCUMULATE=bounded == DEPTH, PRECISION=_precision(), GROUP=GROUP_M, **tiles,
+        ACCUMULATE=bounded == DEPTH, PRECISION=_precision(), GROUP=GROUP_M, IN_STEPS=tiles is TILES_FLOAT32, **tiles,
     )  # fmt: skip
 
 

@@ -15,18 +15,18 @@ from mmlm_fast import reference
 from mmlm_fast.masks import IntervalMask
 from mmlm_fast.ops import interval_attention, interval_attention_varlen
 from mmlm_fast.ops.interval_attention import interval_attention_ref
-from mmlm_fast.testing import assert_close_to_reference, assert_gradients_close_to_reference, difference
+from mmlm_fast.testing import (
+    GPU_FLOAT32_ATTENTION_FACTOR,
+    assert_close_to_reference,
+    assert_gradients_close_to_reference,
+    difference,
+)
 
 module = importlib.import_module("mmlm_fast.ops.interval_attention")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HEAD_SIZES = [16, 64, 72, 80, 88, 96, 104, 128, 256]
 BATCH = 2
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# What the kernels may err in float32 on a GPU, beside what the accuracy rule allows. A product there is three of tf32
-# on tensor cores, which add towards zero: each of D/8 steps loses up to 2⁻²³ of the sum, always the same way, where the
-# reference's sums round to nearest, by 2⁻²⁴ either way. The interpreter computes plain float32. With all of it emulated
-# (truncated sums, approximate exp2 and division) dq of 3 tests of 23 erred 1.02 to 1.13 times what is allowed.
-GPU_FLOAT32_FACTOR = 2.0
 
 
 def lengths(*values):
@@ -155,9 +155,18 @@ def check_once(mask, q, k, v, backward=True, sinks=None, **options):
                 results[1].dtype
             )
     for name, a, t, e in zip(("out", "lse", "dq", "dk", "dv"), ours, twin, exact, strict=False):
-        found = difference(a, t, e)
-        allowed = found.allowed * (GPU_FLOAT32_FACTOR if q.dtype == torch.float32 and not INTERPRETED else 1.0)
-        assert found.error <= allowed, f"{name}: error {found.error:.3e}, allowed {allowed:.3e}"
+        assert_allowed(name, a, t, e, q.dtype)
+
+
+def assert_allowed(name, actual, twin, exact, dtype):
+    """The accuracy rule, and what float32 may err beside it in the kernels on a GPU: the interpreter's is plain.
+
+    With the tensor cores' sums, approximate exp2 and division emulated, dq of 3 tests of 23 erred 1.02 to 1.13 times
+    what is allowed; on an H100 the worst of 900 checks 1.71.
+    """
+    found = difference(actual, twin, exact)
+    allowed = found.allowed * (GPU_FLOAT32_ATTENTION_FACTOR if dtype == torch.float32 and not INTERPRETED else 1.0)
+    assert found.error <= allowed, f"{name}: error {found.error:.3e}, allowed {allowed:.3e}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -395,8 +404,8 @@ def test_scales_of_any_sign(name, scale, path, device):
 
         ours, twin = run(interval_attention, q, k, v), run(interval_attention_ref, q, k, v)
         exact = run(interval_attention_ref, *(x.double() for x in (q, k, v)))
-        for a, t, e in zip(ours, twin, exact, strict=True):
-            assert difference(a, t, e).ok
+        for name_of, a, t, e in zip(("out", "dq", "dk", "dv"), ours, twin, exact, strict=True):
+            assert_allowed(name_of, a, t, e, q.dtype)
 
 
 def test_scales_of_any_sign_with_options(native):

@@ -76,13 +76,15 @@ class Suite:
         self.run_stage("probe", self.jobs("probe", ["machine"]), 1)
 
     def check(self) -> None:
-        """All ops side by side; beside them, behind in priority, what the timing compares with is compiled."""
+        """All ops side by side; beside them, behind in priority, what later stages time is compiled."""
         warm: list[Job] = []
         if "time" in self.options.stages and not self.options.stand_in:
             names = [name for name, (_, compiled, _) in TIMES.items() if compiled]
             warm = self.jobs(
                 "warm", self.wanted(names), nice=10, OMP_NUM_THREADS="2", TORCHINDUCTOR_COMPILE_THREADS="2"
             )
+        if "tests" not in self.options.stages:
+            warm += self.prepared_candidates()
         # Else every job's Inductor would start as many processes as there are cores.
         jobs = self.jobs("check", self.wanted([*CHECKS, *SYSTEMS]), TORCHINDUCTOR_COMPILE_THREADS="1")
         self.run_stage("check", jobs, self.options.width, beside=warm, beside_width=WARM_WIDTH)
@@ -102,12 +104,16 @@ class Suite:
         command += ["-n", str(self.options.width)] if has_xdist() and not self.options.stand_in else []
         command += ["-k", self.options.tests] if self.options.tests else []
         job = Job("tests", "pytest", tuple(command), float("inf"), 0, self.environment)
-        prepared = [] if self.options.stand_in else self.candidate_jobs("compile", nice=10)
-        self.run_stage("tests", [job], 1, beside=prepared, beside_width=WARM_WIDTH)
+        self.run_stage("tests", [job], 1, beside=self.prepared_candidates(), beside_width=WARM_WIDTH)
 
     def candidates(self) -> None:
         turn = (self.logs / "candidates-turn").resolve()
         self.run_stage("candidates", self.candidate_jobs("time", **{one_job.TURN: str(turn)}), 2, turn=turn)
+
+    def prepared_candidates(self) -> list[Job]:
+        """What fills Triton's cache for the stage `candidates`."""
+        is_wanted = "candidates" in self.options.stages and not self.options.stand_in
+        return self.candidate_jobs("compile", nice=10) if is_wanted else []
 
     def candidate_jobs(self, what: str, nice: int = 0, **environment: str) -> list[Job]:
         some = CANDIDATES[: len(KERNELS)] if self.options.stand_in else CANDIDATES
