@@ -21,7 +21,7 @@ from mmlm_benchmarks.gpu.facts import START, Facts, read
 from mmlm_benchmarks.gpu.plan import CANDIDATES, CHECKS, KERNELS, LIMITS, STAGES, SYSTEMS, TEST_FILES, TIMES
 from mmlm_benchmarks.gpu.running import Job, Runner
 
-WARM_WIDTH = 4  # processes that compile beside those that check
+WARM_WIDTH = 4  # processes that compile beside those that check, at least
 
 
 class Suite:
@@ -57,8 +57,8 @@ class Suite:
         status = summarise(self.path)
         return 128 + stopped if stopped else status
 
-    def wanted(self, names: list[str]) -> list[str]:
-        ops = self.options.ops
+    def wanted(self, names: list[str], ops: list[str] | None = None) -> list[str]:
+        ops = ops or self.options.ops
         return [n for n in names if not ops or any(n == op or n.startswith(f"{op}_") for op in ops)]
 
     def jobs(self, stage: str, names: list[str], nice: int = 0, **environment: str) -> list[Job]:
@@ -86,8 +86,10 @@ class Suite:
         if "tests" not in self.options.stages:
             warm += self.prepared_candidates()
         # Else every job's Inductor would start as many processes as there are cores.
-        jobs = self.jobs("check", self.wanted([*CHECKS, *SYSTEMS]), TORCHINDUCTOR_COMPILE_THREADS="1")
-        self.run_stage("check", jobs, self.options.width, beside=warm, beside_width=WARM_WIDTH)
+        names = self.wanted([*CHECKS, *SYSTEMS], self.options.checks)
+        jobs = self.jobs("check", names, TORCHINDUCTOR_COMPILE_THREADS="1")
+        spare = (os.cpu_count() or 1) - min(len(jobs), self.options.width)
+        self.run_stage("check", jobs, self.options.width, beside=warm, beside_width=max(WARM_WIDTH, spare))
 
     def time(self) -> None:
         """One job after the other; the next one imports what it needs meanwhile and waits for its turn."""
@@ -170,6 +172,7 @@ def main(argv: list[str] | None = None) -> int:
         "--stages", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE", help=f"of {STAGES}"
     )
     parser.add_argument("--ops", nargs="+", help="only jobs of these names, or that begin with one and an underscore")
+    parser.add_argument("--checks", nargs="+", help="for the stage check, in place of --ops")
     parser.add_argument("--width", type=int, default=12, help="processes that check side by side")
     parser.add_argument("--job-seconds", type=float, help="for each job, in place of its stage's own limit")
     parser.add_argument("--tests", help="pytest's -k for the stage tests")
