@@ -25,10 +25,14 @@ export MMLM_GPU_START=${MMLM_GPU_START:-$(date +%s.%N)}
 export PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} CUBLAS_WORKSPACE_CONFIG=:4096:8 HF_HUB_OFFLINE=1
 WORK=$(mktemp -d)
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$WORK/triton} TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$WORK/inductor}
-# The commit is carried: that machine has no git. It is told apart where the tree has changed since.
+# The commit is carried: that machine may have no git, or one that knows an older commit. It is told apart where the tree
+# has changed since.
 if [ -z "${MMLM_COMMIT:-}" ]; then
-  MMLM_COMMIT=$(git describe --always --dirty --exclude='*' 2>/dev/null || cat .whl/commit 2>/dev/null || echo unknown)
-  git rev-parse >/dev/null 2>&1 || [ "$(digest csrc setup.py kernels mmlm_fast benchmarks)" = "$(cat .whl/tree.sha256 2>/dev/null)" ] || MMLM_COMMIT+=-changed
+  if [ "$(digest csrc setup.py kernels mmlm_fast benchmarks)" = "$(cat .whl/tree.sha256 2>/dev/null)" ]; then
+    MMLM_COMMIT=$(cat .whl/commit)
+  else
+    MMLM_COMMIT=$(git describe --always --dirty --exclude='*' 2>/dev/null || echo "$(cat .whl/commit 2>/dev/null || echo unknown)-changed")
+  fi
 fi
 export MMLM_COMMIT
 

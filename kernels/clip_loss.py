@@ -1,6 +1,6 @@
 """Triton kernels for `clip_loss`: passes over a tile of dot products. Contract: mmlm_fast/ops/clip_loss.py.
 
-The products before and after a pass are cuBLAS's, which no plain Triton product beats; a tile stays in L2 between them.
+The products before and after a pass are cuBLAS's, which no plain Triton product beats.
 Floor of a pass: the tile read once (statistics, twice: rows and columns), or read and written once (gradients).
 
 Legend: N rows and M columns of the tile, S scale; a positive pair's weight: `_weight`.

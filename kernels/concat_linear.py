@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmlm_kernels.tiles import precision, product_tiles
+
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 GROUP_M = 8  # row tiles that share their weight tiles in L2
 ROWS_BWD, COLUMNS_BWD = 64, 64
@@ -141,27 +143,6 @@ def _activation_bwd_kernel(grad_ptr, z_ptr, dz_ptr, dbias_ptr, M, N, ACTIVATION:
     tl.store(dbias_ptr + block * N + columns, tl.sum(dz, axis=0), mask=columns < N)
 
 
-# Not tuned on a GPU yet: the largest tiles that compile without spills for sm_80, sm_90 and sm_100
-# (tests/test_aot.py prints registers and shared memory). IEEE float32 has no tensor cores: small tiles, and none with
-# fewer than 16 terms, which Triton 3.6 refuses. Unless told how many registers there are, ptxas stops at 80 and spills.
-MAX_REGISTERS = 128
-TILES_16_BIT = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
-TILES_16_BIT_FEW_ROWS = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
-TILES_TF32 = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
-TILES_FLOAT32 = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 8, "num_stages": 3, "maxnreg": MAX_REGISTERS}
-
-
-def _tiles(num_rows: int, dtype: torch.dtype) -> dict[str, int]:
-    if dtype == torch.float32:
-        return TILES_TF32 if _precision() == "tf32" else TILES_FLOAT32
-    return TILES_16_BIT_FEW_ROWS if num_rows <= 32 else TILES_16_BIT
-
-
-def _precision() -> str:
-    # float32 means float32 unless the user asked torch for TF32.
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).contiguous()
 
@@ -173,7 +154,7 @@ def _grid(num_rows: int, num_columns: int, tiles: dict[str, int]) -> int:
 def _gemm_segments(segments, weight, bias, addend, tokens, out, z, activation):
     """out (and z) from pairs (rows [M, K], first weight column)."""
     num_rows, num_out = out.shape
-    tiles = _tiles(num_rows, weight.dtype)
+    tiles = product_tiles(num_rows, weight.dtype, is_plain=False)
     _fwd_kernel[(_grid(num_rows, num_out, tiles),)](
         tuple(x for x, _ in segments),
         tuple(x.shape[1] for x, _ in segments),
@@ -192,7 +173,7 @@ def _gemm_segments(segments, weight, bias, addend, tokens, out, z, activation):
         HAS_ADDEND=addend is not None,
         SAVE_Z=z is not None,
         ACTIVATION=ACTIVATIONS[activation],
-        PRECISION=_precision(),
+        PRECISION=precision(),
         GROUP=GROUP_M,
         **tiles,
     )
@@ -224,7 +205,7 @@ def concat_linear_fwd(
 def _matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out[M, N] = a[M, K] b[K, N]; any strides, out with unit stride along N."""
     (num_rows, depth), num_columns = a.shape, b.shape[1]
-    tiles = _tiles(num_rows, a.dtype)
+    tiles = product_tiles(num_rows, a.dtype, is_plain=True)
     num_tiles = _grid(num_rows, num_columns, tiles)
     if num_tiles == 0:
         return
@@ -248,7 +229,7 @@ def _matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
         steps_per_split,
         UNIT_M=unit_m,
         UNIT_K=unit_k,
-        PRECISION=_precision(),
+        PRECISION=precision(),
         GROUP=GROUP_M,
         **tiles,
     )

@@ -14,12 +14,13 @@ Legend: B batch, H query heads, S queries or keys, D head size of queries and ke
 N block of keys, R rows of a program: queries, or queries of several heads that share their keys.
 """
 
-import os
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from mmlm_kernels.tiles import architecture
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -577,12 +578,13 @@ def _dq_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, shift_ptr, factor_
 TILES = {
     ("fwd", 2, 80): [(64, 128, 64, 4, 3), (128, 128, 64, 8, 2), (192, 32, 32, 4, 2), (256, 64, 32, 8, 2),
                      (512, 32, 16, 8, 2)],
-    ("fwd", 2, 90): [(64, 128, 64, 4, 3), (128, 128, 64, 8, 2), (256, 128, 32, 8, 2), (512, 32, 16, 8, 2)],
+    ("fwd", 2, 90): [(64, 128, 64, 4, 3), (80, 64, 64, 4, 3), (128, 128, 64, 8, 3), (256, 128, 64, 8, 2),
+                     (512, 32, 16, 8, 2)],
     ("fwd", 2, 100): [(64, 128, 64, 4, 3), (128, 128, 64, 8, 2), (256, 64, 32, 8, 2), (512, 32, 16, 8, 2)],
     ("fwd", 4, 80): [(64, 32, 32, 4, 2), (128, 16, 32, 4, 2)],
     ("dkv", 2, 80): [(64, 32, 64, 4, 2), (96, 32, 64, 8, 2), (112, 16, 64, 8, 2), (128, 32, 64, 8, 2),
                      (256, 32, 32, 8, 1), (320, 16, 32, 8, 1), (512, 16, 16, 8, 1)],
-    ("dkv", 2, 90): [(80, 32, 64, 4, 2), (96, 32, 64, 4, 1), (112, 16, 64, 4, 2), (128, 32, 64, 4, 1),
+    ("dkv", 2, 90): [(80, 32, 64, 4, 1), (96, 32, 64, 4, 1), (112, 16, 64, 4, 2), (128, 32, 64, 4, 1),
                      (256, 32, 32, 8, 1), (320, 16, 32, 8, 1), (512, 16, 16, 8, 1)],
     ("dkv", 2, 100): [(64, 32, 64, 4, 2), (96, 32, 64, 8, 2), (112, 16, 64, 8, 2), (128, 32, 64, 4, 1),
                       (256, 32, 32, 8, 1), (320, 16, 32, 8, 1), (512, 16, 16, 8, 1)],
@@ -623,21 +625,13 @@ def _pieces(size: int, dtype: torch.dtype) -> tuple[int, int, int]:
 
 def _blocks(kernel: str, x: Tensor, *head_sizes: int) -> tuple[int, int, int, int]:
     padded = max(sum(_pieces(size, x.dtype)) for size in head_sizes)
-    rows = TILES.get((kernel, x.element_size(), _arch()), TILES[kernel, x.element_size(), 80])
+    rows = TILES.get((kernel, x.element_size(), architecture()), TILES[kernel, x.element_size(), 80])
     return next((row[1:] for row in rows if padded <= row[0]), rows[-1][1:])
-
-
-def _arch() -> int:
-    """80, 90 or 100: which kind of matrix instructions there is."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return 90
-    arch = triton.runtime.driver.active.get_current_target().arch
-    return 90 if arch == 90 else 100 if 100 <= arch < 120 else 80
 
 
 def _loads_as_columns() -> bool:
     """See `_load_rows`."""
-    return OLD_TRITON and _arch() != 90
+    return OLD_TRITON and architecture() != 90
 
 
 def _rows_aligned(x: Tensor) -> Tensor:
@@ -706,8 +700,8 @@ def interval_attention_fwd(
     query, key, value = (_rows_aligned(x) for x in (query, key, value))
     group, unit = heads // kv_heads, _unit(query, key, value, out)
     block_m, block_n, warps, stages = _blocks("fwd", query, size, value_size)
-    if softcap:
-        warps = 8  # the polynomial needs registers too
+    if softcap:  # the polynomial needs registers too
+        warps, block_n = 8, min(block_n, 32 if max(size, value_size) > 128 else 64)
     pack, splits, (_, second_piece, third_piece) = 1, 1, _pieces(size, query.dtype)
     if group * q_len <= DECODE_ROWS:
         pack = group

@@ -14,13 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmlm_kernels.tiles import MAX_REGISTERS, TILES_FLOAT32, precision, product_tiles
+
 BLOCK_V = 4096  # logits of one step along a row
 GROUP_M = 8  # row tiles that share their tiles of B in L2
-# As concat_linear's: the largest tiles that compile without spills for sm_80, sm_90 and sm_100. Not tuned on a GPU.
-MAX_REGISTERS = 128
-TILES_16_BIT = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
-TILES_TF32 = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
-TILES_FLOAT32 = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 8, "num_stages": 3, "maxnreg": MAX_REGISTERS}
+MIN_CHUNK_BYTES = 512 * 2**20  # of logits: smaller products would not fill a GPU
 ROWS, DEPTH = 1, 2  # what of a product the count bounds
 
 
@@ -49,7 +47,7 @@ def _matmul_kernel(a_ptr, b_ptr, bias_ptr, c_ptr, count_ptr, first, M, N, K, str
             return
     else:
         K = tl.minimum(K, limit)
-        if K <= 0:
+        if ACCUMULATE and K <= 0:
             return
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -90,10 +88,13 @@ def _logit(z, scale, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["first"])
-def _loss_kernel(logits_ptr, target_ptr, row_factor_ptr, loss_ptr, count_ptr, first, V, stride, scale, softcap,
-                 smoothing, z_loss, HAS_FACTOR: tl.constexpr, GRADIENTS: tl.constexpr, SOFTCAP: tl.constexpr,
-                 BLOCK: tl.constexpr):  # fmt: skip
-    """Loss of each row of a chunk, and its logits' gradients in their place; zeros behind the rows that count."""
+def _loss_kernel(logits_ptr, target_ptr, row_factor_ptr, factor_ptr, loss_ptr, count_ptr, first, V, stride, scale,
+                 softcap, smoothing, z_loss, HAS_ROW_FACTOR: tl.constexpr, HAS_FACTOR: tl.constexpr,
+                 GRADIENTS: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Loss of each row of a chunk, and its logits' gradients in their place; zeros behind the rows that count.
+
+    Gradients are multiplied by a factor of each row, and by one of all, where there are such.
+    """
     row = tl.program_id(0)
     logits_ptr += row.to(tl.int64) * stride
     if row >= tl.load(count_ptr) - first:
@@ -128,8 +129,10 @@ def _loss_kernel(logits_ptr, target_ptr, row_factor_ptr, loss_ptr, count_ptr, fi
     tl.store(loss_ptr + row, loss)
     if GRADIENTS:
         factor = scale
-        if HAS_FACTOR:
+        if HAS_ROW_FACTOR:
             factor *= tl.load(row_factor_ptr + row)
+        if HAS_FACTOR:
+            factor *= tl.load(factor_ptr)
         softmax = factor * (1 + 2 * z_loss * lse) / sum_exp
         uniform = factor * smoothing / V
         for begin in range(0, V, BLOCK):
@@ -143,32 +146,49 @@ def _loss_kernel(logits_ptr, target_ptr, row_factor_ptr, loss_ptr, count_ptr, fi
             tl.store(logits_ptr + columns, g.to(logits_ptr.dtype.element_ty), mask=mask)
 
 
-def _precision() -> str:
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
-def _product(a: Tensor, b: Tensor, out: Tensor, bounds: tuple, bounded: int, bias: Tensor | None = None) -> None:
-    """out = a·b (+ bias), or with `bounded` DEPTH out += a·b; bounds: device count and first row, or None: all rows."""
+def _product(
+    a: Tensor, b: Tensor, out: Tensor, bounds: tuple, bounded: int, bias: Tensor | None = None, accumulate: bool = False
+) -> None:
+    """out = a·b (+ bias), or out += a·b; bounds: device count of what is `bounded`, and its first, or None: all."""
     count, first = bounds
     if count is None:
-        if bounded == DEPTH:
+        if accumulate:
             out.addmm_(a, b) if a.dtype == out.dtype else out.add_(a @ b)
+        elif a.dtype != out.dtype:
+            out.copy_(a @ b)
         elif bias is None:
             torch.mm(a, b, out=out)
         else:
             torch.addmm(bias, a, b, out=out)
         return
     (rows, depth), columns = a.shape, b.shape[1]
-    tiles = TILES_16_BIT
-    if a.dtype == torch.float32:
-        tiles = TILES_TF32 if _precision() == "tf32" else TILES_FLOAT32
+    tiles = product_tiles(rows, a.dtype, is_plain=not accumulate)
     unit_m, unit_k = (16 if a.stride(i) == 1 and a.shape[i] % 16 == 0 else 1 for i in range(2))
     grid = (triton.cdiv(rows, tiles["BLOCK_M"]) * triton.cdiv(columns, tiles["BLOCK_N"]),)
     _matmul_kernel[grid](
         a, b, out if bias is None else bias, out, count, first, rows // unit_m, columns, depth // unit_k, *a.stride(),
         *b.stride(), out.stride(0), UNIT_M=unit_m, UNIT_K=unit_k, BOUNDED=bounded, HAS_BIAS=bias is not None,
-        ACCUMULATE=bounded == DEPTH, PRECISION=_precision(), GROUP=GROUP_M, IN_STEPS=tiles is TILES_FLOAT32, **tiles,
+        ACCUMULATE=accumulate, PRECISION=precision(), GROUP=GROUP_M, IN_STEPS=tiles is TILES_FLOAT32, **tiles,
     )  # fmt: skip
+
+
+def _rows_of_chunk(x: Tensor, vocab: int, is_summed: bool, budget: int) -> int:
+    """Rows of a chunk within `budget` bytes of logits; 0: whatever makes the whole call take the least memory.
+
+    Several chunks need a sum of the weight's gradients in float32, beside the gradient that is given back in bfloat16.
+    Where the logits of all rows are no more than that, they are one chunk, whose gradient needs no sum. Else a chunk is
+    at least half of the sum, which each chunk reads and writes.
+    """
+    num_rows, size = x.shape
+    if not budget:
+        summed = 4 * vocab * size if is_summed else 0
+        beside = summed if x.dtype == torch.bfloat16 else 0
+        if num_rows * vocab * x.element_size() <= beside + MIN_CHUNK_BYTES:
+            return max(num_rows, 1)
+        budget = max(MIN_CHUNK_BYTES, summed // 2)
+    most = max(16, budget // (x.element_size() * vocab) // 128 * 128)
+    chunks = triton.cdiv(num_rows, most)
+    return max(1, min(most, triton.cdiv(triton.cdiv(num_rows, chunks), 16) * 16))
 
 
 def linear_cross_entropy_fwd(
@@ -179,17 +199,19 @@ def linear_cross_entropy_fwd(
     num_rows, vocab = x.shape[0], weight.shape[0]
     device, formed = x.device, torch.float32 if x.dtype == torch.float16 else x.dtype
     order, count = _order(ignored)
+    step = _rows_of_chunk(x, vocab, needed[1], budget)
+    is_sum = step < num_rows
     losses = torch.zeros(num_rows, dtype=torch.float32, device=device)
     dx = torch.zeros(x.shape if needed[0] else (0,), dtype=formed, device=device)
-    dweight = torch.zeros(weight.shape if needed[1] else (0,), dtype=torch.float32, device=device)
+    make = torch.zeros if is_sum else torch.empty
+    dweight = make(weight.shape if needed[1] else (0,), dtype=torch.float32 if is_sum else formed, device=device)
     dbias = torch.zeros(vocab if needed[2] else 0, dtype=torch.float32, device=device)
-    most = max(16, budget // (x.element_size() * vocab) // 128 * 128)
-    chunks = triton.cdiv(num_rows, most)
-    step = min(most, triton.cdiv(triton.cdiv(num_rows, chunks), 16) * 16)
     buffer = torch.empty(min(step, num_rows), vocab, dtype=x.dtype, device=device)
     all_rows = torch.full((), num_rows, dtype=torch.int64, device=device) if count is None else count
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     scale, softcap, smoothing, z_loss = numbers
+    # float16 would lose gradients divided by thousands of rows; its are multiplied by the factor in float32, afterwards
+    after = formed != x.dtype
     for first in range(0, num_rows, step):
         where = None if order is None else order[first : first + step]
         part = slice(first, first + step)
@@ -203,20 +225,22 @@ def linear_cross_entropy_fwd(
         if row_factor is not None:
             row_factors = row_factor[part] if where is None else row_factor.index_select(0, where)
         _loss_kernel[(rows.shape[0],)](
-            logits, y, loss if row_factors is None else row_factors, loss, all_rows, first, vocab, logits.stride(0),
-            scale, softcap, smoothing, z_loss, HAS_FACTOR=row_factors is not None, GRADIENTS=any(needed),
-            SOFTCAP=softcap != 0, BLOCK=min(BLOCK_V, triton.next_power_of_2(vocab)), num_warps=8, maxnreg=MAX_REGISTERS,
+            logits, y, loss if row_factors is None else row_factors, factor, loss, all_rows, first, vocab,
+            logits.stride(0), scale, softcap, smoothing, z_loss, HAS_ROW_FACTOR=row_factors is not None,
+            HAS_FACTOR=not after, GRADIENTS=any(needed), SOFTCAP=softcap != 0,
+            BLOCK=min(BLOCK_V, triton.next_power_of_2(vocab)), num_warps=8, maxnreg=MAX_REGISTERS,
         )  # fmt: skip
         _put(losses, where, part, loss)
         if needed[0]:
             dx_rows = torch.zeros(rows.shape, dtype=x.dtype, device=device)
             _product(logits, weight, dx_rows, bounds, ROWS)
-            _put(dx, where, part, (dx_rows * factor).to(formed))
+            _put(dx, where, part, (dx_rows * factor).to(formed) if after else dx_rows)
         if needed[1]:
-            _product(logits.T, rows, dweight, bounds, DEPTH)
+            _product(logits.T, rows, dweight, bounds, DEPTH, accumulate=is_sum)
         if needed[2]:
             dbias += logits.sum(0, dtype=torch.float32)
-    return [losses, dx, *(g.mul_(factor).to(formed) for g in (dweight, dbias))]
+    dweight, dbias = (g.mul_(factor) if after else g for g in (dweight, dbias))
+    return [losses, dx, dweight.to(formed), dbias.to(formed)]
 
 
 def _order(ignored: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -22,7 +22,7 @@ from mmlm_fast.ops._registry import (
 
 REDUCTIONS = ("mean", "sum", "none")
 # Of the logits at hand at once. On a CPU larger is no faster; on a GPU matrix products need some hundred rows.
-CHUNK_MIB = {"cpu": 96, "cuda": 512}
+CHUNK_MIB = {"cpu": 96, "cuda": 0}  # 0: as many rows as cost no memory beside the weight's gradient
 COLUMNS = 512  # of one product with a part of the vocabulary: MKL is up to 1.4 times faster than over all of it
 
 
@@ -93,7 +93,9 @@ def linear_cross_entropy(
         logit_scale: Factor of the logits, before the cap (Cohere; 1 / ``logits_scaling`` of Granite).
         shift: Token t predicts target t + 1, along the last dimension of `target`, as causal language models do.
         num_items_in_batch: Divides the sum, in place of the count of ``mean`` (gradient accumulation in transformers).
-        chunk_mib: Memory for logits at hand, MiB; default 96 on CPU, 512 on CUDA.
+        chunk_mib: Memory for logits at hand, MiB; default 96 on CPU. On CUDA all at once where
+            they take no more memory than a sum of the weight's gradients in float32 over several chunks would, plus
+            512 MiB; else half of that sum, at least 512.
 
     Returns:
         Loss in float32 (float64 for float64): a scalar, or ``[*batch]``. Arithmetic on logits is in float32. With no
@@ -137,7 +139,7 @@ def linear_cross_entropy(
         return loss.view(shape) if reduction == "none" else loss
     numbers = [float(v) for v in (logit_scale, softcap or 0.0, label_smoothing, z_loss)]
     mib = chunk_mib if chunk_mib is not None else CHUNK_MIB.get(x.device.type, 96)
-    budget = int(mib * 2**20)
+    budget = max(1, int(mib * 2**20)) if mib else 0
     if reduction == "none":
         return _Rows.apply(x, weight, bias, target, skip, numbers, budget).view(shape)
     factor = _denominator(ignored, reduction, num_items_in_batch).reciprocal()
