@@ -78,13 +78,25 @@ def table(device_type: str, folder: Path | None = None) -> str:
     commits = ", ".join(sorted({str(r.get("commit", e["commit"])) for r in results["rows"]}))
     if device_type == "cuda":
         told = f"{e['device']}; {e['date']}, commit {commits}; {packages}. From `benchmarks/results/{name}`."
-        told += "".join(f"\n- {text}" for text in results.get("failures", []))
+        told += "".join(f"\n- {text}" for text in broken(results))
         return f"{told}\n\n{markdown_table(GPU_COLUMNS, lines(results))}"
     told = (
         f"{e['device']}, {e['cores']} cores, {e['threads']} threads (audio: one), {e['isa']}, load {e['load_average']} "
         f"at the start; {e['date']}, commit {commits}; {packages}. From `benchmarks/results/{name}`."
     )
     return f"{told}\n\n{markdown_table(COLUMNS, lines(results))}"
+
+
+def broken(results: dict[str, Any]) -> list[str]:
+    """What held and what broke on a GPU; a test counts once, whatever its parameters."""
+    checks, tests = results.get("checks", []), results.get("tests")
+    told = [f"{sum(bool(c['ok']) for c in checks)} of {len(checks)} checks hold"] if checks else []
+    if tests:
+        told.append(f"{tests['passed']} tests pass, {tests['failed']} fail{'' if tests['finished'] else ', cut off'}")
+    names = [re.sub(r"(TEST +[^ \[]+).*", r"\1", text, flags=re.DOTALL) for text in results.get("failures", [])]
+    return told + [
+        f"{name[:160]}{f' ({n} cases)' if (n := names.count(name)) > 1 else ''}" for name in dict.fromkeys(names)
+    ]
 
 
 def memory_curve() -> str:

@@ -16,8 +16,6 @@ from mmlm_kernels.tiles import precision, product_tiles
 
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 GROUP_M = 8  # row tiles that share their weight tiles in L2
-ROWS_BWD, COLUMNS_BWD = 64, 64
-MAX_SPLITS = 32  # of a long reduction with few output tiles (the weight gradient)
 
 
 @triton.jit
@@ -32,22 +30,6 @@ def _activation(z, KIND: tl.constexpr):
     if KIND == 4:
         z = z * tl.sigmoid(z)
     return z
-
-
-@triton.jit
-def _activation_grad(z, KIND: tl.constexpr):
-    if KIND == 1:
-        d = tl.where(z > 0, 1.0, 0.0)
-    elif KIND == 2:
-        d = 0.5 * (1 + tl.math.erf(z * 0.7071067811865476)) + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
-    elif KIND == 3:
-        square = tl.minimum(z * z, 1e6)  # s is 0 or 1 by then, and finite numbers stay finite
-        s = tl.sigmoid(1.5957691216057308 * z * (1 + 0.044715 * square))
-        d = s + z * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * square)
-    else:
-        s = tl.sigmoid(z)
-        d = s + z * s * (1 - s)
-    return d
 
 
 @triton.jit
@@ -104,45 +86,6 @@ def _fwd_kernel(xs, sizes, offsets, weight_ptr, bias_ptr, addend_ptr, out_ptr, z
     tl.store(out_ptr + places, _activation(acc, ACTIVATION).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["M", "K", "steps_per_split"])
-def _matmul_kernel(a_ptr, b_ptr, c_ptr, M, N, K, stride_am, stride_ak, stride_bk, stride_bn, stride_cm,
-                   steps_per_split, UNIT_M: tl.constexpr, UNIT_K: tl.constexpr, PRECISION: tl.constexpr,
-                   GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                   BLOCK_K: tl.constexpr):  # fmt: skip
-    """C = A B for any strides; program axis 1 takes its own part of the reduction and its own slab of C.
-
-    M and K are in units that are 16 where a mask along the dense dimension of A needs to be known for wide loads.
-    """
-    M, K = M * UNIT_M, K * UNIT_K
-    tile_m, tile_n = _tile(M, N, BLOCK_M, BLOCK_N, GROUP)
-    split = tl.program_id(1)
-    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_mask, column_mask = rows < M, columns < N
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    first = split * steps_per_split * BLOCK_K
-    last = tl.minimum(K, first + steps_per_split * BLOCK_K)
-    acc = _accumulate(acc, a_ptr, stride_am, stride_ak, b_ptr, stride_bk, stride_bn, rows, row_mask, columns,
-                      column_mask, first, last, BLOCK_K, PRECISION)  # fmt: skip
-    c_ptrs = c_ptr + split.to(tl.int64) * M * stride_cm + rows[:, None].to(tl.int64) * stride_cm + columns[None, :]
-    tl.store(c_ptrs, acc.to(c_ptr.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
-
-
-@triton.jit(do_not_specialize=["M"])
-def _activation_bwd_kernel(grad_ptr, z_ptr, dz_ptr, dbias_ptr, M, N, ACTIVATION: tl.constexpr,
-                           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """dz = grad · act'(z), and the column sums of each row block, which a second stage adds up."""
-    block = tl.program_id(0).to(tl.int64)
-    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = (rows < M)[:, None] & (columns < N)[None, :]
-    offsets = rows[:, None] * N + columns[None, :]
-    z = tl.load(z_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    dz = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * _activation_grad(z, ACTIVATION)
-    tl.store(dz_ptr + offsets, dz.to(dz_ptr.dtype.element_ty), mask=mask)
-    tl.store(dbias_ptr + block * N + columns, tl.sum(dz, axis=0), mask=columns < N)
-
-
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).contiguous()
 
@@ -154,7 +97,7 @@ def _grid(num_rows: int, num_columns: int, tiles: dict[str, int]) -> int:
 def _gemm_segments(segments, weight, bias, addend, tokens, out, z, activation):
     """out (and z) from pairs (rows [M, K], first weight column)."""
     num_rows, num_out = out.shape
-    tiles = product_tiles(num_rows, weight.dtype, is_plain=False)
+    tiles = product_tiles(weight.dtype, has_few_rows=num_rows <= 32)
     _fwd_kernel[(_grid(num_rows, num_out, tiles),)](
         tuple(x for x, _ in segments),
         tuple(x.shape[1] for x, _ in segments),
@@ -200,76 +143,3 @@ def concat_linear_fwd(
         _gemm_segments(pooled, weight, None, None, 1, addend, None, "none")
     _gemm_segments(full, weight, bias, addend, num_tokens, flat, z.view(-1, num_out) if keeps else None, activation)
     return out, z
-
-
-def _matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out[M, N] = a[M, K] b[K, N]; any strides, out with unit stride along N."""
-    (num_rows, depth), num_columns = a.shape, b.shape[1]
-    tiles = product_tiles(num_rows, a.dtype, is_plain=True)
-    num_tiles = _grid(num_rows, num_columns, tiles)
-    if num_tiles == 0:
-        return
-    # A weight gradient reduces over all tokens into few tiles: give the machine several parts of the reduction.
-    splits = max(1, min(MAX_SPLITS, 256 // num_tiles, depth // (8 * tiles["BLOCK_K"])))
-    steps = triton.cdiv(depth, tiles["BLOCK_K"])
-    steps_per_split = triton.cdiv(steps, splits)
-    splits = max(1, triton.cdiv(steps, steps_per_split)) if steps else 1
-    target = out if splits == 1 else torch.empty(splits, *out.shape, dtype=torch.float32, device=out.device)
-    unit_m, unit_k = (16 if a.stride(i) == 1 and a.shape[i] % 16 == 0 else 1 for i in range(2))
-    _matmul_kernel[(num_tiles, splits)](
-        a,
-        b,
-        target,
-        num_rows // unit_m,
-        num_columns,
-        depth // unit_k,
-        *a.stride(),
-        *b.stride(),
-        target.stride(-2),
-        steps_per_split,
-        UNIT_M=unit_m,
-        UNIT_K=unit_k,
-        PRECISION=precision(),
-        GROUP=GROUP_M,
-        **tiles,
-    )
-    if splits > 1:
-        out.copy_(target.sum(0))
-
-
-def concat_linear_bwd(
-    grad: Tensor, inputs: list[Tensor], weight: Tensor, preactivation: Tensor, activation: str, needed: list[bool]
-) -> list[Tensor]:
-    needs_weight, needs_bias, *needs_inputs = needed
-    num_tokens, num_out = grad.shape[-2], weight.shape[0]
-    nothing = grad.new_empty(0)
-    dweight = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device) if needs_weight else nothing
-    dz, dbias = _preactivation_grad(_rows(grad), preactivation, activation, needs_bias)
-    per_sample = None
-    if any(x.shape[-2] != num_tokens for x in inputs):
-        per_sample = dz.view(-1, num_tokens, num_out).sum(1, dtype=torch.float32).to(dz.dtype)
-    dinputs, offset = [], 0
-    for x, needs in zip(inputs, needs_inputs, strict=True):
-        columns = slice(offset, offset + x.shape[-1])
-        offset += x.shape[-1]
-        dz_x = dz if x.shape[-2] == num_tokens else per_sample
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs else nothing
-        if needs and x.numel():
-            _matmul(dz_x, weight[:, columns], dx.view(-1, x.shape[-1]))
-        if needs_weight and x.numel():
-            _matmul(dz_x.T, _rows(x), dweight[:, columns])
-        dinputs.append(dx)
-    return [dweight, dbias if needs_bias else nothing, *dinputs]
-
-
-def _preactivation_grad(grad: Tensor, z: Tensor, activation: str, needs_bias: bool) -> tuple[Tensor, Tensor]:
-    num_rows, num_out = grad.shape
-    if activation == "none" or grad.numel() == 0:
-        return grad, grad.sum(0) if needs_bias else grad
-    dz = torch.empty_like(grad)
-    grid = (triton.cdiv(num_rows, ROWS_BWD), triton.cdiv(num_out, COLUMNS_BWD))
-    partial = torch.empty(grid[0], num_out, dtype=torch.float32, device=grad.device)
-    _activation_bwd_kernel[grid](
-        grad, z, dz, partial, num_rows, num_out, ACTIVATIONS[activation], ROWS_BWD, COLUMNS_BWD
-    )
-    return dz, partial.sum(0).to(grad.dtype)

@@ -152,7 +152,9 @@ def _product(
     """out = a·b (+ bias), or out += a·b; bounds: device count of what is `bounded`, and its first, or None: all."""
     count, first = bounds
     if count is None:
-        if accumulate:
+        if accumulate and a.dtype != out.dtype and out.is_cuda:  # no half-precision product is written and read again
+            torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
+        elif accumulate:
             out.addmm_(a, b) if a.dtype == out.dtype else out.add_(a @ b)
         elif a.dtype != out.dtype:
             out.copy_(a @ b)
@@ -162,7 +164,7 @@ def _product(
             torch.addmm(bias, a, b, out=out)
         return
     (rows, depth), columns = a.shape, b.shape[1]
-    tiles = product_tiles(rows, a.dtype, is_plain=not accumulate)
+    tiles = product_tiles(a.dtype, is_plain=not accumulate)
     unit_m, unit_k = (16 if a.stride(i) == 1 and a.shape[i] % 16 == 0 else 1 for i in range(2))
     grid = (triton.cdiv(rows, tiles["BLOCK_M"]) * triton.cdiv(columns, tiles["BLOCK_N"]),)
     _matmul_kernel[grid](

@@ -6,12 +6,12 @@ import torch
 import triton
 
 # The largest that compile without spills for sm_80, sm_90 and sm_100 (tests/aot.py prints registers and shared memory).
-# Those of 128 × 256 take 147 KB of shared memory, which sm_120 does not have. IEEE float32 has no tensor cores: small
+# Those of 128 × 256 take 197 KB of shared memory, which sm_120 does not have. IEEE float32 has no tensor cores: small
 # tiles, and none with fewer than 16 terms, which Triton 3.6 refuses. Unless told how many registers there are, ptxas
 # stops at 80 and spills.
 MAX_REGISTERS = 128
 TILES_16_BIT = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
-TILES_16_BIT_WIDE = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
+TILES_16_BIT_WIDE = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}
 TILES_16_BIT_FEW_ROWS = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
 TILES_TF32 = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
 TILES_FLOAT32 = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 8, "num_stages": 3, "maxnreg": MAX_REGISTERS}
@@ -30,13 +30,13 @@ def precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def product_tiles(num_rows: int, dtype: torch.dtype, is_plain: bool) -> dict[str, int]:
-    """Tiles of a product with so many rows: BLOCK_M, BLOCK_N, BLOCK_K and launch options.
+def product_tiles(dtype: torch.dtype, *, is_plain: bool = False, has_few_rows: bool = False) -> dict[str, int]:
+    """Tiles of a product: BLOCK_M, BLOCK_N, BLOCK_K and launch options.
 
     `is_plain`: each tile is stored as it is; with anything else to be read or computed the wide ones spill.
     """
     if dtype == torch.float32:
         return TILES_TF32 if precision() == "tf32" else TILES_FLOAT32
-    if num_rows <= 32:
+    if has_few_rows:
         return TILES_16_BIT_FEW_ROWS
     return TILES_16_BIT_WIDE if is_plain and architecture() != 80 else TILES_16_BIT

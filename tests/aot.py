@@ -84,7 +84,7 @@ class CompileOnlyDriver(DriverBase):
 
 
 def concat_linear(dtype):
-    from mmlm_kernels.concat_linear import concat_linear_bwd, concat_linear_fwd
+    from mmlm_kernels.concat_linear import concat_linear_fwd
 
     for rows in (1, 256):  # both tile tables
         inputs = [torch.empty(2, rows, 128, dtype=dtype), torch.empty(2, 1, 64, dtype=dtype)]
@@ -92,8 +92,7 @@ def concat_linear(dtype):
         for activation in ("none", "relu", "gelu", "gelu_tanh", "silu") if dtype == DTYPES[0] else ("none", "gelu"):
             for tf32 in (False, True) if dtype == torch.float32 else (False,):
                 torch.backends.cuda.matmul.allow_tf32 = tf32
-                out, z = concat_linear_fwd(inputs, weight, bias, activation, True)
-                concat_linear_bwd(out, inputs, weight, z, activation, [True] * 4)
+                concat_linear_fwd(inputs, weight, bias, activation, True)
 
 
 def fuse_modalities(dtype):

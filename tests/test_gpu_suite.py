@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -216,6 +217,21 @@ def test_a_wrong_result_is_a_fact(facts, fast, good):
     found = [f for f in read(facts.path) if f["kind"] == "check"]
     assert [f["mode"] for f in found] == ["forward", "backward"]
     assert all(f["ok"] for f in found) is good
+
+
+def test_float32_may_err_as_much_as_is_stated(facts):
+    """A check that says so may err more than the accuracy rule allows, in float32 alone, and no more than it says."""
+    exact = torch.sin(check_of(torch.sin).draw(torch.float32)[0].double())
+    eps = torch.finfo(torch.float32).eps * exact.norm() / exact.numel() ** 0.5
+
+    def noisy(x, size):
+        return torch.sin(x) + size * eps.to(x.dtype) * torch.ones_like(x)
+
+    for size, factor, good in ((3, 1.0, False), (3, 2.0, True), (5, 2.0, False)):
+        check = replace(check_of(lambda x, size=size: noisy(x, size)), float32_factor=factor)
+        assert correctness.forward_and_backward(check, torch.float32, facts) is good, (size, factor)
+        found = [f for f in read(facts.path) if f["kind"] == "check" and f["mode"] == "forward"][-1]
+        assert found["of_allowed"] > 1
 
 
 def test_a_result_without_its_kernel_is_no_proof(facts, monkeypatch):

@@ -121,13 +121,12 @@ def fuse_modalities():
 
 
 def concat_linear():
-    from mmlm_kernels.concat_linear import concat_linear_bwd, concat_linear_fwd
+    from mmlm_kernels.concat_linear import concat_linear_fwd
 
     weight, bias = empty(256, 192), empty(256)
     for tokens in (n for n in sizes(600) if n > 1):
         inputs = [empty(2, tokens, 128), empty(2, 1, 64)]
-        out, z = concat_linear_fwd(inputs, weight, bias, "gelu", True)
-        concat_linear_bwd(out, inputs, weight, z, "gelu", [True] * 4)
+        concat_linear_fwd(inputs, weight, bias, "gelu", True)
 
 
 def linear_cross_entropy():
@@ -192,9 +191,9 @@ BINARIES = {
     "fuse_modalities": dict.fromkeys(
         ("_fwd_kernel", "_bwd_kernel", "_query_grad_kernel", "_mix_fwd_kernel", "_mix_bwd_kernel"), 1
     ),
-    # few rows or many, and the input that broadcasts; gradients of inputs and weight, reduced in parts or not
-    "concat_linear": {"_fwd_kernel": 3, "_matmul_kernel": 4, "_activation_bwd_kernel": 1},
-    "linear_cross_entropy": {"_matmul_kernel": 3, "_loss_kernel": 1},  # logits, gradients of x and of the weight
+    "concat_linear": {"_fwd_kernel": 3},  # few rows or many, and the input that broadcasts
+    # logits, gradients of x, and of the weight in one chunk or summed over several
+    "linear_cross_entropy": {"_matmul_kernel": 4, "_loss_kernel": 1},
     "clip_loss": {"_rows_kernel": 2, "_columns_kernel": 2, "_gradients_kernel": 2},  # columns a multiple of 16, or not
     "siglip_loss": {"_pairs_kernel": 2},
     "interval_attention": dict.fromkeys(
@@ -224,7 +223,6 @@ ALLOCATIONS = {
     "gated_mix_fwd": 2,
     "gated_mix_bwd": 3,
     "concat_linear_fwd": 3,
-    "concat_linear_bwd": 12,
     "clip_loss_statistics": 0,
     "clip_loss_gradients": 2,
     "siglip_loss_pairs": 2,

@@ -1,3 +1,5 @@
+from importlib import import_module
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -194,6 +196,23 @@ def test_chunks_fit_the_budget(vocab):
         step = chunks_of(rows, 4 * vocab, 96 * 2**20)
         assert step % 16 == 0
         assert step == 16 or step * 4 * vocab <= 96 * 2**20
+
+
+def test_rows_of_a_chunk_on_a_gpu():
+    """All rows where their logits are no more than a sum of the weight's gradients would be; else half of that sum."""
+    rows_of = import_module("mmlm_kernels.linear_cross_entropy")._rows_of_chunk
+    vocab, size = 152_064, 3584
+
+    def rows(count, dtype=torch.bfloat16, summed=True, budget=0):
+        return rows_of(torch.empty(count, size, dtype=dtype, device="meta"), vocab, summed, budget)
+
+    assert rows(0) == 1
+    assert rows(8192) == 8192  # 2.5 GB of logits for a sum of 2.2 GB that is not needed
+    assert rows(16384) * vocab * 2 <= 2 * vocab * size
+    assert rows(16384) > 2048
+    assert rows(8192, torch.float32) < 8192  # there the sum is the gradient itself
+    assert rows(8192, summed=False) * vocab * 2 <= 2**29
+    assert rows(8192, budget=2**26) * vocab * 2 <= 2**26
 
 
 def test_registration_gradcheck_compile():

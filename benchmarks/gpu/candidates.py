@@ -114,7 +114,7 @@ def chosen(kernel: str, row: Row | None) -> Iterator[None]:
     tiles = import_module("mmlm_kernels.interval_attention").TILES
     kept = dict(tiles)
     if row is not None:
-        tiles.update({key: [(512, *row)] for key in kept if key[:2] == (kernel, 2)})
+        tiles.update({key: [(512, *row)] for key in kept if key[0].split(",")[0] == kernel and key[1] == 2})
     try:
         yield
     finally:

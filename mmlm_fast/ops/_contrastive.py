@@ -16,8 +16,8 @@ from torch import Tensor
 
 from mmlm_fast.ops._registry import check_floating
 
-# Rows and columns of a tile. On a CPU it stays in the caches. On a GPU it takes 512 MiB in half precision: one of 4,096,
-# which an H100's L2 holds, costs a dozen launches for 40 µs of products, and the host was three times slower.
+# Rows and columns of a tile. On a CPU it stays in the caches. On a GPU it takes 512 MiB in half precision: one of
+# 4,096, which an H100's L2 holds, costs a dozen launches for 40 µs of products, and the host was three times slower.
 TILE = {"cpu": 1024, "cuda": 16384}
 PADDING = 16  # numbers between a tile's rows: rows a power of two apart would share the few places of a cache
 DIAGONAL, IDS, WEIGHTS = 0, 1, 2
@@ -212,6 +212,8 @@ def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out += a·b, `out` in float32."""
     if b.dtype == torch.float32:
         out.addmm_(a, b)
+    elif out.is_cuda:  # no half-precision product is written and read again
+        torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, out=out)
     else:
         out += a @ b
 

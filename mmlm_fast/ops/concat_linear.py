@@ -32,10 +32,10 @@ def concat_linear_ref(
 def concat_linear(
     inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None = None, *, activation: str = "none"
 ) -> Tensor:
-    """Apply ``activation([x_1 … x_k] Wᵀ + b)`` without building the concatenation.
+    """Apply ``activation([x_1 … x_k] Wᵀ + b)`` without building the concatenation where that costs more than it gains.
 
     An input with one token is broadcast over the tokens of the others (a pooled modality beside a sequence) and is
-    multiplied once per sample, not once per token.
+    multiplied once per sample, not once per token. Several inputs with all tokens are concatenated.
 
     Args:
         inputs: k ≥ 1 tensors ``[*batch, T or 1, K_i]``, float32 / float16 / bfloat16 (float64 on CPU).
@@ -44,8 +44,8 @@ def concat_linear(
         activation: One of ``none``, ``relu``, ``gelu`` (erf), ``gelu_tanh``, ``silu``.
 
     Returns:
-        ``[*batch, T, N]`` in the dtype of the inputs. The kernel accumulates in float32 and rounds once. Under
-        autocast everything is cast first, as torch's linear does.
+        ``[*batch, T, N]`` in the dtype of the inputs. The kernel, which CUDA takes for small products beside broadcast
+        inputs, accumulates in float32 and rounds once. Under autocast everything is cast first, as torch's linear does.
 
     Raises:
         ValueError: for shapes, dtypes or devices that do not go together, or an unknown activation.
@@ -159,11 +159,25 @@ def _fake_bwd(grad, inputs, weight, preactivation, activation, needed):
     return [t.new_empty(t.shape) if needs else t.new_empty(0) for t, needs in zip(like, needed, strict=True)]
 
 
+# Multiply-adds of the inputs with all tokens, from which on cuBLAS gains more than the kernel saves in launches and
+# passes over the output (measured on an H100, see CONTRIBUTING).
+LARGE_PRODUCT = 2**35
+
+
+def _kernel_takes(
+    inputs: list[Tensor], weight: Tensor, bias: Tensor | None, activation: str, save_preactivation: bool
+) -> bool:
+    """Where an input broadcasts, and the product is small; a concatenation costs less than cuBLAS gains."""
+    full, pooled = _segments(inputs, num_tokens(inputs))
+    return bool(pooled) and sum(x.numel() for x, _ in full) * weight.shape[0] < LARGE_PRODUCT
+
+
 _fwd = register_op(
     "concat_linear_fwd(Tensor[] inputs, Tensor weight, Tensor? bias, str activation, bool save_preactivation)"
     " -> (Tensor, Tensor)",
     portable=_portable_fwd,
     kernel="mmlm_kernels.concat_linear:concat_linear_fwd",
+    kernel_takes=_kernel_takes,
     fake=_fake_fwd,
 )
 # `needed` and the result are in the order weight, bias, inputs; what is not needed comes back empty.
@@ -171,7 +185,7 @@ _bwd = register_op(
     "concat_linear_bwd(Tensor grad, Tensor[] inputs, Tensor weight, Tensor preactivation, str activation,"
     " bool[] needed) -> Tensor[]",
     portable=_portable_bwd,
-    kernel="mmlm_kernels.concat_linear:concat_linear_bwd",
+    kernel=None,
     fake=_fake_bwd,
 )
 
