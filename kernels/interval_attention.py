@@ -599,6 +599,7 @@ TILES = {
     ("dq", 4, 100): [(64, 32, 32, 8, 1), (128, 16, 32, 8, 1)],
 }  # fmt: skip
 if not OLD_TRITON:
+    TILES["fwd", 2, 90] = [(256, 128, 32, 8, 2) if row[0] == 256 else row for row in TILES["fwd", 2, 90]]
     TILES["dkv", 2, 90] = [(128, 32, 128, 8, 2) if row[0] == 128 else row for row in TILES["dkv", 2, 90]]
 if OLD_TRITON:  # it needs more registers for mma.sync
     TILES["dq", 2, 100] = TILES["dq", 2, 80]
