@@ -26,17 +26,17 @@ TIMES: dict[str, tuple[str, int, float]] = {
     "interval_attention": ("ops.interval_attention", 99, 55.0),
     "linear_cross_entropy": ("ops.linear_cross_entropy", 1, 25.0),
     "qk_norm_rope": ("ops.qk_norm_rope", 2, 12.0),
+    "glu": ("ops.glu", 2, 12.0),
+    "add_norm": ("ops.add_norm", 2, 10.0),
     "merge_embeddings": ("ops.merge_embeddings", 2, 12.0),
     "clip_loss": ("ops.clip_loss", 1, 15.0),
-    "siglip_loss": ("ops.siglip_loss", 1, 15.0),
     "log_mel": ("audio.log_mel", 0, 10.0),
-    "concat_linear": ("ops.concat_linear", 2, 10.0),
-    "fuse_modalities": ("ops.fuse_modalities", 2, 14.0),
-    "add_norm": ("ops.add_norm", 2, 10.0),
-    "glu": ("ops.glu", 2, 12.0),
-    "gated_add": ("ops.gated_add", 0, 6.0),
+    "siglip_loss": ("ops.siglip_loss", 1, 15.0),
     "norm_pixel_shuffle": ("ops.norm_pixel_shuffle", 2, 8.0),
     "patch_embed": ("ops.patch_embed", 2, 8.0),
+    "gated_add": ("ops.gated_add", 0, 6.0),
+    "concat_linear": ("ops.concat_linear", 2, 10.0),
+    "fuse_modalities": ("ops.fuse_modalities", 2, 14.0),
 }
 
 TEST_FILES = (
