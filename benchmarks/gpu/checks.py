@@ -221,6 +221,7 @@ def concat_linear(device: str, tiny: bool) -> Checks:
                 partial(ops.concat_linear, activation=activation),
                 partial(concat_linear_ref, activation=activation),
                 modes=label == shapes[0][0] and activation == "gelu",
+                has_kernel=any(pooled for _, pooled in sizes),
             )
 
 
