@@ -29,6 +29,8 @@ DECODE_ROWS = 64  # at most so many rows (queries × heads that share keys) are 
 MIN_SPLIT_KEYS = 256
 MAX_SPLITS = 64
 PROGRAMS_WANTED = 2 * 132  # two for each multiprocessor of a large GPU
+SPLIT_ABOVE = 128  # head size
+HEADS_TOGETHER = 8  # whose tiles run side by side (`_place`)
 # No integer is specialised: lengths and strides change with every batch and every token, and UNIT says what they are
 # multiples of (tests/test_kernel_variants.py).
 INTEGERS = [f"{name}_stride_{axis}" for name in ("q", "k", "v", "grad", "out", "dq", "dk", "dv") for axis in "bhs"]
@@ -151,6 +153,21 @@ def _softcap_grad(s, softcap):
 
 
 @triton.jit
+def _place(pid, num_tiles, num_heads, TOGETHER: tl.constexpr):
+    """Tile and head of a program: the first tiles of TOGETHER heads, their second ones, …
+
+    Tiles come with the most work first: those of one head after the other would let the last head's first tile start
+    where others end. Of few heads at once, so that programs side by side read the same.
+    """
+    if TOGETHER == 1:
+        return pid % num_tiles, pid // num_tiles
+    first = pid // (num_tiles * TOGETHER) * TOGETHER
+    heads = tl.minimum(num_heads - first, TOGETHER)
+    rest = pid % (num_tiles * TOGETHER)
+    return rest // heads, first + rest % heads
+
+
+@triton.jit
 def _bounds(lo_ptr, hi_ptr, index, mask, Skv):
     """The rows' intervals, cut to the keys there are; rows that do not exist see none."""
     lo = tl.maximum(tl.load(lo_ptr + index, mask=mask, other=0), 0)
@@ -248,7 +265,7 @@ def _fwd_kernel(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, sinks_ptr, out_ptr, largest
                 v_stride_b, v_stride_h, v_stride_s, out_stride_split, out_stride_b, out_stride_h, out_stride_s,
                 mask_stride, num_tiles, B, Sq, Skv, scale, softcap,
                 H: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, SPLITS: tl.constexpr, UNIT: tl.constexpr,
-                HAS_SINKS: tl.constexpr, SOFTCAP: tl.constexpr,
+                HAS_SINKS: tl.constexpr, SOFTCAP: tl.constexpr, TOGETHER: tl.constexpr,
                 D: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr,
                 DV: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr, V3: tl.constexpr,
                 PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr):  # fmt: skip
@@ -256,10 +273,10 @@ def _fwd_kernel(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, sinks_ptr, out_ptr, largest
     pid = tl.program_id(0)
     split = pid % SPLITS
     pid = pid // SPLITS
-    tile = num_tiles - 1 - pid % num_tiles  # the last queries see most keys under a causal mask: they start first
-    pid = pid // num_tiles
-    b = (pid // (H // PACK)).to(tl.int64)
-    head = pid % (H // PACK) * PACK
+    tile, pair = _place(pid, num_tiles, B * (H // PACK), TOGETHER)
+    tile = num_tiles - 1 - tile  # the last queries see most keys under a causal mask: they start first
+    b = (pair // (H // PACK)).to(tl.int64)
+    head = pair % (H // PACK) * PACK
     kv_head = (head // GROUP).to(tl.int64)
 
     rows = tile * M + tl.arange(0, M)
@@ -390,56 +407,76 @@ def _delta_kernel(grad_ptr, out_ptr, grad_lse_ptr, largest_ptr, total_ptr, delta
 
 
 @triton.jit(do_not_specialize=INTEGERS)
-def _ranges_kernel(lo_ptr, hi_ptr, ranges_ptr, num_tiles, Sq, Skv, N: tl.constexpr, BLOCK: tl.constexpr):
-    """For each tile of N keys: [first, last), in which all queries are that see some of it."""
+def _ranges_kernel(lo_ptr, hi_ptr, ranges_ptr, num_tiles, range_stride, Sq, Skv,
+                   M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """For each tile of N keys [first, last), in which all queries are that see some of it; behind them, for each tile
+    of M queries, [lo, hi), the keys that all of them see."""
     tile = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
-    begin = tile * N
-    end = tl.minimum(begin + N, Skv)
-    first = Sq
-    last = 0
-    for start in range(0, Sq, BLOCK):
-        rows = start + tl.arange(0, BLOCK)
+    lo_ptr += b * Sq
+    hi_ptr += b * Sq
+    if tile < num_tiles:
+        begin = tile * N
+        end = tl.minimum(begin + N, Skv)
+        first = Sq
+        last = 0
+        for start in range(0, Sq, BLOCK):
+            rows = start + tl.arange(0, BLOCK)
+            there = rows < Sq
+            lo = tl.load(lo_ptr + rows, mask=there, other=0)
+            hi = tl.load(hi_ptr + rows, mask=there, other=0)
+            some = there & (hi > lo) & (lo < end) & (hi > begin)
+            first = tl.minimum(first, tl.min(tl.where(some, rows, Sq), axis=0))
+            last = tl.maximum(last, tl.max(tl.where(some, rows + 1, 0), axis=0))
+        last = tl.maximum(first, last)
+    else:
+        rows = (tile - num_tiles) * M + tl.arange(0, M)
         there = rows < Sq
-        lo = tl.load(lo_ptr + b * Sq + rows, mask=there, other=0)
-        hi = tl.load(hi_ptr + b * Sq + rows, mask=there, other=0)
-        some = there & (hi > lo) & (lo < end) & (hi > begin)
-        first = tl.minimum(first, tl.min(tl.where(some, rows, Sq), axis=0))
-        last = tl.maximum(last, tl.max(tl.where(some, rows + 1, 0), axis=0))
-    ranges_ptr += (b * num_tiles + tile) * 2
+        first = tl.max(tl.load(lo_ptr + rows, mask=there, other=0), axis=0)
+        last = tl.min(tl.load(hi_ptr + rows, mask=there, other=2147483647), axis=0)
+    ranges_ptr += b * range_stride + tile * 2
     tl.store(ranges_ptr, first)
-    tl.store(ranges_ptr + 1, tl.maximum(first, last))
+    tl.store(ranges_ptr + 1, last)
 
 
 @triton.jit
 def _dkv_loop(dk1, dk2, dk3, dv1, dv2, dv3, k1, k2, k3, v1, v2, v3, q_ptr, grad_ptr, lo_ptr, hi_ptr,
-              shift_ptr, factor_ptr, delta_ptr, start, stop, q_stride, grad_stride, keys, scale, softcap,
+              shift_ptr, factor_ptr, delta_ptr, shared_ptr, start, stop, q_stride, grad_stride, keys, first_key,
+              end_key, scale, softcap,
               SOFTCAP: tl.constexpr, EXACT: tl.constexpr, AS_COLUMN: tl.constexpr,
+              WANTS_DK: tl.constexpr, WANTS_DV: tl.constexpr,
               D: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr,
               DV: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr, V3: tl.constexpr,
               PRECISION: tl.constexpr, M: tl.constexpr):  # fmt: skip
-    """Every tile is masked: three loops, of which one is not, spill under Triton 3.6 where heads share keys.
+    """A tile is masked where not all of its queries see all keys; their bounds are loaded there alone.
 
-    Bounds are not cut to the keys there are: what is beyond them is not stored.
+    Masked everywhere it took 7 more instructions for each query and key: Triton carries the comparisons from the layout
+    of the bounds to that of the scores as bytes, through shared memory.
     """
-    for begin in range(start, stop, M):
+    for begin in range(start // M * M, stop, M):
         query = begin + tl.arange(0, M)
         there = query < stop
+        seen_from = tl.load(shared_ptr + begin // M * 2)
+        seen_to = tl.load(shared_ptr + begin // M * 2 + 1)
         rows = query.to(tl.int64)
         q1, q2, q3 = _load_pieces(q_ptr, rows, q_stride, there, P1, P2, P3, D)
         shift, factor = _load_normaliser(shift_ptr, factor_ptr, query, there, EXACT, AS_COLUMN)
         s = _scores(_dot_transposed(k1, k2, k3, q1, q2, q3, P2, P3, PRECISION), scale, softcap, SOFTCAP)  # [N, M]
         p = _weights(s, shift[None, :], factor[None, :], EXACT)
-        lo, hi = _load_rows(lo_ptr, query, there, 0, AS_COLUMN), _load_rows(hi_ptr, query, there, 0, AS_COLUMN)
-        p = tl.where((keys[:, None] >= lo[None, :]) & (keys[:, None] < hi[None, :]), p, 0.0)
+        if (seen_from > first_key) | (seen_to < end_key):
+            lo = tl.load(lo_ptr + query, mask=there, other=0)
+            hi = tl.load(hi_ptr + query, mask=there, other=0)
+            p = tl.where((keys[:, None] >= lo[None, :]) & (keys[:, None] < hi[None, :]), p, 0.0)
         g1, g2, g3 = _load_pieces(grad_ptr, rows, grad_stride, there, V1, V2, V3, DV)
-        dv1, dv2, dv3 = _accumulate(dv1, dv2, dv3, p.to(g1.dtype), g1, g2, g3, V2, V3, PRECISION)
-        dp = _dot_transposed(v1, v2, v3, g1, g2, g3, V2, V3, PRECISION)
-        delta = _load_rows(delta_ptr, query, there, 0.0, AS_COLUMN)
-        ds = p * (dp - delta[None, :])
-        if SOFTCAP:
-            ds = ds * _softcap_grad(s, softcap)
-        dk1, dk2, dk3 = _accumulate(dk1, dk2, dk3, ds.to(q1.dtype), q1, q2, q3, P2, P3, PRECISION)
+        if WANTS_DV:
+            dv1, dv2, dv3 = _accumulate(dv1, dv2, dv3, p.to(g1.dtype), g1, g2, g3, V2, V3, PRECISION)
+        if WANTS_DK:
+            dp = _dot_transposed(v1, v2, v3, g1, g2, g3, V2, V3, PRECISION)
+            delta = _load_rows(delta_ptr, query, there, 0.0, AS_COLUMN)
+            ds = p * (dp - delta[None, :])
+            if SOFTCAP:
+                ds = ds * _softcap_grad(s, softcap)
+            dk1, dk2, dk3 = _accumulate(dk1, dk2, dk3, ds.to(q1.dtype), q1, q2, q3, P2, P3, PRECISION)
     return dk1, dk2, dk3, dv1, dv2, dv3
 
 
@@ -451,29 +488,30 @@ def _dkv_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, ranges_ptr, shift
                 dk_stride_b, dk_stride_h, dk_stride_s, dv_stride_b, dv_stride_h, dv_stride_s,
                 mask_stride, range_stride, num_tiles, Sq, Skv, scale, softcap,
                 H: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, SOFTCAP: tl.constexpr, EXACT: tl.constexpr,
-                AS_COLUMN: tl.constexpr,
+                AS_COLUMN: tl.constexpr, TOGETHER: tl.constexpr, WANTS_DK: tl.constexpr, WANTS_DV: tl.constexpr,
                 D: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr,
                 DV: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr, V3: tl.constexpr,
                 PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr):  # fmt: skip
-    """dK and dV of a tile of keys, summed over the heads that share it."""
-    pid = tl.program_id(0)
-    tile = pid % num_tiles  # under a causal mask the first keys are seen by most queries: they start first
-    pid = pid // num_tiles
+    """dK, dV or both of a tile of keys, summed over the heads that share it."""
     kv_heads: tl.constexpr = H // GROUP
-    b = (pid // kv_heads).to(tl.int64)
-    kv_head = (pid % kv_heads).to(tl.int64)
+    # under a causal mask the first keys are seen by most queries: they start first
+    tile, pair = _place(tl.program_id(0), num_tiles, tl.num_programs(0) // num_tiles, TOGETHER)
+    b = (pair // kv_heads).to(tl.int64)
+    kv_head = (pair % kv_heads).to(tl.int64)
     keys = tile * N + tl.arange(0, N)
     there = keys < Skv
     rows = keys.to(tl.int64)
-    ranges_ptr += b * range_stride + tile * 2
-    first, last = tl.load(ranges_ptr), tl.load(ranges_ptr + 1)
+    ranges_ptr += b * range_stride
+    first, last = tl.load(ranges_ptr + tile * 2), tl.load(ranges_ptr + tile * 2 + 1)
 
     k_ptr += b * k_stride_b * UNIT + kv_head * k_stride_h * UNIT
     v_ptr += b * v_stride_b * UNIT + kv_head * v_stride_h * UNIT
     k1, k2, k3 = _load_pieces(k_ptr, rows, k_stride_s * UNIT, there, P1, P2, P3, D)
-    v1, v2, v3 = _load_pieces(v_ptr, rows, v_stride_s * UNIT, there, V1, V2, V3, DV)
-    dk1, dk2, dk3 = _zeros(N, P1, P2, P3)
-    dv1, dv2, dv3 = _zeros(N, V1, V2, V3)
+    v1, v2, v3 = k1, k2, k3
+    if WANTS_DK:
+        v1, v2, v3 = _load_pieces(v_ptr, rows, v_stride_s * UNIT, there, V1, V2, V3, DV)
+    dk1, dk2, dk3 = _zeros(N if WANTS_DK else 1, P1 if WANTS_DK else 1, P2 if WANTS_DK else 0, P3 if WANTS_DK else 0)
+    dv1, dv2, dv3 = _zeros(N if WANTS_DV else 1, V1 if WANTS_DV else 1, V2 if WANTS_DV else 0, V3 if WANTS_DV else 0)
     for g in range(GROUP):
         head = kv_head * GROUP + g
         row = (b * H + head) * Sq
@@ -482,18 +520,21 @@ def _dkv_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, ranges_ptr, shift
             q_ptr + b * q_stride_b * UNIT + head * q_stride_h * UNIT,
             grad_ptr + b * grad_stride_b * UNIT + head * grad_stride_h * UNIT,
             lo_ptr + b * mask_stride, hi_ptr + b * mask_stride, shift_ptr + row, factor_ptr + row, delta_ptr + row,
-            first, last, q_stride_s * UNIT, grad_stride_s * UNIT, keys, scale, softcap,
-            SOFTCAP, EXACT, AS_COLUMN, D, P1, P2, P3, DV, V1, V2, V3, PRECISION, M,
+            ranges_ptr + num_tiles * 2, first, last, q_stride_s * UNIT, grad_stride_s * UNIT, keys,
+            tile * N, tl.minimum(tile * N + N, Skv), scale, softcap,
+            SOFTCAP, EXACT, AS_COLUMN, WANTS_DK, WANTS_DV, D, P1, P2, P3, DV, V1, V2, V3, PRECISION, M,
         )  # fmt: skip
-    dk1 = dk1 * scale
-    if P2 > 0:
-        dk2 = dk2 * scale
-    if P3 > 0:
-        dk3 = dk3 * scale
-    dk_ptr += b * dk_stride_b * UNIT + kv_head * dk_stride_h * UNIT
-    dv_ptr += b * dv_stride_b * UNIT + kv_head * dv_stride_h * UNIT
-    _store_pieces(dk_ptr, rows, dk_stride_s * UNIT, there, dk1, dk2, dk3, P1, P2, P3, D)
-    _store_pieces(dv_ptr, rows, dv_stride_s * UNIT, there, dv1, dv2, dv3, V1, V2, V3, DV)
+    if WANTS_DK:
+        dk1 = dk1 * scale
+        if P2 > 0:
+            dk2 = dk2 * scale
+        if P3 > 0:
+            dk3 = dk3 * scale
+        dk_ptr += b * dk_stride_b * UNIT + kv_head * dk_stride_h * UNIT
+        _store_pieces(dk_ptr, rows, dk_stride_s * UNIT, there, dk1, dk2, dk3, P1, P2, P3, D)
+    if WANTS_DV:
+        dv_ptr += b * dv_stride_b * UNIT + kv_head * dv_stride_h * UNIT
+        _store_pieces(dv_ptr, rows, dv_stride_s * UNIT, there, dv1, dv2, dv3, V1, V2, V3, DV)
 
 
 @triton.jit
@@ -526,14 +567,13 @@ def _dq_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, shift_ptr, factor_
                k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
                dq_stride_b, dq_stride_h, dq_stride_s, mask_stride, num_tiles, Sq, Skv, scale, softcap,
                H: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, SOFTCAP: tl.constexpr, EXACT: tl.constexpr,
-               D: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr,
+               TOGETHER: tl.constexpr, D: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr,
                DV: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr, V3: tl.constexpr,
                PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr):  # fmt: skip
-    pid = tl.program_id(0)
-    tile = num_tiles - 1 - pid % num_tiles
-    pid = pid // num_tiles
-    b = (pid // H).to(tl.int64)
-    head = (pid % H).to(tl.int64)
+    tile, pair = _place(tl.program_id(0), num_tiles, tl.num_programs(0) // num_tiles, TOGETHER)
+    tile = num_tiles - 1 - tile
+    b = (pair // H).to(tl.int64)
+    head = (pair % H).to(tl.int64)
     kv_head = head // GROUP
     query = tile * M + tl.arange(0, M)
     there = query < Sq
@@ -583,13 +623,15 @@ TILES = {
                      (512, 32, 16, 8, 2)],
     ("fwd", 2, 100): [(64, 128, 64, 4, 3), (128, 128, 64, 8, 2), (256, 64, 32, 8, 2), (512, 32, 16, 8, 2)],
     ("fwd", 4, 80): [(64, 32, 32, 4, 2), (128, 16, 32, 4, 2)],
-    ("dkv", 2, 80): [(64, 32, 64, 4, 2), (96, 32, 64, 8, 2), (112, 16, 64, 8, 2), (128, 32, 64, 8, 2),
-                     (256, 32, 32, 8, 1), (320, 16, 32, 8, 1), (512, 16, 16, 8, 1)],
-    ("dkv", 2, 90): [(64, 64, 64, 4, 3), (80, 64, 128, 8, 2), (96, 32, 128, 8, 3), (112, 16, 64, 4, 2),
-                     (128, 32, 128, 8, 3), (256, 32, 32, 8, 1), (320, 16, 32, 8, 1), (512, 16, 16, 8, 1)],
-    ("dkv, cap", 2, 90): [(96, 32, 64, 4, 1), (112, 16, 64, 4, 1), (128, 32, 64, 4, 1),
-                          (256, 32, 32, 8, 1), (320, 16, 32, 8, 1), (512, 16, 16, 8, 1)],
-    ("dkv", 2, 100): [(64, 32, 64, 4, 2), (96, 32, 64, 8, 2), (112, 16, 64, 8, 2), (128, 32, 64, 4, 1),
+    ("dkv", 2, 80): [(64, 32, 64, 4, 2), (112, 16, 64, 4, 2), (128, 32, 64, 8, 2), (256, 32, 32, 8, 1),
+                     (320, 16, 32, 8, 1), (512, 16, 16, 8, 1)],
+    ("dkv", 2, 90): [(64, 64, 64, 4, 3), (80, 64, 64, 4, 2), (96, 64, 128, 8, 2), (112, 32, 128, 8, 2),
+                     (128, 64, 128, 8, 2), (320, 16, 32, 8, 1), (512, 16, 16, 8, 1)],
+    ("dkv, cap", 2, 90): [(64, 64, 64, 4, 3), (80, 64, 64, 4, 2), (96, 64, 128, 8, 2), (112, 32, 128, 8, 2),
+                          (128, 32, 128, 8, 3), (320, 16, 32, 8, 1), (512, 16, 16, 8, 1)],
+    ("dk", 2, 90): [(192, 64, 128, 8, 2), (256, 32, 128, 8, 3)],
+    ("dv", 2, 90): [(192, 64, 128, 8, 3), (256, 64, 128, 8, 2)],
+    ("dkv", 2, 100): [(64, 64, 64, 8, 2), (96, 32, 64, 8, 2), (112, 16, 64, 8, 1), (128, 32, 64, 4, 1),
                       (256, 32, 32, 8, 1), (320, 16, 32, 8, 1), (512, 16, 16, 8, 1)],
     ("dkv", 4, 80): [(64, 32, 32, 8, 1), (128, 16, 16, 8, 1)],
     ("dq", 2, 80): [(64, 64, 64, 4, 2), (80, 64, 32, 8, 2), (128, 64, 32, 4, 2), (256, 32, 32, 8, 1),
@@ -600,11 +642,13 @@ TILES = {
 }  # fmt: skip
 if not OLD_TRITON:
     TILES["fwd", 2, 90] = [(256, 128, 32, 8, 2) if row[0] == 256 else row for row in TILES["fwd", 2, 90]]
-    TILES["dkv", 2, 90] = [(128, 32, 128, 8, 2) if row[0] == 128 else row for row in TILES["dkv", 2, 90]]
+    TILES["dk", 2, 90] = [(256, 32, 128, 8, 2) if row[0] == 256 else row for row in TILES["dk", 2, 90]]
+    TILES["dkv", 2, 90] = [(112, 32, 64, 4, 2) if row[0] == 112 else row for row in TILES["dkv", 2, 90]]
+    TILES["dkv", 2, 100] = [(112, 32, 64, 8, 2) if row[0] == 112 else row for row in TILES["dkv", 2, 100]]
 if OLD_TRITON:  # it needs more registers for mma.sync
+    TILES["dkv", 2, 80] = [(64, 16, 64, 4, 2), *TILES["dkv", 2, 80][1:]]
     TILES["dq", 2, 100] = TILES["dq", 2, 80]
     TILES["fwd", 2, 80] = [(64, 128, 64, 4, 2), *TILES["fwd", 2, 80][1:]]
-    TILES["dkv", 2, 80] = [(112, 16, 64, 4, 2), *TILES["dkv", 2, 80][3:]]
     TILES["dq", 2, 80] = [*TILES["dq", 2, 80][:2], (112, 64, 32, 8, 2), *TILES["dq", 2, 80][2:]]
 
 
@@ -635,6 +679,15 @@ def _blocks(kernel: str, x: Tensor, *head_sizes: int, softcap: bool = False) -> 
     keys = [(f"{kernel}, cap", width, arch)] * softcap + [(kernel, width, arch), (kernel, width, 80)]
     rows = next(TILES[key] for key in keys if key in TILES)
     return next((row[1:] for row in rows if padded <= row[0]), rows[-1][1:])
+
+
+def _kernels_of_keys(x: Tensor, *head_sizes: int) -> tuple[str, ...]:
+    """The kernels that make the gradients of keys and values: two where both sums have no room in registers."""
+    padded, rows = (
+        max(sum(_pieces(size, x.dtype)) for size in head_sizes),
+        TILES.get(("dk", x.element_size(), architecture()), []),
+    )
+    return ("dk", "dv") if any(SPLIT_ABOVE < padded <= row[0] for row in rows) else ("dkv",)
 
 
 def _loads_as_columns(stages: int) -> bool:
@@ -710,9 +763,9 @@ def interval_attention_fwd(
     block_m, block_n, warps, stages = _blocks("fwd", query, size, value_size)
     if softcap:  # the polynomial needs registers too
         warps, block_n = 8, min(block_n, 32 if max(size, value_size) > 128 else 64)
-    pack, splits, (_, second_piece, third_piece) = 1, 1, _pieces(size, query.dtype)
+    pack, splits, together, (_, second_piece, third_piece) = 1, 1, HEADS_TOGETHER, _pieces(size, query.dtype)
     if group * q_len <= DECODE_ROWS:
-        pack = group
+        pack, together = group, 1
         block_m = max(16, min(block_m, triton.next_power_of_2(group * q_len)))
         programs = batch * kv_heads * triton.cdiv(group * q_len, block_m)
         splits = max(1, min(MAX_SPLITS, kv_len // MIN_SPLIT_KEYS, triton.cdiv(PROGRAMS_WANTED, programs)))
@@ -732,8 +785,8 @@ def interval_attention_fwd(
         *((s // unit for s in target.stride()[:4]) if splits > 1 else (0, *_strides(target, unit))),
         mask_stride, num_tiles, batch, q_len, kv_len, scale, softcap if softcap else 1.0,
         H=heads, GROUP=group, PACK=pack, SPLITS=splits, UNIT=unit, HAS_SINKS=has_sinks,
-        SOFTCAP=bool(softcap), **_sizes(size, value_size, query.dtype), PRECISION=_precision(query.dtype),
-        M=block_m, N=block_n, num_warps=warps, num_stages=stages,
+        SOFTCAP=bool(softcap), TOGETHER=together, **_sizes(size, value_size, query.dtype),
+        PRECISION=_precision(query.dtype), M=block_m, N=block_n, num_warps=warps, num_stages=stages,
         **_registers(query.dtype == torch.float32 or max(size, value_size) > 128 or third_piece > 0),
     )  # fmt: skip
     if splits > 1:
@@ -780,21 +833,27 @@ def interval_attention_bwd(
         DV_POW2=triton.next_power_of_2(value_size), HAS_GRAD_LSE=grad_lse is not None, EXACT=exact, ROWS=rows,
     )  # fmt: skip
     shared = {"H": heads, "GROUP": group, "UNIT": unit, "SOFTCAP": bool(softcap), "EXACT": exact}
+    shared |= {"TOGETHER": HEADS_TOGETHER}
     shared |= {"PRECISION": _precision(query.dtype), **_sizes(size, value_size, query.dtype)}
     shared |= _registers(exact or _pieces(size, query.dtype)[1] > 16)
     inputs = (*_strides(grad, unit), *_strides(query, unit), *_strides(key, unit), *_strides(value, unit))
     softcap = softcap if softcap else 1.0
 
-    block_m, block_n, warps, stages = _blocks("dkv", query, size, value_size, softcap=shared["SOFTCAP"])
-    num_tiles = triton.cdiv(kv_len, block_n)
-    ranges = torch.empty(lo.shape[0], num_tiles, 2, dtype=torch.int32, device=query.device)
-    _ranges_kernel[(num_tiles, lo.shape[0])](lo, hi, ranges, num_tiles, q_len, kv_len, N=block_n, BLOCK=RANGE_BLOCK)
-    _dkv_kernel[(num_tiles * batch * kv_heads,)](
-        grad, query, key, value, lo, hi, ranges, shift, factor, delta, dk, dv, *inputs, *_strides(dk, unit),
-        *_strides(dv, unit),
-        mask_stride, 2 * num_tiles if mask_stride else 0, num_tiles, q_len, kv_len, scale, softcap,
-        **shared, AS_COLUMN=_loads_as_columns(stages), M=block_m, N=block_n, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    for kernel in _kernels_of_keys(query, size, value_size):
+        block_m, block_n, warps, stages = _blocks(kernel, query, size, value_size, softcap=shared["SOFTCAP"])
+        num_tiles = triton.cdiv(kv_len, block_n)
+        ranges = lo.new_empty(lo.shape[0], num_tiles + triton.cdiv(q_len, block_m), 2, dtype=torch.int32)
+        range_stride = ranges.stride(0)
+        _ranges_kernel[(ranges.shape[1], lo.shape[0])](
+            lo, hi, ranges, num_tiles, range_stride, q_len, kv_len, M=block_m, N=block_n, BLOCK=RANGE_BLOCK
+        )
+        _dkv_kernel[(num_tiles * batch * kv_heads,)](
+            grad, query, key, value, lo, hi, ranges, shift, factor, delta, dk, dv, *inputs, *_strides(dk, unit),
+            *_strides(dv, unit),
+            mask_stride, range_stride if mask_stride else 0, num_tiles, q_len, kv_len, scale, softcap,
+            **shared, AS_COLUMN=_loads_as_columns(stages), WANTS_DK="k" in kernel, WANTS_DV="v" in kernel,
+            M=block_m, N=block_n, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
 
     block_m, block_n, warps, stages = _blocks("dq", query, size, value_size)
     num_tiles = triton.cdiv(q_len, block_m)

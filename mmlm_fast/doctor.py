@@ -72,7 +72,7 @@ def op_paths(gpu: bool, why_plain: str) -> dict[str, str]:
         native = name == "spectral_features"
         if name.startswith("interval_attention"):
             on_cpu = "CPU native core, mask-free and float64 PyTorch"
-        elif name.startswith("concat_linear") or (in_audio and name.endswith("_bwd")):
+        elif name.startswith(("concat_linear", "scale_gradient")) or (in_audio and name.endswith("_bwd")):
             on_cpu = "CPU portable PyTorch"
         elif in_audio:
             on_cpu = "CPU native core"

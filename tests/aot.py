@@ -123,6 +123,12 @@ def add_norm(dtype):
     add_norm_bwd(x, None, x, weight, None, False, 1e-6, 1.0)
 
 
+def formed(dtype):
+    from mmlm_kernels.formed import scale_gradient_
+
+    scale_gradient_(torch.empty(512, 64, dtype=dtype), torch.empty(()))
+
+
 def glu(dtype):
     from mmlm_kernels.glu import ACTIVATIONS, glu_bwd, glu_fwd
 
@@ -267,6 +273,7 @@ def linear_cross_entropy(dtype):
 MEMORY_BOUND = [
     add_norm,
     clip_loss,
+    formed,
     gated_add,
     glu,
     merge_embeddings,
@@ -279,6 +286,7 @@ CASES = [
     add_norm,
     clip_loss,
     concat_linear,
+    formed,
     fuse_modalities,
     gated_add,
     glu,

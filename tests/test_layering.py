@@ -157,7 +157,7 @@ def test_every_op_has_its_files():
     for op in OPS:
         for place in (f"mmlm_fast/ops/{op}.py", f"kernels/{op}.py", f"tests/test_{op}.py", f"benchmarks/ops/{op}.py"):
             assert (ROOT / place).exists(), place
-    assert sorted([*OPS, "tiles"]) == sorted(p.stem for p in (ROOT / "kernels").glob("*.py"))
+    assert sorted([*OPS, "formed", "tiles"]) == sorted(p.stem for p in (ROOT / "kernels").glob("*.py"))
 
 
 def test_nothing_committed_names_this_machine():

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from mmlm_fast.ops._derivatives import is_seen_through, refused
+from mmlm_fast.ops._registry import register_op
 
 _graph_is_kept: Callable[[], bool] = getattr(
     torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
 )  # private: without it gradients are scaled out of place
+SMALL = 1 << 20  # numbers of a gradient for which a launch of our own is not worth it
 
 
 def wide(x: Tensor) -> torch.dtype:
@@ -58,4 +60,21 @@ def _scaled(formed: Sequence[Tensor], grad: Tensor) -> Sequence[Tensor]:
         return [g * grad for g in formed]
     if grad.device.type == "cpu" and float(grad) == 1:
         return formed
-    return [g.mul_(grad) for g in formed]  # the largest is as large as the weight: no second one beside it
+    for g in formed:  # in place: the largest is as large as the weight, and no second one beside it
+        if g.is_cuda and g.numel() > SMALL and g.is_contiguous():
+            _scale_(g, grad)
+        else:
+            g.mul_(grad)
+    return formed
+
+
+def _multiply(gradient: Tensor, factor: Tensor) -> None:
+    gradient.mul_(factor)
+
+
+_scale_ = register_op(
+    "scale_gradient_(Tensor(a!) gradient, Tensor factor) -> ()",
+    portable=_multiply,
+    kernel="mmlm_kernels.formed:scale_gradient_",
+    fake=lambda gradient, factor: None,
+)
