@@ -834,7 +834,7 @@ def interval_attention_bwd(
     shared = {"H": heads, "GROUP": group, "UNIT": unit, "SOFTCAP": bool(softcap), "EXACT": exact}
     shared |= {"TOGETHER": HEADS_TOGETHER}
     shared |= {"PRECISION": _precision(query.dtype), **_sizes(size, value_size, query.dtype)}
-    shared |= _registers(exact or _pieces(size, query.dtype)[1] > 16)
+    shared |= _registers(exact or size > 256 or _pieces(size, query.dtype)[1] > 16)
     inputs = (*_strides(grad, unit), *_strides(query, unit), *_strides(key, unit), *_strides(value, unit))
     softcap = softcap if softcap else 1.0
 

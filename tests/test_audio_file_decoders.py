@@ -237,7 +237,7 @@ def test_eight_and_more_planes(tmp_path, codec):
     layouts = {1: "mono", 6: "5.1", 8: "7.1"} | ({14: "9.1.4"} if codec == "wavpack" else {})
     for channels, layout in layouts.items():
         clip = 0.1 * np.sin(np.arange(9600) * 0.03 * np.arange(1, channels + 1)[:, None])
-        kind = {"wavpack": "wv", "libopus": "mka"}.get(codec, codec)
+        kind = {"wavpack": "wv", "libopus": "mka", "aac": "m4a"}.get(codec, codec)
         form = {"wavpack": "s16p", "tta": "s16"}.get(codec)
         path = by_av(tmp_path / f"a.{kind}", codec, clip, 48000, layout=layout, sample_format=form)
         samples, _ = read_audio(path, mono=False)

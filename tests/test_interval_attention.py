@@ -495,21 +495,29 @@ def test_kernel_loads_as_under_an_older_triton(device, kernel, monkeypatch):
 
 
 def test_kernel_ranges_are_exact(device, kernel):
-    """The queries the backward visits for a tile of keys are those that see some of it, no more."""
+    """The queries the backward visits for a tile of keys are those that see some of it, no more; and keys are taken
+    without a mask where all queries of a tile see them, and only there."""
+    num_tiles, num_query_tiles = 6, 10
     for name in MASKS:
         mask = MASKS[name](77, 90)
         if mask is None:
             continue
         lo, hi = mask.lo.to(device), mask.hi.to(device)
-        ranges = torch.empty(lo.shape[0], 6, 2, dtype=torch.int32, device=device)
-        kernel._ranges_kernel[(6, lo.shape[0])](lo, hi, ranges, 6, 77, 90, N=16, BLOCK=32)
+        ranges = torch.empty(lo.shape[0], num_tiles + num_query_tiles, 2, dtype=torch.int32, device=device)
+        kernel._ranges_kernel[(num_tiles + num_query_tiles, lo.shape[0])](
+            lo, hi, ranges, num_tiles, ranges.stride(0), 77, 90, M=8, N=16, BLOCK=32
+        )
         dense = mask.dense(90)
         for b in range(lo.shape[0]):
-            for tile in range(6):
+            for tile in range(num_tiles):
                 seen = dense[b, :, 16 * tile : 16 * (tile + 1)]
                 some = seen.any(-1).nonzero().flatten().tolist()
                 first, last = ranges[b, tile].tolist()
                 assert (first, last) == (some[0], some[-1] + 1) if some else last == first
+            for tile in range(num_query_tiles):
+                seen = dense[b, 8 * tile : 8 * (tile + 1)].all(0)
+                lo_, hi_ = (max(0, bound) for bound in ranges[b, num_tiles + tile].tolist())
+                assert seen.nonzero().flatten().tolist() == list(range(lo_, min(hi_, 90)))
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)

@@ -1,6 +1,7 @@
 """`python -m mmlm_benchmarks.gpu FACTS`: what to mend; results and README's GPU table from facts of a GPU."""
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ def main(argv: list[str] | None = None) -> int:
         "facts", type=Path, nargs="+", help="facts.jsonl as the suite wrote it; of several calls, in their order"
     )
     parser.add_argument("--only-mend", action="store_true", help="print what to mend; write nothing")
+    parser.add_argument("--onto", type=Path, help="earlier results of this card: what was not measured again stays")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
     parser.add_argument("--readme", type=Path, default=readme.README, help="whose GPU table is made anew")
     options = parser.parse_args(argv)
@@ -26,6 +28,8 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(lines))
         if not options.only_mend:
             results = summary.results_of_a_gpu(facts)
+            if options.onto:
+                results = summary.onto(json.loads(options.onto.read_text(encoding="utf-8")), results)
             # Before anything is written: an installed package has no README.
             text = options.readme.read_text(encoding="utf-8")
             path = summary.write_results(results, options.out)

@@ -6,7 +6,7 @@ STAGES = ("probe", "check", "time", "tests", "candidates", "inspect")
 LIMITS: dict[str, tuple[float, float | None]] = {
     "probe": (60, None),
     "check": (125, 100),
-    "time": (170, 60),
+    "time": (170, 120),
     "tests": (200, None),
     "candidates": (60, 30),
     "inspect": (60, None),

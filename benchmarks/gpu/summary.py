@@ -265,6 +265,26 @@ def results_of_a_gpu(facts: list[Fact]) -> dict[str, Any]:
     return results
 
 
+def onto(earlier: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
+    """Results with what an earlier call found and these did not measure again.
+
+    Raises:
+        ValueError: for results of another card.
+    """
+    cards = [of["environment"]["device"] for of in (earlier, results)]
+    if cards[0] != cards[1]:
+        raise ValueError(f"results of one card go together: got {cards[0]} and {cards[1]}")
+    timed, jobs = {row["case"] for row in results["rows"]}, {check["job"] for check in results["checks"]}
+    rows = [row for row in earlier["rows"] if row["case"] not in timed] + results["rows"]
+    return results | {
+        "rows": rows,
+        "checks": [check for check in earlier["checks"] if check["job"] not in jobs] + results["checks"],
+        "candidates": earlier["candidates"] + results["candidates"],
+        "tests": results["tests"] or earlier["tests"],
+        "not_measured": [case for case in results["not_measured"] if case not in {row["case"] for row in rows}],
+    }
+
+
 def write_results(results: dict[str, Any], folder: Path) -> Path:
     """Write results into `folder`, which is made if need be, and return the file."""
     folder.mkdir(parents=True, exist_ok=True)

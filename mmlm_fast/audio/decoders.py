@@ -205,7 +205,9 @@ class AvReader:
             self._source = self._source or open(path, "rb")  # noqa: SIM115
             name = ""
         try:
-            self._container = av.open(self._source or name, metadata_errors="ignore")
+            # tags that are not UTF-8; from 19 on PyAV takes them as they are, and no such option
+            options = {"metadata_errors": "ignore"} if int(av.__version__.partition(".")[0]) < 19 else {}
+            self._container = av.open(self._source or name, **options)
             try:
                 self._start()
             except BaseException:
