@@ -49,11 +49,13 @@ def _fwd_kernel(gate_ptr, up_ptr, bias_ptr, out_ptr, H, stride_gate, stride_up, 
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < H
     x = tl.load(gate_ptr + row * stride_gate + columns, mask=mask, other=0.0).to(tl.float32)
+    if HAS_UP:  # loads first: both are under way at once
+        up = tl.load(up_ptr + row * stride_up + columns, mask=mask, other=0.0).to(tl.float32)
     if HAS_BIAS:
         x += tl.load(bias_ptr + columns, mask=mask, other=0.0).to(tl.float32)
     y, _ = _activate(x, ACTIVATION)
     if HAS_UP:
-        y *= tl.load(up_ptr + row * stride_up + columns, mask=mask, other=0.0).to(tl.float32)
+        y *= up
     tl.store(out_ptr + row * H + columns, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -70,12 +72,14 @@ def _bwd_kernel(grad_ptr, gate_ptr, up_ptr, bias_ptr, dgate_ptr, dup_ptr, dbias_
     for row in range(program * rows_per_program, tl.minimum((program + 1) * rows_per_program, R)):
         x = tl.load(gate_ptr + row * stride_gate + columns, mask=mask, other=0.0).to(tl.float32)
         d = tl.load(grad_ptr + row * H + columns, mask=mask, other=0.0).to(tl.float32)
+        if HAS_UP:
+            up = tl.load(up_ptr + row * stride_up + columns, mask=mask, other=0.0).to(tl.float32)
         if HAS_BIAS:
             x += bias
         y, slope = _activate(x, ACTIVATION)
         if HAS_UP:
             tl.store(dup_ptr + row * stride_dup + columns, (d * y).to(dup_ptr.dtype.element_ty), mask=mask)
-            d *= tl.load(up_ptr + row * stride_up + columns, mask=mask, other=0.0).to(tl.float32)
+            d *= up
         d *= slope
         tl.store(dgate_ptr + row * stride_dgate + columns, d.to(dgate_ptr.dtype.element_ty), mask=mask)
         dbias += d
