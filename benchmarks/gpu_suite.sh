@@ -15,7 +15,7 @@ fi
 if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then
   sed -n '2,6s/^# //p' "$0"
   echo "--stages STAGE…  of probe check time tests candidates inspect    --ops OP…   --checks OP… (of check alone)   --seconds N (470)   --width N (12)"
-  echo "--tests WORDS (pytest's -k)   --job-seconds N   PYTHON=… names the Python to take (python3)"
+  echo "--tests WORDS (pytest's -k)   --cases WORDS (regular expression, of time alone)   --job-seconds N   PYTHON=… names the Python to take (python3)"
   exit
 fi
 OUT=$(realpath -m "${OUT:-gpu_out}")

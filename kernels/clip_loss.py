@@ -1,8 +1,7 @@
 """Triton kernels for `clip_loss`: passes over a tile of dot products. Contract: mmlm_fast/ops/clip_loss.py.
 
 The products before and after a pass are cuBLAS's, which no plain Triton product beats.
-Floor of a pass: the tile read once (statistics; twice, rows and columns, unless positives are a diagonal and rows are
-many), or read and written once (gradients).
+Floor of a pass: the tile read once (statistics, twice: rows and columns), or read and written once (gradients).
 
 Legend: N rows and M columns of the tile, S scale; a positive pair's weight: `_weight`.
 """
@@ -16,8 +15,6 @@ BLOCK = 1024  # columns of one step along a row
 MAX_REGISTERS = 128  # unless told so, ptxas stops earlier for sm_100 and spills
 COLUMNS, ROWS = 32, 64  # of a step along columns: few columns a program, or a tile would occupy too few processors
 DIAGONAL, IDS, WEIGHTS = 0, 1, 2
-# A tile of the pass over rows and columns at once; with fewer rows its programs would leave processors idle.
-BOTH_ROWS, BOTH_COLUMNS, BOTH_FROM = 64, 128, 4096
 
 
 @triton.jit
@@ -110,88 +107,6 @@ def _columns_kernel(dots_ptr, scale_ptr, running_ptr, row_ids_ptr, column_ids_pt
     tl.store(place, tl.load(place, mask=inside, other=0.0) + tl.sum(weight, axis=0), mask=inside)
 
 
-@triton.jit
-def _positives_of_diagonal(dots_ptr, scale, rows, columns, there, N, M, stride_d):
-    """Logits of the pairs (row, column), 0 where there is none, and whether there is one."""
-    there = there & (rows >= 0) & (rows < N) & (columns >= 0) & (columns < M)
-    dots = tl.load(dots_ptr + rows.to(tl.int64) * stride_d + columns, mask=there, other=0.0).to(tl.float32)
-    return tl.where(there, scale * dots, 0.0), tl.where(there, 1.0, 0.0)
-
-
-@triton.jit
-def _add_to_running(running_ptr, stride_r, places, there, top, total, positive, weight):
-    before = tl.load(running_ptr + places, mask=there, other=-float("inf"))
-    new = tl.maximum(before, top)
-    shift = tl.where(new == -float("inf"), 0.0, new)
-    running_ptr += places
-    total = total * tl.exp(top - shift) + tl.load(running_ptr + stride_r, mask=there, other=0.0) * tl.exp(
-        before - shift
-    )
-    tl.store(running_ptr, new, mask=there)
-    tl.store(running_ptr + stride_r, total, mask=there)
-    running_ptr += 2 * stride_r
-    tl.store(running_ptr, tl.load(running_ptr, mask=there, other=0.0) + positive, mask=there)
-    running_ptr += stride_r
-    tl.store(running_ptr, tl.load(running_ptr, mask=there, other=0.0) + weight, mask=there)
-
-
-@triton.jit(do_not_specialize=["N", "M", "stride_d", "stride_r", "offset"])
-def _both_kernel(dots_ptr, scale_ptr, running_ptr, partial_ptr, N, M, stride_d, stride_r, offset,
-                 UNIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    """Statistics of rows, and of every column over these rows: partial [programs, 2, M]. Positives on a diagonal."""
-    M, stride_d = M * UNIT, stride_d * UNIT
-    scale = tl.load(scale_ptr)
-    program = tl.program_id(0).to(tl.int64)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    there = rows < N
-    row_ptrs = dots_ptr + rows.to(tl.int64) * stride_d
-    partial_ptr += program * 2 * M
-    top = tl.full((ROWS,), -float("inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    for first in range(0, M, COLUMNS):
-        columns = first + tl.arange(0, COLUMNS)
-        inside = columns < M
-        mask = there[:, None] & inside[None, :]
-        logits = scale * tl.load(row_ptrs[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-        logits = tl.where(mask, logits, -float("inf"))
-        new = tl.maximum(top, tl.max(logits, axis=1))
-        shift = tl.where(new == -float("inf"), 0.0, new)
-        total = total * tl.exp(top - shift) + tl.sum(tl.exp(logits - shift[:, None]), axis=1)
-        top = new
-        column_top = tl.max(logits, axis=0)
-        shift = tl.where(column_top == -float("inf"), 0.0, column_top)
-        tl.store(partial_ptr + columns, column_top, mask=inside)
-        tl.store(partial_ptr + M + columns, tl.sum(tl.exp(logits - shift[None, :]), axis=0), mask=inside)
-    positive, weight = _positives_of_diagonal(dots_ptr, scale, rows, rows + offset, there, N, M, stride_d)
-    _add_to_running(running_ptr, stride_r, rows, there, top, total, positive, weight)
-
-
-@triton.jit(do_not_specialize=["num_parts", "N", "M", "stride_d", "stride_r", "offset"])
-def _combine_kernel(dots_ptr, scale_ptr, running_ptr, partial_ptr, num_parts, N, M, stride_d, stride_r, offset,
-                    UNIT: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    """Statistics of columns from those over each program's rows."""
-    M, stride_d, stride_r = M * UNIT, stride_d * UNIT, stride_r * UNIT
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = columns < M
-    top = tl.full((PARTS, COLUMNS), -float("inf"), tl.float32)
-    total = tl.zeros((PARTS, COLUMNS), tl.float32)
-    for first in range(0, num_parts, PARTS):
-        parts = first + tl.arange(0, PARTS)
-        mask = (parts < num_parts)[:, None] & inside[None, :]
-        places = partial_ptr + parts[:, None].to(tl.int64) * 2 * M + columns[None, :]
-        part_top = tl.load(places, mask=mask, other=-float("inf"))
-        new = tl.maximum(top, part_top)
-        shift = tl.where(new == -float("inf"), 0.0, new)
-        total = total * tl.exp(top - shift) + tl.load(places + M, mask=mask, other=0.0) * tl.exp(part_top - shift)
-        top = new
-    all_top = tl.max(top, axis=0)
-    shift = tl.where(all_top == -float("inf"), 0.0, all_top)
-    total = tl.sum(total * tl.exp(top - shift[None, :]), axis=0)
-    scale = tl.load(scale_ptr)
-    positive, weight = _positives_of_diagonal(dots_ptr, scale, columns - offset, columns, inside, N, M, stride_d)
-    _add_to_running(running_ptr, stride_r, columns, inside, all_top, total, positive, weight)
-
-
 @triton.jit(do_not_specialize=["M", "stride_d", "stride_rows", "stride_columns", "stride_w", "offset"])
 def _gradients_kernel(dots_ptr, scale_ptr, rows_ptr, columns_ptr, sums_ptr, row_ids_ptr, column_ids_ptr, weights_ptr, M,
                       stride_d, stride_rows, stride_columns, stride_w, offset, UNIT: tl.constexpr, KIND: tl.constexpr,
@@ -247,18 +162,6 @@ def clip_loss_statistics(
     pointers, stride_w = _pointers(dots, row_ids, column_ids, weights)
     unit = _unit(num_columns, dots.stride(0), columns.stride(0), stride_w)
     num_columns_, stride_d, stride_w = num_columns // unit, dots.stride(0) // unit, stride_w // unit
-    if kind == DIAGONAL and num_rows >= BOTH_FROM:
-        parts = triton.cdiv(num_rows, BOTH_ROWS)
-        partial = torch.empty(parts, 2, num_columns, dtype=torch.float32, device=dots.device)
-        _both_kernel[(parts,)](
-            dots, scale, rows, partial, num_rows, num_columns_, stride_d, rows.stride(0), offset, UNIT=unit,
-            ROWS=BOTH_ROWS, COLUMNS=BOTH_COLUMNS, num_warps=8,
-        )  # fmt: skip
-        _combine_kernel[(triton.cdiv(num_columns, COLUMNS),)](
-            dots, scale, columns, partial, parts, num_rows, num_columns_, stride_d, columns.stride(0) // unit, offset,
-            UNIT=unit, PARTS=ROWS, COLUMNS=COLUMNS, num_warps=4,
-        )  # fmt: skip
-        return
     _rows_kernel[(num_rows,)](
         dots, scale, rows, *pointers, num_columns_, stride_d, rows.stride(0), stride_w, offset, UNIT=unit, KIND=kind,
         BLOCK=BLOCK, num_warps=4, maxnreg=MAX_REGISTERS,

@@ -1,4 +1,3 @@
-import importlib
 import math
 
 import pytest
@@ -200,26 +199,6 @@ def test_a_number_is_a_scale_and_autocast_casts():
         loss = clip_loss(x, y, 3.0)
     torch.testing.assert_close(loss, clip_loss(x.bfloat16(), y.bfloat16(), 3.0))
     assert loss.dtype == torch.float32
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_both_directions_in_one_pass(dtype, monkeypatch, device):
-    """The statistics that are made of rows and of columns apart, added to those of other tiles."""
-    kernels = importlib.import_module("mmlm_kernels.clip_loss")
-    for num_rows, num_columns, offset in ((150, 300, 0), (64, 128, -3), (130, 96, 20), (70, 40, -100), (1, 1, 0)):
-        x, y = features(num_rows, 8, dtype, device), features(num_columns, 8, dtype, device)
-        dots, scale = x @ y.T, torch.tensor(100.0, device=device)
-        dots[0, 0] = -torch.inf
-        running = []
-        for rows in (0, num_rows + 1):  # from so many rows on
-            monkeypatch.setattr(kernels, "BOTH_FROM", rows)
-            running.append([torch.rand(4, size, device=device) for size in (num_rows, num_columns)])
-            for part in running[-1]:
-                part[:] = torch.tensor([-torch.inf, 0.0, 0.0, 0.0], device=device)[:, None]
-            for _ in range(2):
-                kernels.clip_loss_statistics(dots, scale, *running[-1], 0, offset, None, None, None)
-        for found, expected in zip(*running, strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
 def test_backward_twice_and_scaled(monkeypatch):

@@ -452,6 +452,49 @@ def test_a_second_call_forgets_nothing_that_it_did_not_run():
     assert len(summary.results_of(facts)["rows"]) == 2
 
 
+def test_a_call_of_some_cases_keeps_the_others():
+    def timed(case: str, ms: float) -> list[dict]:
+        return [row(case, "eager", 2 * ms, "glu", 2.0), row(case, "mmlm_fast", ms, "glu")]
+
+    none = {"kind": "not timed", "second": 9.0, "stage": "time", "job": "glu", "reason": "no time left"}
+    first = [
+        *gpu_facts(),
+        *timed("glu a, forward", 1.0),
+        *timed("glu b, forward", 2.0),
+        {**none, "case": "glu c, forward"},
+    ]
+    second = [*timed("glu c, forward", 3.0), *timed("glu b, forward", 4.0), {**none, "case": "glu a, forward"}]
+    results = summary.results_of(summary.merged([first, second]))
+    ours = {r["case"]: r["median_ms"] for r in results["rows"] if r["ours"]}
+    assert [ours[f"glu {name}, forward"] for name in "abc"] == [1.0, 4.0, 3.0]
+    assert results["not_measured"] == []
+
+
+def test_results_of_another_day_stay_where_nothing_is_newer(tmp_path):
+    def results(case: str, ms: float, job: str) -> dict:
+        check = {"kind": "check", "second": 9.0, "stage": "check", "job": job, "check": "x", "dtype": "y", "mode": "z"}
+        facts = [f for f in gpu_facts() if f["kind"] not in ("time", "check", "not timed")]
+        facts += [row(case, "eager", 2 * ms, "glu", 2.0), row(case, "mmlm_fast", ms, "glu"), {**check, "ok": True}]
+        return summary.results_of(facts)
+
+    earlier, later = results("glu a, forward", 1.0, "glu"), results("glu b, forward", 2.0, "add_norm")
+    earlier["not_measured"] = ["glu b, forward"]
+    later["not_measured"] = ["glu a, forward", "glu c, forward"]
+    both = summary.onto(earlier, later)
+    assert [r["case"] for r in both["rows"] if r["ours"]] == ["glu a, forward", "glu b, forward"]
+    assert [c["job"] for c in both["checks"]] == ["glu", "add_norm"]
+    assert both["not_measured"] == ["glu c, forward"]
+    again = summary.onto(both, results("glu a, forward", 3.0, "glu"))
+    assert {r["case"]: r["median_ms"] for r in again["rows"] if r["ours"]} == {
+        "glu a, forward": 3.0,
+        "glu b, forward": 2.0,
+    }
+    assert len(again["checks"]) == 2
+    later["environment"]["device"] = "another card"
+    with pytest.raises(ValueError, match=r"results of one card go together: got .* and another card"):
+        summary.onto(earlier, later)
+
+
 def test_facts_without_checks_prove_nothing():
     lines, good = summary.what_to_mend([f for f in gpu_facts() if f["kind"] != "check"])
     assert not good

@@ -10,6 +10,7 @@ from typing import Any
 from mmlm_benchmarks.gpu.plan import SYSTEMS
 
 FACTS, DEVICE, STAND_IN, DEADLINE = (f"MMLM_GPU_{name}" for name in ("FACTS", "DEVICE", "STAND_IN", "DEADLINE"))
+CASES = "MMLM_GPU_CASES"  # a regular expression: of what is timed, the cases whose names it is found in
 TURN = "MMLM_GPU_TURN"  # the file whose lock is the right to use the device alone
 
 

@@ -42,6 +42,7 @@ class Suite:
             one_job.DEVICE: options.device,
             one_job.STAND_IN: str(options.stand_in.resolve()) if options.stand_in else "",
             one_job.DEADLINE: str(time.time() + left),
+            one_job.CASES: options.cases or "",
         }
 
     def run(self) -> int:
@@ -173,6 +174,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--ops", nargs="+", help="only jobs of these names, or that begin with one and an underscore")
     parser.add_argument("--checks", nargs="+", help="for the stage check, in place of --ops")
+    parser.add_argument("--cases", help="regular expression: for the stage time, of its cases those it is found in")
     parser.add_argument("--width", type=int, default=12, help="processes that check side by side")
     parser.add_argument("--job-seconds", type=float, help="for each job, in place of its stage's own limit")
     parser.add_argument("--tests", help="pytest's -k for the stage tests")

@@ -70,7 +70,7 @@ def _broken(facts: list[Fact]) -> list[tuple[float, str]]:
 
 
 def merged(parts: list[list[Fact]]) -> list[Fact]:
-    """Facts of several calls: what a later one found of a job, or of a file of tests, replaces what was known of it."""
+    """Facts of several calls: a later one replaces what was known of a job, a timed case or a file of tests."""
     facts: list[Fact] = []
     for part in parts:
         before, found = _found(facts), _found(part)
@@ -81,19 +81,21 @@ def merged(parts: list[list[Fact]]) -> list[Fact]:
     return facts
 
 
-def _key(fact: Fact) -> tuple[Any, Any]:
-    return fact.get("stage"), fact.get("job")
+def _key(fact: Fact) -> tuple[Any, ...]:
+    """A job; of what is timed, one of its cases."""
+    return fact.get("stage"), fact.get("job"), fact["case"] if fact["kind"] in ("time", "not timed") else None
 
 
 def _file(fact: Fact) -> str:
     return fact["test"].partition("::")[0]
 
 
-def _found(facts: list[Fact]) -> set[tuple[Any, Any]]:
-    """Jobs that found something. Tests go by their files."""
+def _found(facts: list[Fact]) -> set[tuple[Any, ...]]:
+    """Jobs that found something, and cases that were timed. Tests go by their files."""
     silent = ("start", "try", "job", "not timed", "tests", "test failed")
     died = {_key(f) for f in facts if f["kind"] == "job" and str(f["status"]).startswith(("crashed", "hung", "CUDA"))}
-    return died | {_key(f) for f in facts if f["kind"] not in silent}
+    found = died | {_key(f) for f in facts if f["kind"] not in silent}
+    return found | {(stage, job, None) for stage, job, _ in found}
 
 
 def tests_of(facts: list[Fact]) -> dict[str, Any] | None:
@@ -228,8 +230,14 @@ def results_of(facts: list[Fact]) -> dict[str, Any]:
         "compile_seconds_beside_checks": _without_surroundings(facts, "compile"),
         "tests": tests_of(facts),
         "failures": [text for _, text in sorted(_broken(facts), key=lambda item: -item[0])],
-        "not_measured": [f["case"] for f in facts if f["kind"] == "not timed"],
+        "not_measured": _not_measured(facts, rows),
     }
+
+
+def _not_measured(facts: list[Fact], rows: list[dict[str, Any]]) -> list[str]:
+    measured = {row["case"] for row in rows}
+    missing = dict.fromkeys(f["case"] for f in facts if f["kind"] == "not timed")
+    return [case for case in missing if case not in measured]
 
 
 def _without_surroundings(facts: list[Fact], kind: str) -> list[Fact]:
@@ -281,7 +289,9 @@ def onto(earlier: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
         "checks": [check for check in earlier["checks"] if check["job"] not in jobs] + results["checks"],
         "candidates": earlier["candidates"] + results["candidates"],
         "tests": results["tests"] or earlier["tests"],
-        "not_measured": [case for case in results["not_measured"] if case not in {row["case"] for row in rows}],
+        "not_measured": [
+            case for case in results["not_measured"] if case not in {row["case"] for row in earlier["rows"]}
+        ],
     }
 
 

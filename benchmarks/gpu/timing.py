@@ -6,6 +6,7 @@ Stage `warm` runs beside the checks and compiles what the cases compare with, so
 import fcntl
 import gc
 import os
+import re
 import time
 import traceback
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from mmlm_benchmarks import harness
 from mmlm_benchmarks.gpu.correctness import described, raise_if_lost
 from mmlm_benchmarks.gpu.device import Device
 from mmlm_benchmarks.gpu.facts import Facts
-from mmlm_benchmarks.gpu.job import TURN
+from mmlm_benchmarks.gpu.job import CASES, TURN
 from mmlm_benchmarks.gpu.plan import TIMES
 
 COMPILED = ("torch.compile", "FlexAttention")
@@ -46,7 +47,10 @@ def run(name: str, device: Device, facts: Facts, left: Callable[[], float], warm
         torch.cuda.init()
     take_turn()
     begin, good = time.perf_counter(), True
+    wanted = re.compile(os.environ.get(CASES, ""))
     for index, case in enumerate(cases):
+        if not wanted.search(case.name):
+            continue
         if time.perf_counter() - begin > budget or left() < 3:
             facts.write("not timed", case=case.name, reason="no time left")
             continue
