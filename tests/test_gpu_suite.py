@@ -481,7 +481,7 @@ def test_results_of_another_day_stay_where_nothing_is_newer(tmp_path):
     earlier["not_measured"] = ["glu b, forward"]
     later["not_measured"] = ["glu a, forward", "glu c, forward"]
     both = summary.onto(earlier, later)
-    assert [r["case"] for r in both["rows"] if r["ours"]] == ["glu a, forward", "glu b, forward"]
+    assert [r["case"] for r in both["rows"] if r["ours"]] == ["glu b, forward", "glu a, forward"]
     assert [c["job"] for c in both["checks"]] == ["glu", "add_norm"]
     assert both["not_measured"] == ["glu c, forward"]
     again = summary.onto(both, results("glu a, forward", 3.0, "glu"))

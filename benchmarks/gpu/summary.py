@@ -283,7 +283,7 @@ def onto(earlier: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
     if cards[0] != cards[1]:
         raise ValueError(f"results of one card go together: got {cards[0]} and {cards[1]}")
     timed, jobs = {row["case"] for row in results["rows"]}, {check["job"] for check in results["checks"]}
-    rows = [row for row in earlier["rows"] if row["case"] not in timed] + results["rows"]
+    rows = results["rows"] + [row for row in earlier["rows"] if row["case"] not in timed]
     return results | {
         "rows": rows,
         "checks": [check for check in earlier["checks"] if check["job"] not in jobs] + results["checks"],
