@@ -206,7 +206,7 @@ class AvReader:
             name = ""
         try:
             # tags that are not UTF-8; from 19 on PyAV takes them as they are, and no such option
-            options = {"metadata_errors": "ignore"} if int(av.__version__.partition(".")[0]) < 19 else {}
+            options: Any = {"metadata_errors": "ignore"} if int(av.__version__.partition(".")[0]) < 19 else {}
             self._container = av.open(self._source or name, **options)
             try:
                 self._start()
