@@ -6,7 +6,7 @@ Importing does no work: no kernel is compiled, no device touched, neither Triton
 from typing import TYPE_CHECKING, Any
 
 from mmlm_fast.doctor import doctor
-from mmlm_fast.ops._registry import reference
+from mmlm_fast.ops.paths import reference
 
 if TYPE_CHECKING:
     from mmlm_fast.hf import accelerate

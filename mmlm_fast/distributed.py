@@ -23,8 +23,9 @@ from torch import Tensor
 
 from mmlm_fast.ops._contrastive import DIAGONAL, IDS, Positives, check_pairs, positives_of, scalar_tensor
 from mmlm_fast.ops._formed import with_formed_gradients
-from mmlm_fast.ops._registry import autocast, takes_kernel, using_reference
-from mmlm_fast.ops.clip_loss import NAMES, clip_over
+from mmlm_fast.ops._op import REFERENCE
+from mmlm_fast.ops._registry import autocast
+from mmlm_fast.ops.clip_loss import NAMES, OP, clip_over
 from mmlm_fast.ops.clip_loss import clip_loss as local_clip_loss
 from mmlm_fast.ops.siglip_loss import siglip_loss as local_siglip_loss
 from mmlm_fast.ops.siglip_loss import siglip_over
@@ -387,7 +388,7 @@ def _loss(
         if not isinstance(positive_ids, Tensor):  # columns of another number
             columns = _Peers(group, None, y.shape[0], x.device, timeout_seconds)
         positives = Positives(IDS, row_ids=positives.row_ids, column_ids=columns.gather(positives.column_ids))
-    if using_reference() or x.dtype == torch.float64 or not (x.device.type == "cpu" or takes_kernel(x)):
+    if OP.path(x, OP.least()) is REFERENCE:
         return _reference(local, x, y, scalars, positives, rows, columns, averaged)
     num_rows = torch.full((), sum(rows.sizes), dtype=torch.float32, device=x.device)
     factor = rows.count if averaged else 1

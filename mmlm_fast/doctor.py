@@ -5,7 +5,6 @@ import os
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 
 PACKAGES = ("torch", "triton", "transformers", "numpy")
 # Oldest Linux driver of each CUDA major version's minor-version compatibility (NVIDIA's release notes).
@@ -62,31 +61,12 @@ def doctor() -> str:
 
 
 def op_paths(gpu: bool, why_plain: str) -> dict[str, str]:
-    """Op name -> the path its tensors take on this machine; `why_plain`: why the core's CUDA code does not run."""
-    from mmlm_fast.ops._registry import REGISTERED
+    """Public name -> the paths its tensors take on this machine; `why_plain`: why the core's CUDA code does not run."""
+    from mmlm_fast.ops._op import RECORDS
 
-    has_triton = find_spec("triton") is not None
     paths = {}
-    for name, (_, kernel) in sorted(REGISTERED.items()):
-        in_audio = kernel.startswith("mmlm_fast.audio")
-        native = name == "spectral_features"
-        if name.startswith("interval_attention"):
-            on_cpu = "CPU native core, mask-free and float64 PyTorch"
-        elif name.startswith(("concat_linear", "scale_gradient")) or (in_audio and name.endswith("_bwd")):
-            on_cpu = "CPU portable PyTorch"
-        elif in_audio:
-            on_cpu = "CPU native core"
-        elif "_loss" in name or "cross_entropy" in name:
-            on_cpu = "CPU native core between torch's matrix products; PyTorch for float64 and small inputs"
-        else:
-            on_cpu = "CPU native core; PyTorch for float16, float64 and small inputs"
-        if not gpu:
-            on_cuda = "CUDA unused, no device"
-        elif native:
-            on_cuda = f"CUDA plain PyTorch, {why_plain}" if why_plain else "CUDA kernel of the native core"
-        elif in_audio:
-            on_cuda = "CUDA plain PyTorch"
-        else:
-            on_cuda = f"CUDA {kernel}" if has_triton else "CUDA portable PyTorch, Triton is not installed"
-        paths[name] = f"{on_cpu}; {on_cuda}"
-    return paths
+    for op in RECORDS.values():
+        on_cuda = op.on_cuda(why_plain) if gpu else "unused, no device"
+        for name in op.functions or (op.name,):
+            paths[name] = f"CPU {op.on_cpu()}; CUDA {on_cuda}"
+    return dict(sorted(paths.items()))

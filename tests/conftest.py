@@ -1,6 +1,7 @@
 import importlib.util
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,21 @@ if INTERPRETED:
 @pytest.fixture
 def device() -> str:
     return "cpu" if INTERPRETED else "cuda"
+
+
+@pytest.fixture
+def take():
+    """A function that forces a path of the ops, by its name, for the rest of the test."""
+    from mmlm_fast.ops.paths import Path, forced
+
+    with ExitStack() as stack:
+        yield lambda path: stack.enter_context(forced(Path[path.upper()]))
+
+
+@pytest.fixture
+def native(take):
+    """However small inputs are, they take the native core: they would take plain PyTorch, and equal it by being it."""
+    take("native")
 
 
 @pytest.fixture(autouse=True)

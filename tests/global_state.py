@@ -301,9 +301,8 @@ def op_functions(folder: str) -> dict[str, Function]:
     from op_calls import calls
 
     from mmlm_fast.masks import IntervalMask
-    from mmlm_fast.ops import _registry, rope_tables
+    from mmlm_fast.ops import rope_tables
 
-    _registry.SMALL_NUMBERS.update(dict.fromkeys(_registry.SMALL_NUMBERS, 0))
     functions: dict[str, Function] = {}
     for call in calls(17, torch.float32):
 

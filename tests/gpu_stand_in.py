@@ -7,12 +7,12 @@ import ctypes
 import os
 import sys
 import time
-from importlib import import_module
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
-kept = []  # registrations end with their library
+kept = ExitStack()  # for as long as the process
 
 
 def stand_in(stage: str, job: str) -> None:
@@ -24,26 +24,15 @@ def stand_in(stage: str, job: str) -> None:
 
 
 def launch_kernels_on_the_cpu() -> None:
-    """Give every op of ours its Triton launcher where the dispatcher has its portable path."""
+    """Let every op of ours take its Triton launcher where the dispatcher has its portable path."""
     os.environ["TRITON_INTERPRET"] = "1"
     sys.path.append(str(Path(__file__).parent))
     import interpreter
 
     interpreter.install()
-    import mmlm_fast.ops  # noqa: F401
-    from mmlm_fast.ops import _contrastive, _registry
+    from mmlm_fast.ops import paths
 
-    library = torch.library.Library("mmlm_fast", "IMPL")
-    for name, (_, kernel) in _registry.REGISTERED.items():
-        module, _, function = kernel.partition(":")
-        if module.startswith("mmlm_kernels"):
-            library.impl(name, getattr(import_module(module), function), "CPU", allow_override=True)
-    _registry.SMALL_NUMBERS.update(dict.fromkeys(_registry.SMALL_NUMBERS, 0))
-    for name, module in list(sys.modules.items()):
-        if name.startswith("mmlm_fast.ops.") and hasattr(module, "takes_kernel"):
-            module.takes_kernel = lambda x, *_: x.dtype != torch.float64
-    _contrastive.tile_dtype = lambda x: x.dtype
-    kept.append(library)
+    kept.enter_context(paths.forced(paths.Path.KERNEL))
 
 
 def fail_in_the_first_backward_pass(job: str) -> None:

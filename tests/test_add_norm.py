@@ -4,7 +4,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_path import PATHS, PATHS_AND_DTYPES, saved_numbers, take
+from kernel_path import PATHS, PATHS_AND_DTYPES, saved_numbers
 
 from mmlm_fast import testing
 from mmlm_fast.ops import add_norm
@@ -18,8 +18,8 @@ SHAPES = [(0, 5), (2, 3, 67), (3, 65), (2, 2049), (300, 64)]
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 @pytest.mark.parametrize(("path", "dtype"), PATHS_AND_DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_close_to_reference(shape, path, dtype, kind, monkeypatch, device):
-    take(path, "add_norm", monkeypatch)
+def test_close_to_reference(shape, path, dtype, kind, take, device):
+    take(path)
     x, residual = (torch.randn(shape, dtype=dtype, device=device) for _ in range(2))
     weight, bias = (torch.randn(shape[-1], dtype=dtype, device=device) for _ in range(2))
 
@@ -36,8 +36,8 @@ def test_close_to_reference(shape, path, dtype, kind, monkeypatch, device):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 @pytest.mark.parametrize("parameters", ["none", "weight", "float32 weight"])
-def test_without_residual_and_parameters(path, kind, parameters, monkeypatch, device):
-    take(path, "add_norm", monkeypatch)
+def test_without_residual_and_parameters(path, kind, parameters, take, device):
+    take(path)
     x = torch.randn(5, 40, dtype=torch.bfloat16, device=device)
     dtype = torch.float32 if parameters == "float32 weight" else torch.bfloat16
     weight = None if parameters == "none" else torch.randn(40, dtype=dtype, device=device)
@@ -54,8 +54,8 @@ def test_without_residual_and_parameters(path, kind, parameters, monkeypatch, de
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("used", ["norm", "sum"])
-def test_one_output_used(path, used, monkeypatch, device):
-    take(path, "add_norm", monkeypatch)
+def test_one_output_used(path, used, take, device):
+    take(path)
     x, residual = (torch.randn(4, 24, device=device) for _ in range(2))
     weight = torch.randn(24, device=device)
     index = 0 if used == "norm" else 1
@@ -86,8 +86,8 @@ def test_mixed_dtypes_are_promoted():
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_strides_and_inputs_kept(path, monkeypatch, device):
-    take(path, "add_norm", monkeypatch)
+def test_strides_and_inputs_kept(path, take, device):
+    take(path)
     wide = torch.randn(6, 4, 30, device=device)
     x, residual = wide[::2, :, 3:17], wide.transpose(0, 1)[:, 1::2, 3:17].transpose(0, 1)
     before = wide.clone()
@@ -97,9 +97,9 @@ def test_strides_and_inputs_kept(path, monkeypatch, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_sum_has_the_bits_of_torchs(dtype, monkeypatch):
+def test_the_sum_has_the_bits_of_torchs(dtype, take):
     """Rounded to nearest even, and NaN, infinities and the largest numbers as they are."""
-    take("native", "add_norm", monkeypatch)
+    take("native")
     x, residual = torch.randn(7, 515).to(dtype), 3 * torch.randn(7, 515).to(dtype)
     x[0, :4] = torch.tensor([torch.nan, torch.inf, -torch.inf, torch.finfo(dtype).max])
     residual[0, 3] = torch.finfo(dtype).max
@@ -109,8 +109,8 @@ def test_the_sum_has_the_bits_of_torchs(dtype, monkeypatch):
     assert total.isnan().equal(expected.isnan())
 
 
-def test_keeps_the_sum_and_the_weight(monkeypatch):
-    take("native", "add_norm", monkeypatch)
+def test_keeps_the_sum_and_the_weight(take):
+    take("native")
     x, residual = torch.randn(64, 256, requires_grad=True), torch.randn(64, 256, requires_grad=True)
     weight = torch.randn(256, requires_grad=True)
     kept = saved_numbers(lambda: add_norm(x, residual, weight))
@@ -118,10 +118,10 @@ def test_keeps_the_sum_and_the_weight(monkeypatch):
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "wide"])
-def test_every_instruction_set(isa, monkeypatch):
+def test_every_instruction_set(isa, take):
     from mmlm_fast import _C
 
-    take("native", "add_norm", monkeypatch)
+    take("native")
     before = _C.active_isa()
     try:
         if _C.set_isa(isa) != isa:
@@ -134,9 +134,9 @@ def test_every_instruction_set(isa, monkeypatch):
         _C.set_isa(before)
 
 
-def test_bits_do_not_depend_on_threads(monkeypatch):
+def test_bits_do_not_depend_on_threads(take):
     """And large outputs, which are written past the caches, are the same."""
-    take("native", "add_norm", monkeypatch)
+    take("native")
     x, residual, weight = torch.randn(1500, 1999), torch.randn(1500, 1999), torch.randn(1999, requires_grad=True)
     found, before = [], torch.get_num_threads()
     try:
@@ -200,8 +200,8 @@ def test_compiles_in_one_graph_with_dynamic_shapes():
         torch.testing.assert_close(*grads)
 
 
-def test_autocast_and_checkpointing(monkeypatch):
-    take("native", "add_norm", monkeypatch)
+def test_autocast_and_checkpointing(take):
+    take("native")
     x, residual, weight = (torch.randn(4, 8, requires_grad=True) for _ in range(3))
     weight = torch.randn(8, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):

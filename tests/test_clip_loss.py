@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_path import PATHS, PATHS_AND_DTYPES, take
+from kernel_path import PATHS, PATHS_AND_DTYPES
 from losses import assert_loss_close
 from peers import open_clip_losses
 
@@ -37,9 +37,9 @@ def positives(kind: str, num_rows: int, num_columns: int, device: str) -> tuple[
 
 @pytest.mark.parametrize(("path", "dtype"), PATHS_AND_DTYPES)
 @pytest.mark.parametrize("kind", POSITIVES)
-def test_close_to_reference(path, dtype, kind, monkeypatch, device):
+def test_close_to_reference(path, dtype, kind, monkeypatch, take, device):
     """Several tiles, the last ones with a rest, rows and columns in different numbers."""
-    take(path, "clip_loss", monkeypatch)
+    take(path)
     num_rows, num_columns = (15, 15) if kind == "diagonal" else (15, 21)
     keywords, p = positives(kind, num_rows, num_columns, device)
 
@@ -59,9 +59,9 @@ def test_close_to_reference(path, dtype, kind, monkeypatch, device):
 
 
 @pytest.mark.parametrize("kind", POSITIVES)
-def test_large_tiles(kind, monkeypatch):
+def test_large_tiles(kind, take):
     """Tiles of the shipped size, sums over more than a block, one thread and two."""
-    take("native", "clip_loss", monkeypatch)
+    take("native")
     keywords, p = positives(kind, 1100, 2100, "cpu")
     x, y = features(1100, 16, torch.float32, "cpu"), features(2100, 16, torch.float32, "cpu")
     scale = torch.tensor(20.0)
@@ -126,8 +126,8 @@ def test_of_open_clip_itself():
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_bad_and_odd_input(path, monkeypatch, device):
-    take(path, "clip_loss", monkeypatch)
+def test_bad_and_odd_input(path, take, device):
+    take(path)
     scale = torch.tensor(10.0, device=device)
     one = features(1, 8, torch.float32, device).requires_grad_()
     loss = clip_loss(one, one.detach(), scale)
@@ -149,8 +149,8 @@ def test_bad_and_odd_input(path, monkeypatch, device):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_nan_goes_where_the_formula_takes_it(path, monkeypatch, device):
-    take(path, "clip_loss", monkeypatch)
+def test_nan_goes_where_the_formula_takes_it(path, take, device):
+    take(path)
     x, y = features(6, 8, torch.float32, device), features(6, 8, torch.float32, device)
     x[2] = torch.nan
     assert clip_loss(x, y, torch.tensor(10.0, device=device)).isnan()
@@ -167,7 +167,7 @@ def test_nan_goes_where_the_formula_takes_it(path, monkeypatch, device):
     assert torch.autograd.grad(loss, leaf)[0].isfinite().sum() == 40
 
 
-def test_memory_is_linear(monkeypatch):
+def test_memory_is_linear(monkeypatch, take):
     """Tensors alive at once beyond the inputs and gradients: one tile, whatever the batch."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -182,7 +182,7 @@ def test_memory_is_linear(monkeypatch):
             return out
 
     monkeypatch.setitem(_contrastive.TILE, "cpu", 64)
-    take("native", "clip_loss", monkeypatch)
+    take("native")
     module = __import__("sys").modules["mmlm_fast.ops.clip_loss"]
     monkeypatch.setattr(module, "_fwd", module._fwd_over_all)
     for num in (256, 1024):
@@ -201,8 +201,8 @@ def test_a_number_is_a_scale_and_autocast_casts():
     assert loss.dtype == torch.float32
 
 
-def test_backward_twice_and_scaled(monkeypatch):
-    take("native", "clip_loss", monkeypatch)
+def test_backward_twice_and_scaled(take):
+    take("native")
     x, y = features(9, 8, torch.float32, "cpu").requires_grad_(), features(9, 8, torch.float32, "cpu")
     loss = clip_loss(x, y, 4.0)
     (first,) = torch.autograd.grad(loss, x, retain_graph=True)

@@ -15,7 +15,6 @@ from torch.autograd import forward_ad
 import mmlm_fast
 from mmlm_fast import audio, ops
 from mmlm_fast.masks import IntervalMask
-from mmlm_fast.ops import _registry
 from mmlm_fast.ops.qk_norm_rope import rope_tables
 
 attention = importlib.import_module("mmlm_fast.ops.interval_attention")
@@ -168,12 +167,10 @@ def test_every_op_and_autograd_function_is_swept():
 
 
 @pytest.fixture(params=["small", "large"])
-def size(request, monkeypatch):
+def size(request, take):
     """Small inputs, and these for large ones."""
     if request.param == "large":
-        for op in _registry.SMALL_NUMBERS:
-            monkeypatch.setitem(_registry.SMALL_NUMBERS, op, 0)
-        monkeypatch.setattr(attention, "SMALL_SCORES", 0)
+        take("native")
     return request.param
 
 
@@ -358,8 +355,9 @@ def test_each_input_alone(name, size):
             close(got[2], alone[2])
 
 
-def test_attention_by_a_kernel_of_torch(size):
+def test_attention_by_a_kernel_of_torch(take):
     """A mask without holes is torch's: first gradients with a graph, forward mode, a refusal with its remedy."""
+    take("torch")
     inputs = draw(((1, 2, 6, 8),) * 3)
 
     def loss(q, k, v):

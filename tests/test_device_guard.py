@@ -88,3 +88,16 @@ def test_tensors_of_two_devices_are_an_error(launched, devices, takes):
         with pytest.raises(ValueError, match=message):
             op(kernel_takes=takes)(*args)
     assert launched == []
+
+
+def test_without_triton_addresses_of_a_device_never_reach_the_core(launched, monkeypatch):
+    """Through torch.ops or an exported graph; the public functions never get here."""
+    monkeypatch.setattr(_registry, "find_spec", lambda name: None)
+    call = _registry._lazy("op_of_the_test", "mmlm_kernels.glu:glu_fwd", None, None)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="mmlm_fast::op_of_the_test needs Triton for CUDA tensors"):
+            call(on("cuda:0"))
+    call = _registry._lazy("op_of_the_test", "mmlm_kernels.glu:glu_fwd", lambda *args: "portable", None)
+    with pytest.warns(UserWarning, match="using the portable path"):
+        assert call(on("cuda:0")) == "portable"
+    assert launched == []

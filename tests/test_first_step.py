@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 import mmlm_fast
 import mmlm_fast.hf  # registers the attention
 from mmlm_fast.nn import LazyLogits, lazy_logits
-from mmlm_fast.ops import _registry
 from mmlm_fast.testing import difference
 
 FAMILIES = ["llava", "gemma3", "paligemma", "qwen2_5_vl", "qwen3_vl", "mllama", "whisper"]
@@ -24,8 +23,7 @@ WAYS = [
 
 
 @pytest.fixture(autouse=True)
-def _surroundings(monkeypatch):
-    monkeypatch.setitem(_registry.SMALL_NUMBERS, "linear_cross_entropy", 0)
+def _surroundings(monkeypatch, native):
     monkeypatch.setattr(lazy_logits, "_is_few", lambda *_: False)
     with tiny_models.quiet():
         yield

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from kernel_path import saved_numbers, take
+from kernel_path import saved_numbers
 
 from mmlm_fast.ops import fuse_modalities
 from mmlm_fast.ops.fuse_modalities import MODES, fuse_modalities_ref
@@ -22,8 +22,8 @@ MORE_CASES = {"one_modality": ((4,), [6], 32), "three": ((2,), [9, 1, 1], 40), "
 
 
 @pytest.fixture(autouse=True)
-def small_inputs_take_the_native_core(monkeypatch):
-    take("native", "fuse_modalities", monkeypatch)
+def small_inputs_take_the_native_core(take):
+    take("native")
 
 
 def make_inputs(shape, mode, dtype, device="cpu", missing=False):
@@ -127,10 +127,10 @@ def test_gated_mix_kernel(case, dtype, missing, device):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kernel", [False, True], ids=["portable", "kernel"])
-def test_a_missing_modality_may_hold_anything(mode, kernel, monkeypatch):
+def test_a_missing_modality_may_hold_anything(mode, kernel, take):
     """NaN in what is missing reaches neither the output nor any gradient; nothing present gives zeros."""
     if kernel:
-        use_kernels(monkeypatch)
+        take("kernel")
     features, weight, bias, _ = make_inputs(((4,), [3, 3], 8), mode, torch.float32)
     present = torch.tensor([[True, True], [True, False], [False, True], [False, False]])[:, None, :]
     clean = [torch.where(present[..., i, None], x, 0) for i, x in enumerate(features)]
@@ -147,20 +147,6 @@ def test_a_missing_modality_may_hold_anything(mode, kernel, monkeypatch):
     assert all(g.isfinite().all() for g in (*dparameters, da, db))
     assert (da[2:] == 0).all()
     assert (db[[1, 3]] == 0).all()
-
-
-def use_kernels(monkeypatch):
-    """Route the ops of this module to their launchers, on whatever device the tensors are."""
-    import sys
-
-    import mmlm_kernels.fuse_modalities as kernels
-    from mmlm_fast.ops import fuse_modalities as _  # noqa: F401
-
-    module = sys.modules["mmlm_fast.ops.fuse_modalities"]
-    monkeypatch.setattr(module, "_fwd", kernels.fuse_modalities_fwd)
-    monkeypatch.setattr(module, "_bwd", kernels.fuse_modalities_bwd)
-    monkeypatch.setattr(module, "_mix_fwd", kernels.gated_mix_fwd)
-    monkeypatch.setattr(module, "_mix_bwd", kernels.gated_mix_bwd)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from kernel_path import PATHS, PATHS_AND_DTYPES, saved_numbers, take
+from kernel_path import PATHS, PATHS_AND_DTYPES, saved_numbers
 
 from mmlm_fast import testing
 from mmlm_fast.ops import gated_add
@@ -9,8 +9,8 @@ from mmlm_fast.ops.gated_add import gated_add_ref
 
 @pytest.mark.parametrize(("path", "dtype"), PATHS_AND_DTYPES)
 @pytest.mark.parametrize("kept", [False, True], ids=["all", "some"])
-def test_close_to_reference(path, dtype, kept, monkeypatch, device):
-    take(path, "gated_add", monkeypatch)
+def test_close_to_reference(path, dtype, kept, take, device):
+    take(path)
     for shape in ((0, 4), (2, 2, 67), (1, 1030)):
         x, residual = (torch.randn(shape, dtype=dtype, device=device) for _ in range(2))
         keep = torch.rand(shape[:-1], device=device) < 0.6 if kept else None
@@ -28,16 +28,16 @@ def test_close_to_reference(path, dtype, kept, monkeypatch, device):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_many_rows(path, monkeypatch, device):
+def test_many_rows(path, take, device):
     """More rows than one program or part sums."""
-    take(path, "gated_add", monkeypatch)
+    take(path)
     x, residual, gate = (torch.randn(s, device=device) for s in ((150, 64), (150, 64), (64,)))
     testing.assert_gradients_close_to_reference(gated_add, gated_add_ref, x, residual, gate)
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_what_is_not_kept_may_hold_anything(path, monkeypatch, device):
-    take(path, "gated_add", monkeypatch)
+def test_what_is_not_kept_may_hold_anything(path, take, device):
+    take(path)
     x = torch.full((3, 8), torch.nan, device=device).requires_grad_()
     residual, gate = torch.randn(3, 8, device=device), torch.ones(1, device=device, requires_grad=True)
     out = gated_add(x, residual, gate, keep=torch.zeros(3, dtype=torch.bool, device=device))
@@ -45,8 +45,8 @@ def test_what_is_not_kept_may_hold_anything(path, monkeypatch, device):
     assert all((g == 0).all() for g in torch.autograd.grad(out.sum(), [x, gate]))
 
 
-def test_formula_and_what_is_kept(monkeypatch):
-    take("native", "gated_add", monkeypatch)
+def test_formula_and_what_is_kept(take):
+    take("native")
     x, residual, gate = torch.randn(4, 6, requires_grad=True), torch.randn(4, 6), torch.tensor([0.3])
     torch.testing.assert_close(gated_add(x, residual, gate), residual + gate.tanh() * x)
     assert saved_numbers(lambda: gated_add(x, residual, gate)) == (4 * 6 + 1) * 4

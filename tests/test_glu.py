@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_path import PATHS, PATHS_AND_DTYPES, saved_numbers, take
+from kernel_path import PATHS, PATHS_AND_DTYPES, saved_numbers
 
 from mmlm_fast import testing
 from mmlm_fast.ops import bias_act, glu
@@ -15,8 +15,8 @@ SHAPES = [(0, 4), (2, 3, 67), (2, 1030)]
 
 @pytest.mark.parametrize(("path", "dtype"), PATHS_AND_DTYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_close_to_reference(activation, path, dtype, monkeypatch, device):
-    take(path, "glu", monkeypatch)
+def test_close_to_reference(activation, path, dtype, take, device):
+    take(path)
     for shape in SHAPES:
         gate, up = (3 * torch.randn(shape, dtype=dtype, device=device) for _ in range(2))
         packed, bias = torch.cat([gate, up], -1), torch.randn(shape[-1], dtype=dtype, device=device)
@@ -30,17 +30,17 @@ def test_close_to_reference(activation, path, dtype, monkeypatch, device):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_many_rows_of_a_bias(path, monkeypatch, device):
+def test_many_rows_of_a_bias(path, take, device):
     """More rows than one program or part sums."""
-    take(path, "glu", monkeypatch)
+    take(path)
     x, bias = torch.randn(150, 64, device=device), torch.randn(64, device=device)
     testing.assert_gradients_close_to_reference(bias_act, bias_act_ref, x, bias)
 
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_extreme_numbers(path, activation, monkeypatch, device):
-    take(path, "glu", monkeypatch)
+def test_extreme_numbers(path, activation, take, device):
+    take(path)
     x = torch.tensor([[-200.0, -90.0, -20.0, -1e-3, 0.0, 1e-3, 20.0, 90.0, 200.0, float("nan"), float("inf")]]).to(
         device
     )
@@ -54,9 +54,9 @@ def test_extreme_numbers(path, activation, monkeypatch, device):
 
 @pytest.mark.parametrize(("path", "dtype"), PATHS_AND_DTYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_huge_numbers(path, dtype, activation, monkeypatch, device):
+def test_huge_numbers(path, dtype, activation, take, device):
     """Zero on the left, the number itself on the right; slopes of 0 and 1, up to the largest number there is."""
-    take(path, "glu", monkeypatch)
+    take(path)
     sizes = [v for v in (2e3, 65504.0, 1e5, 1e10, 1e19, 1e20, 1e30, 3e38) if v <= torch.finfo(dtype).max]
     x = torch.tensor([[sign * v for v in sizes for sign in (-1, 1)] * 5], dtype=dtype, device=device).requires_grad_()
     up = torch.full_like(x, 3.0)
@@ -78,17 +78,17 @@ def test_formulas():
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_strides(path, monkeypatch, device):
-    take(path, "glu", monkeypatch)
+def test_strides(path, take, device):
+    take(path)
     wide = torch.randn(4, 3, 40, device=device)
     for args in ((wide[:, ::2, 2:12], wide[:, 1:, 12:22]), (wide.transpose(0, 1)[..., 4:24],), (wide[..., ::2],)):
         testing.assert_close_to_reference(glu(*args), glu_ref, *args)
         testing.assert_gradients_close_to_reference(glu, glu_ref, *args)
 
 
-def test_keeps_its_inputs_alone(monkeypatch):
+def test_keeps_its_inputs_alone(take):
     """One activation less than eager, which keeps act(gate) too."""
-    take("native", "glu", monkeypatch)
+    take("native")
     gate, up = torch.randn(64, 128, requires_grad=True), torch.randn(64, 128, requires_grad=True)
     assert saved_numbers(lambda: glu(gate, up)) == 2 * 64 * 128 * 4
     assert saved_numbers(lambda: glu_ref(gate, up)) == 3 * 64 * 128 * 4

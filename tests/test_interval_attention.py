@@ -1,4 +1,3 @@
-import contextlib
 import importlib
 import os
 import pickle
@@ -72,19 +71,10 @@ MASKS = {
 
 
 @pytest.fixture
-def kernel(monkeypatch):
-    """The launchers in place of the dispatcher: on CPU tensors, in Triton's interpreter, without a GPU."""
-    launchers = importlib.import_module("mmlm_kernels.interval_attention")
-    monkeypatch.setattr(module, "_fwd", launchers.interval_attention_fwd)
-    monkeypatch.setattr(module, "_bwd", launchers.interval_attention_bwd)
-    monkeypatch.setattr(module, "_sdpa_is_best", lambda *_: False)
-    return launchers
-
-
-@pytest.fixture
-def native(monkeypatch):
-    """Our own path even where torch's is the better one."""
-    monkeypatch.setattr(module, "_sdpa_is_best", lambda *_: False)
+def kernel(take):
+    """The launchers: on CPU tensors, in Triton's interpreter, without a GPU."""
+    take("kernel")
+    return importlib.import_module("mmlm_kernels.interval_attention")
 
 
 def draw(q_len, kv_len, size, dtype, heads=4, kv_heads=2, value_size=None, device="cpu", batch=BATCH):
@@ -327,14 +317,10 @@ PATHS = ["portable", "kernel", "torch", "reference"]
 
 
 @pytest.fixture
-def path(request, monkeypatch):
+def path(request, take):
     """Each way a call can go, however small it is."""
-    if request.param in ("portable", "kernel"):
-        request.getfixturevalue("kernel" if request.param == "kernel" else "native")
-    elif request.param == "torch":
-        monkeypatch.setattr(module, "SMALL_SCORES", 2**40)
-    with reference() if request.param == "reference" else contextlib.nullcontext():
-        yield request.param
+    take("native" if request.param == "portable" else request.param)
+    return request.param
 
 
 SEE_ALL = {

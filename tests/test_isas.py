@@ -29,7 +29,7 @@ from mmlm_fast.audio import (
     resample,
     spectrogram,
 )
-from mmlm_fast.ops import _contrastive, _registry
+from mmlm_fast.ops import _contrastive
 
 SIZES = (1, 7, 8, 9, 15, 16, 17, 31, 33)
 # Of an error's norm, in units of the last place of the result's norm.
@@ -169,10 +169,7 @@ def test_drop_ins(name):
 
 
 @pytest.fixture
-def native(monkeypatch):
-    nothing = dict.fromkeys(_registry.SMALL_NUMBERS, 0)
-    for name in ("_registry", "clip_loss", "linear_cross_entropy", "merge_embeddings"):
-        monkeypatch.setattr(sys.modules[f"mmlm_fast.ops.{name}"], "SMALL_NUMBERS", nothing)
+def several_tiles(native, monkeypatch):
     monkeypatch.setitem(_contrastive.TILE, "cpu", 20)  # several tiles
 
 
@@ -210,7 +207,7 @@ def within_fences(call, dtype, expected, where):
 
 @pytest.mark.parametrize("dtype", ALLOWED, ids=str)
 @pytest.mark.parametrize("width", SIZES)
-def test_ops(width, dtype, native, isa):
+def test_ops(width, dtype, several_tiles, isa):
     seen = {"rope_tables"}
     for call, expected in zip(calls(width, dtype), exact_results(width, dtype), strict=True):
         within_fences(call, dtype, expected, f"{call.op} {call.name}")
@@ -233,14 +230,14 @@ def large_results(dtype):
 
 
 @pytest.mark.parametrize("dtype", ALLOWED, ids=str)
-def test_ops_past_the_caches(dtype, native, isa):
+def test_ops_past_the_caches(dtype, several_tiles, isa):
     for call, expected in zip(large_calls(dtype), large_results(dtype), strict=True):
         within_fences(call, dtype, expected, f"{call.op} {call.name}")
 
 
 @pytest.mark.skipif("wide" not in _C.isas() or "avx512" not in _C.isas(), reason="needs AVX-512, and `make env`")
 @pytest.mark.parametrize("width", [9, 16, 33])
-def test_wide_is_avx512(width, native):
+def test_wide_is_avx512(width, several_tiles):
     """What is tested without AVX-512 is what runs with it: the bits of audio, sums of ops but for their contraction."""
     before, features, found = _C.active_isa(), {}, {}
     functions = (kaldi_fbank, mfcc, log_mel, mel_spectrogram, lambda w, dtype: resample(w, width, 8))

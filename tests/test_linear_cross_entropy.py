@@ -3,7 +3,7 @@ from importlib import import_module
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_path import PATHS, PATHS_AND_DTYPES, saved_numbers, take
+from kernel_path import PATHS, PATHS_AND_DTYPES, saved_numbers
 from losses import assert_loss_close
 
 from mmlm_fast import testing
@@ -34,9 +34,9 @@ def targets(num: int, vocab: int, ignored: bool, device: str) -> torch.Tensor:
 
 @pytest.mark.parametrize(("path", "dtype"), PATHS_AND_DTYPES)
 @pytest.mark.parametrize("name", OPTIONS)
-def test_close_to_reference(path, dtype, name, monkeypatch, device):
+def test_close_to_reference(path, dtype, name, take, device):
     """Several chunks of 16 rows, the last with a rest."""
-    take(path, "linear_cross_entropy", monkeypatch)
+    take(path)
     y, options = targets(37, 203, name != "none ignored", device), OPTIONS[name]
     draws = 8 if path == "native" else 1
     assert_loss_close(
@@ -48,8 +48,8 @@ def test_close_to_reference(path, dtype, name, monkeypatch, device):
 
 
 @pytest.mark.parametrize(("path", "dtype"), PATHS_AND_DTYPES)
-def test_a_loss_for_each_row(path, dtype, monkeypatch, device):
-    take(path, "linear_cross_entropy", monkeypatch)
+def test_a_loss_for_each_row(path, dtype, take, device):
+    take(path)
     y = targets(37, 203, True, device).view(1, 37)
     x, w, b = draw_rows(dtype, device)
 
@@ -65,9 +65,9 @@ def test_a_loss_for_each_row(path, dtype, monkeypatch, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_large_vocabulary(dtype, monkeypatch):
+def test_a_large_vocabulary(dtype, take):
     """Sums over more than a block, more than one part of the vocabulary, without bias; one thread and two agree."""
-    take("native", "linear_cross_entropy", monkeypatch)
+    take("native")
     y = targets(70, 9001, True, "cpu")
     x, w, _ = draw_rows(dtype, "cpu", 70, 32, 9001, bias=False)
     for options in (OPTIONS["plain"], OPTIONS["all"]):
@@ -85,11 +85,11 @@ def test_a_large_vocabulary(dtype, monkeypatch):
     torch.testing.assert_close(*results)
 
 
-def test_of_transformers_itself(monkeypatch):
+def test_of_transformers_itself(take):
     """ForCausalLMLoss on the logits, with its shift, labels to ignore and num_items_in_batch."""
     from transformers.loss.loss_utils import ForCausalLMLoss
 
-    take("native", "linear_cross_entropy", monkeypatch)
+    take("native")
     x, w = torch.randn(3, 11, 16), torch.randn(50, 16)
     labels = torch.randint(0, 50, (3, 11))
     labels[0, :4] = -100
@@ -106,8 +106,8 @@ def test_of_transformers_itself(monkeypatch):
 @pytest.mark.parametrize(
     ("reduction", "items"), [("mean", None), ("sum", None), ("none", None), ("sum", 0), ("mean", torch.tensor([0]))]
 )
-def test_all_ignored(path, reduction, items, rows, monkeypatch, device):
-    take(path, "linear_cross_entropy", monkeypatch)
+def test_all_ignored(path, reduction, items, rows, take, device):
+    take(path)
     x, w, b = (t.requires_grad_() for t in draw_rows(torch.float32, device, rows))
     target = torch.full((rows,), -100, device=device)
     loss = linear_cross_entropy(x, w, target, b, reduction=reduction, num_items_in_batch=items).sum()
@@ -117,9 +117,9 @@ def test_all_ignored(path, reduction, items, rows, monkeypatch, device):
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_nan_stays_where_it_is(path, reduction, monkeypatch, device):
+def test_nan_stays_where_it_is(path, reduction, take, device):
     """In a row that is ignored it is nowhere; in one that counts, in the loss and this row's gradient."""
-    take(path, "linear_cross_entropy", monkeypatch)
+    take(path)
     x, w, _ = draw_rows(torch.float32, device, 6, bias=False)
     y = torch.tensor([3, -100, 5, 7, -100, 9], device=device)
     x[1] = torch.nan
@@ -137,18 +137,18 @@ def test_nan_stays_where_it_is(path, reduction, monkeypatch, device):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_infinite_logits(path, monkeypatch, device):
+def test_infinite_logits(path, take, device):
     """A class masked with -inf through the bias."""
-    take(path, "linear_cross_entropy", monkeypatch)
+    take(path)
     x, w, b = draw_rows(torch.float32, device, 9, vocab=40)
     b[7] = -torch.inf
     y = torch.arange(9, device=device) + 10
     torch.testing.assert_close(linear_cross_entropy(x, w, y, b), F.cross_entropy(F.linear(x, w, b), y))
 
 
-def test_what_is_kept(monkeypatch):
+def test_what_is_kept(take):
     """Nothing of the size of the logits: one gradient an input, formed already."""
-    take("native", "linear_cross_entropy", monkeypatch)
+    take("native")
     x, w, _ = draw_rows(torch.float32, "cpu", 64, 8, 512, bias=False)
     x, w, y = x.requires_grad_(), w.requires_grad_(), targets(64, 512, False, "cpu")
     assert saved_numbers(lambda: linear_cross_entropy(x, w, y)) == 4 * (64 * 8 + 512 * 8)
@@ -157,8 +157,8 @@ def test_what_is_kept(monkeypatch):
         assert saved_numbers(lambda: linear_cross_entropy(x, w, y)) == 0
 
 
-def test_the_largest_gradient_is_not_copied(monkeypatch):
-    take("native", "linear_cross_entropy", monkeypatch)
+def test_the_largest_gradient_is_not_copied(take):
+    take("native")
     x, w, _ = draw_rows(torch.float32, "cpu", bias=False)
     w.requires_grad_()
     y = targets(37, 203, False, "cpu")
@@ -171,9 +171,9 @@ def test_the_largest_gradient_is_not_copied(monkeypatch):
         torch.testing.assert_close(w.grad, factor * torch.autograd.grad(F.cross_entropy(F.linear(x, w), y), w)[0])
 
 
-def test_backward_twice_and_float16(monkeypatch):
+def test_backward_twice_and_float16(take):
     """A kept graph is not scaled in place; float16's gradients survive until a loss scaler's factor reaches them."""
-    take("native", "linear_cross_entropy", monkeypatch)
+    take("native")
     x, w, _ = draw_rows(torch.float32, "cpu", bias=False)
     x.requires_grad_()
     y = targets(37, 203, False, "cpu")
@@ -241,8 +241,8 @@ def test_registration_gradcheck_compile():
         torch.testing.assert_close(*(torch.autograd.grad(2 * t, leaves) for t in (found, expected)))
 
 
-def test_autocast_and_checkpointing(monkeypatch):
-    take("native", "linear_cross_entropy", monkeypatch)
+def test_autocast_and_checkpointing(take):
+    take("native")
     x, w, _ = draw_rows(torch.float32, "cpu", bias=False)
     x, w, y = x.requires_grad_(), w.requires_grad_(), targets(37, 203, True, "cpu")
     with torch.autocast("cpu", dtype=torch.bfloat16):

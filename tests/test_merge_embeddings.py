@@ -2,11 +2,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_path import PATHS, PATHS_AND_DTYPES, saved_numbers, take
+from kernel_path import PATHS, PATHS_AND_DTYPES, saved_numbers
 
 from mmlm_fast import testing
 from mmlm_fast.ops import merge_embeddings, scatter_features
 from mmlm_fast.ops.merge_embeddings import merge_embeddings_ref, scatter_features_ref
+from mmlm_fast.ops.paths import Path, forced
 
 IMAGE, AUDIO = 17, -200  # one placeholder in the vocabulary, one outside, as LLaVA's
 
@@ -21,8 +22,8 @@ def draw(dtype, device, shape=(2, 30), size=33, vocabulary=20):
 
 @pytest.mark.parametrize(("path", "dtype"), PATHS_AND_DTYPES)
 @pytest.mark.parametrize("size", [33, 1030])
-def test_close_to_reference(path, dtype, size, monkeypatch, device):
-    take(path, "merge_embeddings", monkeypatch)
+def test_close_to_reference(path, dtype, size, take, device):
+    take(path)
     ids, table, features = draw(dtype, device, size=size)
     rows = tuple(features.values())
     for scale, padding in ((1.0, None), (5.5, 3)):
@@ -55,24 +56,18 @@ def test_close_to_reference(path, dtype, size, monkeypatch, device):
 )
 def test_is_masked_scatter(rows, size):
     """Any placement of two placeholders; equal bits, since rows are copied."""
-    from mmlm_fast.ops import _registry
-
     width = max(map(len, rows))
     ids = torch.tensor([r + [0] * (width - len(r)) for r in rows], dtype=torch.int32).view(len(rows), width)
     table = torch.randn(2, size)
     features = {t: torch.randn(int((ids == t).sum()), size) for t in (2, 3)}
-    before = dict(_registry.SMALL_NUMBERS)
-    try:
-        _registry.SMALL_NUMBERS["merge_embeddings"] = 0
+    with forced(Path.NATIVE):
         out = merge_embeddings(ids, table, features)
-    finally:
-        _registry.SMALL_NUMBERS.update(before)
     assert out.equal(merge_embeddings_ref(ids, table, features))
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_features_of_any_shape_and_no_features(path, monkeypatch, device):
-    take(path, "merge_embeddings", monkeypatch)
+def test_features_of_any_shape_and_no_features(path, take, device):
+    take(path)
     ids, table, features = draw(torch.float32, device)
     shaped = {IMAGE: features[IMAGE].view(2, -1, 33), AUDIO: features[AUDIO].t().contiguous().t()}
     assert merge_embeddings(ids, table, shaped).equal(merge_embeddings_ref(ids, table, features))
@@ -98,9 +93,9 @@ def test_counts_that_differ_are_never_silent():
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_counts_that_differ_stay_in_bounds(path, monkeypatch, device):
+def test_counts_that_differ_stay_in_bounds(path, monkeypatch, take, device):
     """The assertion may come late: until then nothing out of range is read."""
-    take(path, "merge_embeddings", monkeypatch)
+    take(path)
     monkeypatch.setattr(torch, "_assert_async", lambda *_: None)
     ids, table, features = draw(torch.float32, device)
     for count in (1, 0):
@@ -110,10 +105,10 @@ def test_counts_that_differ_stay_in_bounds(path, monkeypatch, device):
             assert all(out[ids == t].equal(f[:1].expand(int((ids == t).sum()), -1)) for t, f in features.items())
 
 
-def test_transients_are_of_the_order_of_the_tokens(monkeypatch):
+def test_transients_are_of_the_order_of_the_tokens(take):
     from mmlm_benchmarks.harness import peak_memory_mib
 
-    take("native", "merge_embeddings", monkeypatch)
+    take("native")
     ids, table, features = draw(torch.float32, "cpu", (4, 1024), 2048)
     out_mib = 4 * 1024 * 2048 * 4 / 2**20
 
@@ -125,8 +120,8 @@ def test_transients_are_of_the_order_of_the_tokens(monkeypatch):
         assert peak(merge_embeddings_ref) > 2 * out_mib
 
 
-def test_keeps_one_integer_a_token(monkeypatch):
-    take("native", "merge_embeddings", monkeypatch)
+def test_keeps_one_integer_a_token(take):
+    take("native")
     ids, table, features = draw(torch.float32, "cpu", (2, 300))
     table.requires_grad_()
     assert saved_numbers(lambda: merge_embeddings(ids, table, features)) == 600 * 8

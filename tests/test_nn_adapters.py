@@ -16,17 +16,14 @@ from mmlm_fast.models.configuration import MMLMConfig
 from mmlm_fast.models.encoders import Encoded, MMLMJoin
 from mmlm_fast.models.fusion import MMLMFusion, MMLMProjector
 from mmlm_fast.models.towers import MMLMLSTMConfig, MMLMLSTMModel
-from mmlm_fast.ops import _registry
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 
 H = 16
-pytestmark = pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:.*quantize_per_tensor")
-
-
-@pytest.fixture(autouse=True)
-def small_inputs_take_the_native_core(monkeypatch):
-    monkeypatch.setattr(_registry, "SMALL_NUMBERS", dict.fromkeys(_registry.SMALL_NUMBERS, 0))
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:.*quantize_per_tensor"),
+    pytest.mark.usefixtures("native"),
+]
 
 
 class Called(nn.Module):

@@ -44,13 +44,9 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbe
 from mmlm_fast import nn as fast
 from mmlm_fast import testing
 from mmlm_fast.masks import IntervalMask
-from mmlm_fast.ops import _registry
 from mmlm_fast.positions import vision_positions
 
-
-@pytest.fixture(autouse=True)
-def small_inputs_take_the_native_core(monkeypatch):
-    monkeypatch.setattr(_registry, "SMALL_NUMBERS", dict.fromkeys(_registry.SMALL_NUMBERS, 0))
+pytestmark = pytest.mark.usefixtures("native")
 
 
 def same(ours: nn.Module, theirs: nn.Module, *inputs, dtype=torch.float32) -> None:

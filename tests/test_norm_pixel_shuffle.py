@@ -2,7 +2,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from kernel_path import PATHS, PATHS_AND_DTYPES, saved_numbers, take
+from kernel_path import PATHS, PATHS_AND_DTYPES, saved_numbers
 
 from mmlm_fast import testing
 from mmlm_fast.ops import norm_pixel_shuffle, patch_merge
@@ -14,8 +14,8 @@ NORMS = [(None, "before"), ("layer", "before"), ("rms", "before"), ("layer", "af
 @pytest.mark.parametrize(("path", "dtype"), PATHS_AND_DTYPES)
 @pytest.mark.parametrize("channels_first", [False, True], ids=["channels last", "channels first"])
 @pytest.mark.parametrize(("norm", "norm_at"), NORMS)
-def test_close_to_reference(norm, norm_at, path, dtype, channels_first, monkeypatch, device):
-    take(path, "norm_pixel_shuffle", monkeypatch)
+def test_close_to_reference(norm, norm_at, path, dtype, channels_first, take, device):
+    take(path)
     for shape, factor in (((1, 4, 2, 66), 2), ((1, 3, 3, 67), 3), ((0, 2, 2, 64), 2), ((1, 2, 1, 65), 1)):
         x = torch.randn(shape, dtype=dtype, device=device)
         width = shape[-1] * (factor**2 if norm_at == "after" else 1)
@@ -35,9 +35,9 @@ def test_close_to_reference(norm, norm_at, path, dtype, channels_first, monkeypa
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(("norm", "norm_at"), NORMS)
-def test_packed_pictures(norm, norm_at, path, monkeypatch, device):
+def test_packed_pictures(norm, norm_at, path, monkeypatch, take, device):
     """Every picture as by itself; more tokens than a part of the weight's gradient."""
-    take(path, "norm_pixel_shuffle", monkeypatch)
+    take(path)
     if path == "kernel":
         monkeypatch.setattr(import_module("mmlm_kernels.norm_pixel_shuffle"), "MAX_PROGRAMS", 3)
     sizes = [(2, 4), (6, 2), (4, 10)]
@@ -64,14 +64,14 @@ def test_index_is_a_permutation():
     assert index[0].tolist() == [0, 1, 4, 5]
 
 
-def test_strides(monkeypatch):
-    take("native", "norm_pixel_shuffle", monkeypatch)
+def test_strides(take):
+    take("native")
     x = torch.randn(2, 10, 4, 4).permute(0, 2, 3, 1)  # channels first in memory
     assert norm_pixel_shuffle(x, 2).equal(norm_pixel_shuffle_ref(x, 2))
 
 
-def test_keeps_nothing_without_a_norm(monkeypatch):
-    take("native", "norm_pixel_shuffle", monkeypatch)
+def test_keeps_nothing_without_a_norm(take):
+    take("native")
     x = torch.randn(1, 8, 8, 64, requires_grad=True)
     assert saved_numbers(lambda: norm_pixel_shuffle(x, 2)) == 64 * 8  # the index
     weight = torch.ones(64)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_path import PATHS, PATHS_AND_DTYPES, take
+from kernel_path import PATHS, PATHS_AND_DTYPES
 
 from mmlm_fast import testing
 from mmlm_fast.ops import patch_embed, patchify
@@ -17,8 +17,8 @@ def scaled(dtype):
 
 @pytest.mark.parametrize(("path", "dtype"), PATHS_AND_DTYPES)
 @pytest.mark.parametrize("layout", ["channels first", "channels last", "strided"])
-def test_patchify(path, dtype, layout, monkeypatch, device):
-    take(path, "patch_embed", monkeypatch)
+def test_patchify(path, dtype, layout, take, device):
+    take(path)
     pixels = torch.randint(0, 256, (2, 3, 24, 36), dtype=torch.uint8, device=device)
     given = pixels
     if layout == "channels last":
@@ -50,8 +50,8 @@ def test_patchify_is_what_a_convolution_sees():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("frames", [0, 2])
 @pytest.mark.parametrize("path", PATHS)
-def test_patch_embed(path, frames, dtype, monkeypatch, device):
-    take(path, "patch_embed", monkeypatch)
+def test_patch_embed(path, frames, dtype, take, device):
+    take(path)
     pixels = torch.randint(0, 256, (2, 3, 12, 8), dtype=torch.uint8, device=device)
     weight = 0.2 * torch.randn((6, 3, 2, 4, 4) if frames else (6, 3, 4, 4), dtype=dtype, device=device)
     bias = torch.randn(6, dtype=dtype, device=device)

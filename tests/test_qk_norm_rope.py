@@ -2,7 +2,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from kernel_path import PATHS, PATHS_AND_DTYPES, saved_numbers, take
+from kernel_path import PATHS, PATHS_AND_DTYPES, saved_numbers
 
 from mmlm_fast import testing
 from mmlm_fast.ops import qk_norm_rope, rope_tables
@@ -25,8 +25,8 @@ def draw(size, half, dtype, device, batch=2, heads=3, kv_heads=1, length=3):
 @pytest.mark.parametrize(("path", "dtype"), PATHS_AND_DTYPES)
 @pytest.mark.parametrize("norm", [False, True], ids=["rope", "norm"])
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "pairs"])
-def test_close_to_reference(path, dtype, norm, interleaved, monkeypatch, device):
-    take(path, "qk_norm_rope", monkeypatch)
+def test_close_to_reference(path, dtype, norm, interleaved, take, device):
+    take(path)
     for size, half in SIZES:
         query, key, cos, sin = draw(size, half, dtype, device)
         weights = [torch.randn(size, dtype=dtype, device=device) for _ in range(2 if norm else 0)]
@@ -43,9 +43,9 @@ def test_close_to_reference(path, dtype, norm, interleaved, monkeypatch, device)
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_packed_projection_and_many_tokens(path, monkeypatch, device):
+def test_packed_projection_and_many_tokens(path, monkeypatch, take, device):
     """Views of one packed projection; more tokens than a part of the weight's gradient; one table for all samples."""
-    take(path, "qk_norm_rope", monkeypatch)
+    take(path)
     packed = torch.randn(2, 6, 5 * 64, device=device)
     if path == "kernel":
         monkeypatch.setattr(import_module("mmlm_kernels.qk_norm_rope"), "MAX_SPLITS", 5)
@@ -67,8 +67,8 @@ def test_packed_projection_and_many_tokens(path, monkeypatch, device):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_query_alone_and_empty(path, monkeypatch, device):
-    take(path, "qk_norm_rope", monkeypatch)
+def test_query_alone_and_empty(path, take, device):
+    take(path)
     query, _, cos, sin = draw(8, 4, torch.float32, device)
     out, key = qk_norm_rope(query, None, cos, sin)
     assert key is None
@@ -107,8 +107,8 @@ def test_tables_of_axes():
     torch.testing.assert_close(same, rope_tables(positions[0], inv_freq))
 
 
-def test_keeps_inputs_only_for_a_norm(monkeypatch):
-    take("native", "qk_norm_rope", monkeypatch)
+def test_keeps_inputs_only_for_a_norm(take):
+    take("native")
     query, key, cos, sin = draw(32, 16, torch.float32, "cpu")
     query.requires_grad_()
     tables = 2 * cos.numel() * 4

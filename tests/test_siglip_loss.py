@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_path import PATHS, PATHS_AND_DTYPES, take
+from kernel_path import PATHS, PATHS_AND_DTYPES
 from losses import assert_loss_close
 from peers import open_clip_losses
 from test_clip_loss import POSITIVES, features, positives, tiny_dual_encoder
@@ -12,8 +12,8 @@ from mmlm_fast.ops.siglip_loss import siglip_loss_ref
 
 @pytest.mark.parametrize(("path", "dtype"), PATHS_AND_DTYPES)
 @pytest.mark.parametrize("kind", POSITIVES)
-def test_close_to_reference(path, dtype, kind, monkeypatch, device):
-    take(path, "siglip_loss", monkeypatch)
+def test_close_to_reference(path, dtype, kind, monkeypatch, take, device):
+    take(path)
     monkeypatch.setitem(_contrastive.TILE, device, 12)
     num_rows, num_columns = (15, 15) if kind == "diagonal" else (15, 21)
     keywords, p = positives(kind, num_rows, num_columns, device)
@@ -31,9 +31,9 @@ def test_close_to_reference(path, dtype, kind, monkeypatch, device):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_extreme_logits(path, monkeypatch, device):
+def test_extreme_logits(path, take, device):
     """Losses of a trained model: far below one unit in the last place of 1 + exp."""
-    take(path, "siglip_loss", monkeypatch)
+    take(path)
 
     def draw():
         x = features(24, 64, torch.float32, device)
@@ -43,8 +43,8 @@ def test_extreme_logits(path, monkeypatch, device):
 
 
 @pytest.mark.parametrize("kind", POSITIVES)
-def test_large_tiles(kind, monkeypatch):
-    take("native", "siglip_loss", monkeypatch)
+def test_large_tiles(kind, take):
+    take("native")
     keywords, p = positives(kind, 1100, 2100, "cpu")
     inputs = (
         features(1100, 16, torch.float32, "cpu"),
@@ -69,8 +69,8 @@ def test_of_open_clip_itself():
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_bad_and_odd_input(path, monkeypatch, device):
-    take(path, "siglip_loss", monkeypatch)
+def test_bad_and_odd_input(path, take, device):
+    take(path)
     x = features(6, 8, torch.float32, device)
     one = x[:1]
     torch.testing.assert_close(siglip_loss(one, one, 10.0, -10.0), torch.tensor(0.6931472, device=device))

@@ -14,7 +14,7 @@ from mmlm_fast.audio.plain import address_of, has_memory, plain_torch
 from mmlm_fast.audio.resample import num_resampled
 from mmlm_fast.audio.spectral import dtype_name, family, features_of, plain_float
 from mmlm_fast.audio.waveforms import Waveform, clips_of
-from mmlm_fast.ops._registry import using_reference
+from mmlm_fast.ops.paths import using_reference
 
 SAMPLING_RATE = 16000
 HOP_LENGTH = 160

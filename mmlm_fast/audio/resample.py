@@ -14,8 +14,11 @@ from mmlm_fast.audio.plain import address_of, autograd_within_an_op, without_aut
 from mmlm_fast.audio.tables import kept_tables, kept_within
 from mmlm_fast.audio.waveforms import SAMPLE_TYPES, Clips, Waveform, as_float, clips_of, native_format
 from mmlm_fast.ops._derivatives import differentiable
-from mmlm_fast.ops._registry import register_op, using_reference
+from mmlm_fast.ops._op import Op
+from mmlm_fast.ops._registry import register_op
+from mmlm_fast.ops.paths import using_reference
 
+OP = Op("resample", native=(torch.float32, torch.float64, torch.int16), kernel=(), functions=("audio.resample",))
 _METHODS = ("sinc_interp_hann", "sinc_interp_kaiser")
 _KAISER_BETA = 14.769656459379492
 MAX_RATE = 2**31 - 1
@@ -238,7 +241,7 @@ def _backward(
 _SCHEMA = "int orig_freq, int new_freq, int width, float rolloff, str method, float beta"
 _fwd = register_op(
     f"resample(Tensor[] waveforms, {_SCHEMA}) -> Tensor",
-    portable=_cpu,
+    native=_cpu,
     kernel="mmlm_fast.audio.resample:_cuda",
     fake=lambda waveforms, orig_freq, new_freq, width, rolloff, method, beta: waveforms[0].new_empty(
         (sum(num_resampled(w.shape[-1], orig_freq, new_freq) for w in waveforms),), dtype=_dtype_of(waveforms)

@@ -22,7 +22,17 @@ from mmlm_fast.audio.resample import native_resampler, num_resampled, resample_r
 from mmlm_fast.audio.tables import ByteCache, kept_tables, kept_within
 from mmlm_fast.audio.waveforms import SAMPLE_TYPES, Clips, as_float, native_format
 from mmlm_fast.ops._derivatives import differentiable
-from mmlm_fast.ops._registry import register_op, using_reference
+from mmlm_fast.ops._op import Op
+from mmlm_fast.ops._registry import register_op
+from mmlm_fast.ops.paths import using_reference
+
+OP = Op(
+    "spectral_features",
+    native=(torch.float32, torch.float64, torch.int16),
+    kernel=(),
+    has_cuda_core=True,
+    functions=("audio.log_mel", "audio.kaldi_fbank", "audio.mfcc", "audio.mel_spectrogram", "audio.spectrogram"),
+)
 
 
 class Layout(NamedTuple):
@@ -362,7 +372,7 @@ def _fake(waveforms: list[Tensor], spec: str, num_samples: list[int], orig_freq:
 
 _fwd = register_op(
     "spectral_features(Tensor[] waveforms, str spec, SymInt[] num_samples, int orig_freq) -> Tensor",
-    portable=_cpu,
+    native=_cpu,
     kernel="mmlm_fast.audio.spectral:_cuda",
     fake=_fake,
 )

@@ -21,8 +21,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mmlm_fast.hf.interval_mask import interval_mask, say_once
 from mmlm_fast.masks import IntervalMask, _require
-from mmlm_fast.ops._registry import is_transformed
 from mmlm_fast.ops.interval_attention import interval_attention
+from mmlm_fast.ops.paths import is_transformed
 
 NAME, PACKED_NAME = "mmlm_fast", "mmlm_flash"
 

@@ -18,7 +18,7 @@ from transformers import masking_utils
 
 from mmlm_fast.hf.looks import Questions, Shape, is_run
 from mmlm_fast.masks import _each_id_runs_once, _runs
-from mmlm_fast.ops._registry import is_transformed
+from mmlm_fast.ops.paths import is_transformed
 
 # Models that compute with the mask that the interface returns, so that it must be the dense one.
 READ_THEIR_MASK = frozenset(

@@ -15,8 +15,8 @@ from mmlm_fast.nn.on_demand import OnDemand, Values
 from mmlm_fast.nn.plain import is_plain
 from mmlm_fast.ops._derivatives import is_seen_through
 from mmlm_fast.ops._formed import _graph_is_kept
-from mmlm_fast.ops._registry import using_reference
 from mmlm_fast.ops.linear_cross_entropy import linear_cross_entropy
+from mmlm_fast.ops.paths import using_reference
 
 _aten = torch.ops.aten
 _SAME = (_aten.clone.default, _aten.alias.default, _aten.detach.default, _aten.add.Tensor)  # gradients pass unchanged

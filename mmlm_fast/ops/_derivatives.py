@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmlm_fast.ops._registry import is_transformed
+from mmlm_fast.ops.paths import is_transformed
 
 
 def differentiable(

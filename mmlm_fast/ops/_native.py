@@ -1,8 +1,8 @@
 """How tensors go to the native core: addresses, strides, a number type it knows."""
 
-from torch import Tensor, float32
+from torch import Tensor, bfloat16, float32
 
-from mmlm_fast.ops._registry import NATIVE_TYPES
+NATIVE_TYPES = {float32: 0, bfloat16: 1}
 
 NONE = (0, 0)  # rows that are not given
 

@@ -1,64 +1,21 @@
-"""The one place that talks to torch.library, and the one switch: `reference()`.
+"""The one place that talks to torch.library.
 
 The PyTorch dispatcher is our only dispatch table: CPU tensors go to an op's portable path, CUDA tensors to its kernel.
 """
 
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from mmlm_fast.ops.paths import Path, forced_path
 
 _LIB = torch.library.Library("mmlm_fast", "FRAGMENT")
-
-NATIVE_TYPES = {torch.float32: 0, torch.bfloat16: 1}  # of the native core on a CPU
-_KERNEL_TYPES = (torch.float32, torch.float16, torch.bfloat16)
-HAS_TRITON = find_spec("triton") is not None
-
-# What `mmlm_fast.doctor()` reports: op name -> (module of the portable path, target of the CUDA kernel).
-REGISTERED: dict[str, tuple[str, str]] = {}
-
-
-class _Switch(threading.local):
-    use_reference = False
-
-
-_switch = _Switch()
-
-
-@contextmanager
-def reference() -> Iterator[None]:
-    """Run every op of this thread as its plain PyTorch reference, for debugging, reports and tests.
-
-    Example::
-
-        with mmlm_fast.reference():
-            expected = model(**inputs)
-    """
-    before = _switch.use_reference
-    _switch.use_reference = True
-    try:
-        yield
-    finally:
-        _switch.use_reference = before
-
-
-def using_reference() -> bool:
-    """Whether ops are to run as plain PyTorch: where `reference()` says so, or derivatives are asked for that see
-    through PyTorch's own operators alone.
-    """
-    return _switch.use_reference or is_transformed()
-
-
-def is_transformed() -> bool:
-    """Whether a transform of torch.func or a level of forward-mode differentiation is at work."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def looked_at(x: Tensor) -> Tensor:
@@ -66,32 +23,6 @@ def looked_at(x: Tensor) -> Tensor:
     while torch._C._functorch.is_functorch_wrapped_tensor(x):
         x = torch._C._functorch.get_unwrapped(x)
     return x
-
-
-# On a CPU a call of ours costs more than torch's: for fewer numbers than these the reference is faster (measured, see
-# CONTRIBUTING).
-SMALL_NUMBERS = {
-    "add_norm, layer": 2**20,
-    "add_norm, rms": 2**19,
-    "clip_loss": 2**17,  # pairs
-    "fuse_modalities": 2**18,
-    "gated_add": 2**20,
-    "glu": 2**18,
-    "linear_cross_entropy": 2**15,  # logits
-    "merge_embeddings": 2**18,
-    "norm_pixel_shuffle": 2**20,
-    "qk_norm_rope": 2**16,
-    "siglip_loss": 2**15,  # pairs
-}
-
-
-def takes_kernel(x: Tensor, op: str = "") -> bool:
-    """Whether a kernel is the faster way for this tensor, of an op whose portable path is its reference."""
-    if x.device.type == "cpu":
-        if x.dtype not in NATIVE_TYPES:
-            return False
-        return torch.compiler.is_compiling() or x.numel() >= SMALL_NUMBERS.get(op, 0)
-    return x.device.type == "cuda" and x.dtype in _KERNEL_TYPES and HAS_TRITON
 
 
 def plain_float(number: float) -> float:
@@ -102,20 +33,22 @@ def plain_float(number: float) -> float:
 def register_op(
     schema: str,
     *,
-    portable: Callable,
-    kernel: str | None,
     fake: Callable,
+    native: Callable | None = None,
+    portable: Callable | None = None,
+    kernel: str | None = None,
     kernel_takes: Callable[..., bool] | None = None,
 ) -> Callable[..., Any]:
-    """Register one op: CPU tensors go to `portable`, CUDA tensors to `kernel`.
+    """Register one op: CPU tensors go to `native` or `portable`, CUDA tensors to `kernel`.
 
     Args:
         schema: ATen schema without namespace, ``"name(Tensor x, float eps) -> Tensor"``.
-        portable: PyTorch implementation for any device.
-        kernel: ``"module:function"`` of the launcher, imported on the first CUDA call, so that a machine without
-            Triton can import the package. Where Triton is missing, CUDA tensors take `portable`, with one warning. None
-            where `portable` is made of ops that are dispatched themselves.
         fake: Output shapes and dtypes only, for torch.compile.
+        native: Implementation in the native core, which takes addresses: for CPU tensors alone.
+        portable: Implementation in PyTorch, for any device; in place of `native`.
+        kernel: ``"module:function"`` of the launcher, imported on the first CUDA call, so that a machine without
+            Triton can import the package. Where Triton is missing, CUDA tensors take `portable`, with one warning;
+            without it they are an error. None where `portable` is made of ops that are dispatched themselves.
         kernel_takes: Given the op's arguments, whether the kernel is for them; other CUDA tensors take `portable`.
 
     Returns:
@@ -123,10 +56,15 @@ def register_op(
     """
     name = schema.partition("(")[0]
     _LIB.define(schema)
-    _LIB.impl(name, portable, "CPU")
-    _LIB.impl(name, portable if kernel is None else _lazy(name, kernel, portable, kernel_takes), "CUDA")
+    on_cpu = on_cuda = native or portable
+    assert on_cpu is not None, f"{name} has no implementation"
+    if kernel is not None:
+        on_cuda = _lazy(name, kernel, portable, kernel_takes)
+        if kernel.startswith("mmlm_kernels"):
+            on_cpu = _unless_forced(kernel, on_cpu, kernel_takes)
+    _LIB.impl(name, on_cpu, "CPU")
+    _LIB.impl(name, on_cuda, "CUDA")
     torch.library.register_fake(f"mmlm_fast::{name}", fake, lib=_LIB)
-    REGISTERED[name] = (portable.__module__, kernel or portable.__module__)
     return getattr(torch.ops.mmlm_fast, name).default
 
 
@@ -159,16 +97,21 @@ def _devices(args: Sequence[Any]) -> list[str]:
     return sorted({str(t.device) for t in tensors})
 
 
-def _lazy(name: str, kernel: str, portable: Callable, kernel_takes: Callable[..., bool] | None) -> Callable:
+def _lazy(name: str, kernel: str, portable: Callable | None, kernel_takes: Callable[..., bool] | None) -> Callable:
     module, _, function = kernel.partition(":")
     resolved: list[Callable] = []
 
     def call(*args):
         index = device_index_of(name, args)
-        if kernel_takes is not None and not kernel_takes(*args):
+        if portable is not None and kernel_takes is not None and not kernel_takes(*args):
             return portable(*args)
         if not resolved:
             if module.startswith("mmlm_kernels") and find_spec("triton") is None:
+                if portable is None:
+                    raise RuntimeError(
+                        f"mmlm_fast::{name} needs Triton for CUDA tensors, and it is not installed; the public "
+                        "function runs the PyTorch formula there"
+                    )
                 warnings.warn(f"mmlm_fast.{name}: Triton is not installed, using the portable path", stacklevel=2)
                 resolved.append(portable)
             else:
@@ -177,6 +120,18 @@ def _lazy(name: str, kernel: str, portable: Callable, kernel_takes: Callable[...
         # stream: with a model spread over GPUs that is not where the tensors are.
         with on_device(index):
             return resolved[0](*args)
+
+    return call
+
+
+def _unless_forced(kernel: str, on_cpu: Callable, kernel_takes: Callable[..., bool] | None) -> Callable:
+    """What CPU tensors take; the launcher, in Triton's interpreter, where `forced(Path.KERNEL)` asks for it."""
+    module, _, function = kernel.partition(":")
+
+    def call(*args):
+        if forced_path() is not Path.KERNEL or not (kernel_takes is None or kernel_takes(*args)):
+            return on_cpu(*args)
+        return getattr(import_module(module), function)(*args)
 
     return call
 

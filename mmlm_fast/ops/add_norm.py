@@ -6,9 +6,11 @@ from torch import Tensor
 
 from mmlm_fast.ops._derivatives import differentiable, distinct, unseen
 from mmlm_fast.ops._native import address, as_rows, floats, num_rows, number_type, rows
-from mmlm_fast.ops._registry import check_floating, plain_float, register_op, takes_kernel, using_reference
+from mmlm_fast.ops._op import REFERENCE, Op
+from mmlm_fast.ops._registry import check_floating, plain_float, register_op
 
 KINDS = ("rms", "layer")
+OP = Op("add_norm", smallest={"rms": 2**19, "layer": 2**20})
 MAX_KERNEL_SIZE = 8192  # a row stays in a program's registers
 
 
@@ -78,11 +80,12 @@ def add_norm(
                 f"residual must have shape {tuple(x.shape)} on {x.device}, got {tuple(residual.shape)} on "
                 f"{residual.device}"
             )
-        dtype = torch.promote_types(x.dtype, residual.dtype)
-        x, residual = x.to(dtype), residual.to(dtype)
+        if residual.dtype != x.dtype:
+            dtype = torch.promote_types(x.dtype, residual.dtype)
+            x, residual = x.to(dtype), residual.to(dtype)
     check_parameters(x, x.shape[-1], weight=weight, bias=bias)
-    too_wide = x.is_cuda and x.shape[-1] > MAX_KERNEL_SIZE
-    if using_reference() or too_wide or not takes_kernel(x, f"add_norm, {kind}"):
+    fits = not x.is_cuda or x.shape[-1] <= MAX_KERNEL_SIZE
+    if OP.path(x, kind=kind, fits=fits) is REFERENCE:
         return add_norm_ref(x, residual, weight, bias, kind, eps, offset)
     arguments = (weight, bias, kind == "layer", plain_float(eps), plain_float(offset))
     if residual is None:
@@ -159,14 +162,14 @@ def _fake_bwd(grad, grad_total, total, weight, bias_dtype, is_layer, eps, offset
 _fwd = register_op(
     "add_norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, bool is_layer, float eps, float offset)"
     " -> (Tensor, Tensor)",
-    portable=_native_fwd,
+    native=_native_fwd,
     kernel="mmlm_kernels.add_norm:add_norm_fwd",
     fake=_fake_fwd,
 )
 _bwd = register_op(
     "add_norm_bwd(Tensor? grad, Tensor? grad_total, Tensor total, Tensor? weight, ScalarType? bias_dtype,"
     " bool is_layer, float eps, float offset) -> (Tensor, Tensor, Tensor)",
-    portable=_native_bwd,
+    native=_native_bwd,
     kernel="mmlm_kernels.add_norm:add_norm_bwd",
     fake=_fake_bwd,
 )

@@ -11,14 +11,17 @@ from mmlm_fast.ops._contrastive import (
     add_product,
     check_pairs,
     each_tile,
+    has_pairs,
     native_positives,
     positives_of,
     scalar_tensor,
 )
 from mmlm_fast.ops._derivatives import distinct
 from mmlm_fast.ops._formed import formed_dtype, wide, with_formed_gradients
-from mmlm_fast.ops._registry import SMALL_NUMBERS, autocast, register_op, takes_kernel, using_reference
+from mmlm_fast.ops._op import LOSS_TYPES, REFERENCE, Op
+from mmlm_fast.ops._registry import autocast, register_op
 
+OP = Op("clip_loss", native=LOSS_TYPES, smallest=2**17, counts="pairs")
 NAMES = ("image_features", "text_features")
 
 
@@ -88,7 +91,7 @@ def clip_loss(
     assert y is not None
     positives = positives_of(x, y, positive_ids, targets, offset)
     scale = scalar_tensor(logit_scale, x)
-    if using_reference() or not takes_tiles(x, y, "clip_loss"):
+    if OP.path(x, x.shape[0] * y.shape[0], fits=has_pairs(x, y)) is REFERENCE:
         return clip_loss_ref(x, y, scale, positives, rows_only)
 
     def forward(inputs: tuple, needed: list[bool]) -> tuple[Tensor, list[Tensor]]:
@@ -96,15 +99,6 @@ def clip_loss(
         return loss, formed
 
     return with_formed_gradients("clip_loss", forward, *distinct([x, y]), scale)
-
-
-def takes_tiles(x: Tensor, y: Tensor, op: str) -> bool:
-    """Whether tiles are the faster way. Unlike other ops' native paths they take float16 on a CPU too."""
-    if x.dtype == torch.float64 or not x.shape[0] or not y.shape[0]:
-        return False
-    if x.device.type == "cpu":
-        return torch.compiler.is_compiling() or x.shape[0] * y.shape[0] >= SMALL_NUMBERS[op]
-    return takes_kernel(x)
 
 
 def clip_over(
@@ -233,14 +227,14 @@ POSITIVES = "int kind, int offset, Tensor? row_ids, Tensor? column_ids, Tensor? 
 # Rows of the statistics: see `_running`; of the sides: see `_direction`.
 _statistics = register_op(
     f"clip_loss_statistics(Tensor dots, Tensor scale, Tensor(a!) rows, Tensor(b!) columns, {POSITIVES}) -> ()",
-    portable=_native_statistics,
+    native=_native_statistics,
     kernel="mmlm_kernels.clip_loss:clip_loss_statistics",
     fake=lambda *_: None,
 )
 _gradients = register_op(
     f"clip_loss_gradients(Tensor(a!) dots, Tensor scale, Tensor rows, Tensor columns, Tensor(b!) sums, {POSITIVES})"
     " -> ()",
-    portable=_native_gradients,
+    native=_native_gradients,
     kernel="mmlm_kernels.clip_loss:clip_loss_gradients",
     fake=lambda *_: None,
 )

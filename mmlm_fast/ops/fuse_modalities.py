@@ -7,17 +7,11 @@ from torch import Tensor
 
 from mmlm_fast.ops._derivatives import differentiable, distinct
 from mmlm_fast.ops._native import address, as_rows, floats, num_rows, number_type, rows
-from mmlm_fast.ops._registry import (
-    autocast,
-    check_like,
-    check_tokens,
-    num_tokens,
-    register_op,
-    takes_kernel,
-    using_reference,
-)
+from mmlm_fast.ops._op import REFERENCE, Op
+from mmlm_fast.ops._registry import autocast, check_like, check_tokens, num_tokens, register_op
 from mmlm_fast.ops.concat_linear import concat_linear, concat_linear_ref
 
+OP = Op("fuse_modalities", smallest=2**18)
 MAX_MODALITIES = 16  # of the native core
 MODES = ("mean", "weighted", "gated", "attention")
 
@@ -108,7 +102,7 @@ def fuse_modalities(
     _check_parameters(features, mode, weight, bias)
     if present is not None:
         present = _check_present(present, features, tokens)
-    if using_reference() or not takes_kernel(features[0], "fuse_modalities") or len(features) > MAX_MODALITIES:
+    if OP.path(features[0], fits=len(features) <= MAX_MODALITIES) is REFERENCE:
         out, weights = fuse_modalities_ref(features, mode, weight, bias, present)
         weights = weights if mode == "gated" else weights.to(_weights_dtype(weights.dtype))
     elif mode == "gated":
@@ -245,7 +239,7 @@ def _fake_bwd(grad, features, weight, weights, present, mode):
 
 _fwd = register_op(
     "fuse_modalities_fwd(Tensor[] features, str mode, Tensor? weight, Tensor? present) -> (Tensor, Tensor)",
-    portable=_native_fwd,
+    native=_native_fwd,
     kernel="mmlm_kernels.fuse_modalities:fuse_modalities_fwd",
     fake=_fake_fwd,
 )
@@ -253,7 +247,7 @@ _fwd = register_op(
 _bwd = register_op(
     "fuse_modalities_bwd(Tensor grad, Tensor[] features, Tensor? weight, Tensor weights, Tensor? present, str mode)"
     " -> Tensor[]",
-    portable=_native_bwd,
+    native=_native_bwd,
     kernel="mmlm_kernels.fuse_modalities:fuse_modalities_bwd",
     fake=_fake_bwd,
 )
@@ -354,14 +348,14 @@ def _native_mix_bwd(
 
 _mix_fwd = register_op(
     "gated_mix_fwd(Tensor first, Tensor second, Tensor logits, Tensor? present) -> (Tensor, Tensor)",
-    portable=_native_mix_fwd,
+    native=_native_mix_fwd,
     kernel="mmlm_kernels.fuse_modalities:gated_mix_fwd",
     fake=lambda first, second, logits, present: (logits.new_empty(logits.shape), logits.new_empty(logits.shape)),
 )
 _mix_bwd = register_op(
     "gated_mix_bwd(Tensor grad, Tensor first, Tensor second, Tensor logits, Tensor? present)"
     " -> (Tensor, Tensor, Tensor)",
-    portable=_native_mix_bwd,
+    native=_native_mix_bwd,
     kernel="mmlm_kernels.fuse_modalities:gated_mix_bwd",
     fake=lambda grad, first, second, logits, present: tuple(logits.new_empty(logits.shape) for _ in range(3)),
 )

@@ -5,7 +5,10 @@ from torch import Tensor
 
 from mmlm_fast.ops._derivatives import differentiable, distinct, unseen
 from mmlm_fast.ops._native import address, as_rows, num_rows, number_type, rows
-from mmlm_fast.ops._registry import check_floating, register_op, takes_kernel, using_reference
+from mmlm_fast.ops._op import REFERENCE, Op
+from mmlm_fast.ops._registry import check_floating, register_op
+
+OP = Op("gated_add", smallest=2**20)
 
 
 def gated_add_ref(x: Tensor, residual: Tensor, gate: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -39,8 +42,9 @@ def gated_add(x: Tensor, residual: Tensor, gate: Tensor, *, keep: Tensor | None 
             raise ValueError(f"{name} must be on {x.device}, got {tensor.device}")
     if x.dim() < 1 or residual.shape != x.shape:
         raise ValueError(f"residual must be {tuple(x.shape)}, got {tuple(residual.shape)}")
-    dtype = torch.promote_types(x.dtype, residual.dtype)
-    x, residual = x.to(dtype), residual.to(dtype)
+    if residual.dtype != x.dtype:
+        dtype = torch.promote_types(x.dtype, residual.dtype)
+        x, residual = x.to(dtype), residual.to(dtype)
     if gate.numel() not in (1, x.shape[-1]) or gate.dim() > 1 or gate.dtype not in (x.dtype, torch.float32):
         raise ValueError(
             f"gate must be [1] or [{x.shape[-1]}] in {x.dtype} or float32, got {tuple(gate.shape)} in {gate.dtype}"
@@ -50,7 +54,7 @@ def gated_add(x: Tensor, residual: Tensor, gate: Tensor, *, keep: Tensor | None 
             f"keep must be bool {tuple(x.shape[:-1])} on {x.device}, got {keep.dtype} {tuple(keep.shape)} on "
             f"{keep.device}"
         )
-    if using_reference() or not takes_kernel(x, "gated_add"):
+    if OP.path(x) is REFERENCE:
         return gated_add_ref(x, residual, gate, keep)
     return _GatedAdd.apply(*distinct([x, residual]), gate, keep)
 
@@ -93,13 +97,13 @@ def _native_bwd(grad, x, gate, keep):
 
 _fwd = register_op(
     "gated_add_fwd(Tensor x, Tensor residual, Tensor gate, Tensor? keep) -> Tensor",
-    portable=_native_fwd,
+    native=_native_fwd,
     kernel="mmlm_kernels.gated_add:gated_add_fwd",
     fake=lambda x, residual, gate, keep: x.new_empty(x.shape),
 )
 _bwd = register_op(
     "gated_add_bwd(Tensor grad, Tensor x, Tensor gate, Tensor? keep) -> (Tensor, Tensor)",
-    portable=_native_bwd,
+    native=_native_bwd,
     kernel="mmlm_kernels.gated_add:gated_add_bwd",
     fake=lambda grad, x, gate, keep: (x.new_empty(x.shape), gate.new_empty(gate.shape)),
 )

@@ -6,9 +6,11 @@ from torch import Tensor
 from mmlm_fast.ops._activations import activate
 from mmlm_fast.ops._derivatives import differentiable, distinct
 from mmlm_fast.ops._native import address, as_rows, floats, num_rows, number_type, rows
-from mmlm_fast.ops._registry import check_floating, register_op, takes_kernel, using_reference
+from mmlm_fast.ops._op import REFERENCE, Op
+from mmlm_fast.ops._registry import check_floating, register_op
 from mmlm_fast.ops.add_norm import check_parameters
 
+OP = Op("glu", smallest=2**18, functions=("glu", "bias_act"))
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu")  # in the order of the native core
 
 
@@ -51,7 +53,7 @@ def glu(gate: Tensor, up: Tensor | None = None, *, activation: str = "silu") -> 
                 f"up must be {tuple(gate.shape)}, {gate.dtype} on {gate.device}, got {tuple(up.shape)}, {up.dtype} on "
                 f"{up.device}"
             )
-    if using_reference() or not takes_kernel(gate, "glu"):
+    if OP.path(gate) is REFERENCE:
         return glu_ref(gate, up, activation)
     return _Glu.apply(*distinct([gate, up]), None, activation, up is None)
 
@@ -74,7 +76,7 @@ def bias_act(x: Tensor, bias: Tensor | None = None, *, activation: str = "gelu")
     """
     _check(x, activation, "x")
     check_parameters(x, x.shape[-1], bias=bias)
-    if using_reference() or not takes_kernel(x, "glu"):
+    if OP.path(x) is REFERENCE:
         return bias_act_ref(x, bias, activation)
     return _Glu.apply(x, None, bias, activation, False)
 
@@ -132,7 +134,7 @@ def _fake_bwd(grad, gate, up, bias, activation, packed):
 
 _fwd = register_op(
     "glu_fwd(Tensor gate, Tensor? up, Tensor? bias, str activation) -> Tensor",
-    portable=_native_fwd,
+    native=_native_fwd,
     kernel="mmlm_kernels.glu:glu_fwd",
     fake=lambda gate, up, bias, activation: gate.new_empty(gate.shape),
 )
@@ -140,7 +142,7 @@ _fwd = register_op(
 _bwd = register_op(
     "glu_bwd(Tensor grad, Tensor gate, Tensor? up, Tensor? bias, str activation, bool packed)"
     " -> (Tensor, Tensor, Tensor)",
-    portable=_native_bwd,
+    native=_native_bwd,
     kernel="mmlm_kernels.glu:glu_bwd",
     fake=_fake_bwd,
 )

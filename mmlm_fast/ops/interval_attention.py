@@ -10,15 +10,19 @@ from torch import Tensor
 
 from mmlm_fast.masks import IntervalMask
 from mmlm_fast.ops._derivatives import differentiable, distinct, refuse_twice
-from mmlm_fast.ops._registry import (
-    HAS_TRITON,
-    NATIVE_TYPES,
-    autocast,
-    check_floating,
-    on_device,
-    plain_float,
-    register_op,
-    using_reference,
+from mmlm_fast.ops._native import NATIVE_TYPES
+from mmlm_fast.ops._op import HAS_TRITON, Op
+from mmlm_fast.ops._registry import autocast, check_floating, on_device, plain_float, register_op
+from mmlm_fast.ops.paths import Path, forced_path, using_reference
+
+# On a CPU the call of our core costs more than torch's; below this many scores that decides.
+OP = Op(
+    "interval_attention",
+    smallest=2**17,
+    counts="scores",
+    otherwise=Path.TORCH,
+    torch_where="where nothing is masked, or what a causal mask hides, and it has one that is as fast",
+    functions=("interval_attention", "interval_attention_varlen"),
 )
 
 
@@ -122,7 +126,7 @@ def interval_attention(
         query, scale = (query * 0, 1.0) if scale == 0 else (-query, -scale)
     if softcap is None and sinks is None and not return_lse:
         call = _facts(query, key, value, mask)
-        if _sdpa_is_best(call):
+        if _takes_sdpa(call):
             return refuse_twice(_sdpa(query, key, value, call, scale), "interval_attention, which torch's kernel took")
     sees_all = mask is None or mask.kind_for(key.shape[2]) == "full"
     lo, hi = (None, None) if mask is None or sees_all else (mask.lo, mask.hi)
@@ -214,10 +218,6 @@ def _check_inputs(query: Tensor, key: Tensor, value: Tensor, mask: IntervalMask 
 
 # ---- the best kernel there is where nothing is masked --------------------------------------------------------------
 
-# On a CPU the call of our core costs more than torch's; below this many scores that decides (measured, CONTRIBUTING).
-SMALL_SCORES = 2**17
-
-
 # cuDNN builds a plan for each shape, which takes as long as hundreds of calls (0.02 to 1 s): for queries that make it
 # worth while, of shapes that come again. A pass through a model calls a shape once a layer: a few calls do not say so.
 CUDNN_QUERIES, CUDNN_CALLS = 512, 128
@@ -287,15 +287,23 @@ _capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _flash_allowed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _sdpa_is_best(call: Call) -> bool:
+def _takes_sdpa(call: Call) -> bool:
     """Whether torch's attention is to take the call, and not ours."""
+    wanted = forced_path()
+    if wanted is None:
+        return _sdpa_is_best(call)
+    return wanted is Path.TORCH and call.kind is not None and call.kv_len > 0
+
+
+def _sdpa_is_best(call: Call) -> bool:
+    """Whether torch's attention takes a call faster than ours."""
     if call.kind is None or call.kv_len == 0:
         return False
     if call.device == "cuda":
         return _has_flash(call) or _has_efficient(call) or not _has_kernel(call)
     if call.kind == "full":
         return True
-    return call.device == "cpu" and not call.is_compiling and call.scores < SMALL_SCORES
+    return call.device == "cpu" and not call.is_compiling and call.scores < OP.least()
 
 
 def _has_kernel(call: Call) -> bool:

@@ -9,17 +9,10 @@ from torch import Tensor
 from mmlm_fast.ops._derivatives import differentiable
 from mmlm_fast.ops._formed import formed_dtype, wide, with_formed_gradients
 from mmlm_fast.ops._native import rows
-from mmlm_fast.ops._registry import (
-    SMALL_NUMBERS,
-    autocast,
-    check_floating,
-    check_like,
-    looked_at,
-    register_op,
-    takes_kernel,
-    using_reference,
-)
+from mmlm_fast.ops._op import LOSS_TYPES, REFERENCE, Op
+from mmlm_fast.ops._registry import autocast, check_floating, check_like, looked_at, register_op
 
+OP = Op("linear_cross_entropy", native=LOSS_TYPES, smallest=2**15, counts="logits")
 REDUCTIONS = ("mean", "sum", "none")
 # Of the logits at hand at once. On a CPU larger is no faster; on a GPU matrix products need some hundred rows.
 CHUNK_MIB = {"cpu": 96, "cuda": 0}  # 0: as many rows as cost no memory beside the weight's gradient
@@ -132,7 +125,7 @@ def linear_cross_entropy(
     options: dict[str, Any] = dict(
         label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, logit_scale=logit_scale
     )
-    if using_reference() or not _takes_chunks(x, weight):
+    if OP.path(x, x.shape[0] * weight.shape[0], fits=x.numel() > 0) is REFERENCE:
         loss = _plain(
             x, weight, target, bias, skip, reduction=reduction, num_items_in_batch=num_items_in_batch, **options
         )
@@ -204,14 +197,6 @@ def _denominator(ignored: Tensor, reduction: str, num_items: Any) -> Tensor:
     if reduction == "sum":
         return torch.ones((), dtype=torch.float32, device=ignored.device)
     return (~ignored).sum().clamp(min=1).float()
-
-
-def _takes_chunks(x: Tensor, weight: Tensor) -> bool:
-    if x.numel() == 0 or x.dtype == torch.float64:
-        return False
-    if x.device.type == "cpu":
-        return torch.compiler.is_compiling() or x.shape[0] * weight.shape[0] >= SMALL_NUMBERS["linear_cross_entropy"]
-    return takes_kernel(x)
 
 
 def chunks_of(num_rows: int, bytes_per_row: int, budget: int) -> int:
@@ -288,7 +273,7 @@ def _fake_fwd(x, weight, bias, target, ignored, row_factor, factor, numbers, nee
 _fwd = register_op(
     "linear_cross_entropy_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor? ignored,"
     " Tensor? row_factor, Tensor factor, float[] numbers, bool[] needed, int budget) -> Tensor[]",
-    portable=_native_fwd,
+    native=_native_fwd,
     kernel="mmlm_kernels.linear_cross_entropy:linear_cross_entropy_fwd",
     fake=_fake_fwd,
 )

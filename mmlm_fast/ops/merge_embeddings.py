@@ -8,17 +8,11 @@ from torch import Tensor
 
 from mmlm_fast.ops._derivatives import differentiable, distinct, unseen
 from mmlm_fast.ops._native import number_type, rows
-from mmlm_fast.ops._registry import (
-    SMALL_NUMBERS,
-    check_floating,
-    is_transformed,
-    looked_at,
-    plain_float,
-    register_op,
-    takes_kernel,
-    using_reference,
-)
+from mmlm_fast.ops._op import REFERENCE, Op
+from mmlm_fast.ops._registry import check_floating, looked_at, plain_float, register_op
+from mmlm_fast.ops.paths import is_transformed
 
+OP = Op("merge_embeddings", smallest=2**18, functions=("merge_embeddings", "scatter_features"))
 MAX_MODALITIES = 16  # of the native core and the kernel
 
 # What the op does with a row of the base: look it up by token, keep it where there is no feature, add to it.
@@ -111,7 +105,7 @@ def merge_embeddings(
     unused = padding_idx if padding_idx is not None else free[0] if free else -1
     if is_transformed():
         out = gather_ref(source, table, list(features.values()), EMBED, scale, unused)
-    elif using_reference() or not takes_kernel(table) or _is_small(input_ids, table):
+    elif OP.path(table, input_ids.numel() * table.shape[1]) is REFERENCE:
         return merge_embeddings_ref(input_ids, table, features, scale, padding_idx)
     else:
         out = _MergeEmbeddings.apply(EMBED, plain_float(scale), unused, source, *distinct([table, *features.values()]))
@@ -151,17 +145,11 @@ def scatter_features(
     base, mode = inputs_embeds.reshape(-1, inputs_embeds.shape[-1]), ADD if add else REPLACE
     if is_transformed():
         out = gather_ref(source, base, list(features.values()), mode)
-    elif using_reference() or not takes_kernel(inputs_embeds, "merge_embeddings"):
+    elif OP.path(inputs_embeds) is REFERENCE:
         return scatter_features_ref(inputs_embeds, input_ids, features, add)
     else:
         out = _MergeEmbeddings.apply(mode, 1.0, -1, source, *distinct([base, *features.values()]))
     return out.view(inputs_embeds.shape)
-
-
-def _is_small(input_ids: Tensor, table: Tensor) -> bool:
-    if table.is_cuda or torch.compiler.is_compiling():
-        return False
-    return input_ids.numel() * table.shape[1] < SMALL_NUMBERS["merge_embeddings"]
 
 
 def _check_features(input_ids: Tensor, base: Tensor, features: Mapping[int, Tensor]) -> None:
@@ -264,14 +252,14 @@ def _native_bwd(grad, source, sizes):
 
 _fwd = register_op(
     "merge_embeddings_fwd(Tensor source, Tensor base, Tensor[] features, str mode, float scale) -> Tensor",
-    portable=_native_fwd,
+    native=_native_fwd,
     kernel="mmlm_kernels.merge_embeddings:merge_embeddings_fwd",
     fake=lambda source, base, features, mode, scale: base.new_empty(source.shape[0], base.shape[1]),
 )
 # Gradients of the features, `sizes` rows each.
 _bwd = register_op(
     "merge_embeddings_bwd(Tensor grad, Tensor source, SymInt[] sizes) -> Tensor[]",
-    portable=_native_bwd,
+    native=_native_bwd,
     kernel="mmlm_kernels.merge_embeddings:merge_embeddings_bwd",
     fake=lambda grad, source, sizes: [grad.new_empty(size, grad.shape[1]) for size in sizes],
 )

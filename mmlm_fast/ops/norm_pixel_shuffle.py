@@ -7,9 +7,11 @@ from torch import Tensor
 
 from mmlm_fast.ops._derivatives import differentiable, unseen
 from mmlm_fast.ops._native import address, floats, number_type, rows
-from mmlm_fast.ops._registry import check_floating, plain_float, register_op, takes_kernel, using_reference
+from mmlm_fast.ops._op import REFERENCE, Op
+from mmlm_fast.ops._registry import check_floating, plain_float, register_op
 from mmlm_fast.ops.add_norm import KINDS, MAX_KERNEL_SIZE, add_norm_ref, check_parameters
 
+OP = Op("norm_pixel_shuffle", smallest=2**20, functions=("norm_pixel_shuffle", "patch_merge"))
 NORM_AT = ("none", "before", "after")  # in the order of the native core
 
 
@@ -93,7 +95,7 @@ def norm_pixel_shuffle(
             f"x must be [B, height, width, C] with height and width divisible by factor {factor}, got {tuple(x.shape)}"
         )
     _check_norm(x, factor**2, weight, bias, norm, norm_at)
-    if using_reference() or _is_too_wide(x, factor, norm, norm_at) or not takes_kernel(x, "norm_pixel_shuffle"):
+    if OP.path(x, fits=not _is_too_wide(x, factor, norm, norm_at)) is REFERENCE:
         return norm_pixel_shuffle_ref(x, factor, weight, bias, norm, norm_at, channels_first, eps)
     batch, height, width, size = x.shape
     index = grid_index(height, width, factor, x.device)
@@ -158,7 +160,7 @@ def patch_merge(
             pieces.append(grid_index(height, width, factor, x.device) + first)
             first += height * width
         index = torch.cat(pieces)
-    if using_reference() or _is_too_wide(x, factor, norm, norm_at) or not takes_kernel(x, "norm_pixel_shuffle"):
+    if OP.path(x, fits=not _is_too_wide(x, factor, norm, norm_at)) is REFERENCE:
         return gather_ref(x, index, weight, bias, norm, norm_at, channels_first, eps)
     return _gather(x, index, weight, bias, norm, norm_at, channels_first, eps)
 
@@ -241,7 +243,7 @@ def _fake_bwd(grad, x, index, weight, bias_dtype, norm_at, is_layer, channels_fi
 _fwd = register_op(
     "norm_pixel_shuffle_fwd(Tensor x, Tensor index, Tensor? weight, Tensor? bias, str norm_at, bool is_layer,"
     " bool channels_first, float eps) -> Tensor",
-    portable=_native_fwd,
+    native=_native_fwd,
     kernel="mmlm_kernels.norm_pixel_shuffle:norm_pixel_shuffle_fwd",
     fake=lambda x, index, *_: x.new_empty(index.shape[0], index.shape[1] * x.shape[1]),
 )
@@ -249,7 +251,7 @@ _fwd = register_op(
 _bwd = register_op(
     "norm_pixel_shuffle_bwd(Tensor grad, Tensor? x, Tensor index, Tensor? weight, ScalarType? bias_dtype, str norm_at,"
     " bool is_layer, bool channels_first, float eps) -> (Tensor, Tensor, Tensor)",
-    portable=_native_bwd,
+    native=_native_bwd,
     kernel="mmlm_kernels.norm_pixel_shuffle:norm_pixel_shuffle_bwd",
     fake=_fake_bwd,
 )

@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmlm_fast.ops._native import number_type
-from mmlm_fast.ops._registry import check_like, register_op, takes_kernel, using_reference
+from mmlm_fast.ops._op import REFERENCE, Op
+from mmlm_fast.ops._registry import check_like, register_op
 
+OP = Op("patch_embed", functions=("patchify", "patch_embed"))
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -73,7 +75,7 @@ def patchify(
     scale = [rescale / s for s in std]
     shift = [-m / s for m, s in zip(mean, std, strict=True)]
     like = torch.empty(0, dtype=dtype, device=pixels.device)
-    if using_reference() or not takes_kernel(like):
+    if OP.path(like) is REFERENCE:
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         table = torch.tensor([scale, shift], dtype=wide, device=pixels.device)
         return patchify_ref(pixels, patch_size, table[0], table[1], merge_size, temporal_patch_size).to(dtype)
@@ -183,7 +185,7 @@ def _fake(pixels, scale, shift, patch_size, merge_size, repeats, dtype):
 _patchify = register_op(
     "patchify(Tensor pixels, float[] scale, float[] shift, int patch_size, int merge_size, int repeats,"
     " ScalarType dtype) -> Tensor",
-    portable=_native,
+    native=_native,
     kernel="mmlm_kernels.patch_embed:patchify",
     fake=_fake,
 )

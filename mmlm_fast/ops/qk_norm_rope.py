@@ -7,8 +7,11 @@ from torch import Tensor
 
 from mmlm_fast.ops._derivatives import differentiable, distinct, unseen
 from mmlm_fast.ops._native import address, number_type
-from mmlm_fast.ops._registry import check_floating, plain_float, register_op, takes_kernel, using_reference
+from mmlm_fast.ops._op import REFERENCE, Op
+from mmlm_fast.ops._registry import check_floating, plain_float, register_op
 from mmlm_fast.ops.add_norm import add_norm_ref, check_parameters, with_offset
+
+OP = Op("qk_norm_rope", smallest=2**16)
 
 
 def rope_tables(
@@ -158,7 +161,7 @@ def qk_norm_rope(
     if key is not None and (query_weight is None) != (key_weight is None):
         raise ValueError("query_weight and key_weight must both be given or neither")
     check_parameters(query, query.shape[-1], query_weight=query_weight, key_weight=key_weight)
-    if using_reference() or not takes_kernel(query, "qk_norm_rope"):
+    if OP.path(query) is REFERENCE:
         return qk_norm_rope_ref(query, key, cos, sin, query_weight, key_weight, eps, offset, interleaved)
     tensors = distinct([query, key, query_weight, key_weight, cos, sin])
     out, out_key = _QkNormRope.apply(*tensors, plain_float(eps), plain_float(offset), interleaved)
@@ -259,7 +262,7 @@ def _fake_bwd(grad, grad_key, query, key, cos, sin, query_weight, key_weight, ep
 _fwd = register_op(
     "qk_norm_rope_fwd(Tensor query, Tensor? key, Tensor cos, Tensor sin, Tensor? query_weight, Tensor? key_weight,"
     " float eps, float offset, bool interleaved) -> (Tensor, Tensor)",
-    portable=_native_fwd,
+    native=_native_fwd,
     kernel="mmlm_kernels.qk_norm_rope:qk_norm_rope_fwd",
     fake=_fake_fwd,
 )
@@ -268,7 +271,7 @@ _bwd = register_op(
     "qk_norm_rope_bwd(Tensor grad, Tensor? grad_key, Tensor? query, Tensor? key, Tensor cos, Tensor sin,"
     " Tensor? query_weight, Tensor? key_weight, float eps, float offset, bool interleaved)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    portable=_native_bwd,
+    native=_native_bwd,
     kernel="mmlm_kernels.qk_norm_rope:qk_norm_rope_bwd",
     fake=_fake_bwd,
 )

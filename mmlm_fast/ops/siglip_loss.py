@@ -11,14 +11,18 @@ from mmlm_fast.ops._contrastive import (
     add_product,
     check_pairs,
     each_tile,
+    has_pairs,
     native_positives,
     positives_of,
     scalar_tensor,
 )
 from mmlm_fast.ops._derivatives import distinct
 from mmlm_fast.ops._formed import formed_dtype, wide, with_formed_gradients
-from mmlm_fast.ops._registry import autocast, register_op, using_reference
-from mmlm_fast.ops.clip_loss import NAMES, POSITIVES, takes_tiles
+from mmlm_fast.ops._op import LOSS_TYPES, REFERENCE, Op
+from mmlm_fast.ops._registry import autocast, register_op
+from mmlm_fast.ops.clip_loss import NAMES, POSITIVES
+
+OP = Op("siglip_loss", native=LOSS_TYPES, smallest=2**15, counts="pairs")
 
 
 def siglip_loss_ref(
@@ -76,7 +80,7 @@ def siglip_loss(
     assert y is not None
     positives = positives_of(x, y, positive_ids, targets, offset)
     scale, bias = scalar_tensor(logit_scale, x), scalar_tensor(logit_bias, x)
-    if using_reference() or not takes_tiles(x, y, "siglip_loss"):
+    if OP.path(x, x.shape[0] * y.shape[0], fits=has_pairs(x, y)) is REFERENCE:
         return siglip_loss_ref(x, y, scale, bias, positives)
 
     def forward(inputs: tuple, needed: list[bool]) -> tuple[Tensor, list[Tensor]]:
@@ -151,7 +155,7 @@ def _fake_fwd(x, y, scale, bias, kind, offset, row_ids, column_ids, weights, nee
 _pairs = register_op(
     f"siglip_loss_pairs(Tensor(a!) dots, Tensor scale, Tensor bias, bool gradients, Tensor(b!) sums, {POSITIVES})"
     " -> ()",
-    portable=_native_pairs,
+    native=_native_pairs,
     kernel="mmlm_kernels.siglip_loss:siglip_loss_pairs",
     fake=lambda *_: None,
 )

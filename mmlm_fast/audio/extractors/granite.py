@@ -17,7 +17,7 @@ from mmlm_fast.audio.extractors.plans import (
 )
 from mmlm_fast.audio.filters import mel_filters, window_of
 from mmlm_fast.audio.log_mel import DYNAMIC_RANGE, whisper_options
-from mmlm_fast.ops._registry import using_reference
+from mmlm_fast.ops.paths import using_reference
 
 
 class GraniteSpeechMixin(Original):

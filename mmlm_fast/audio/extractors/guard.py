@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mmlm_fast.audio.extractors import hooks
 from mmlm_fast.audio.plain import has_memory, in_plain_torch
-from mmlm_fast.ops._registry import reference, using_reference
+from mmlm_fast.ops.paths import reference, using_reference
 
 # What code that expects other samples ends in.
 _ENDS = (TypeError, IndexError, KeyError, AttributeError, AssertionError, RuntimeError, ArithmeticError)

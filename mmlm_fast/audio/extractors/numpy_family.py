@@ -19,7 +19,7 @@ from mmlm_fast.audio.extractors.plans import (
     refuse_short,
 )
 from mmlm_fast.audio.filters import window_of
-from mmlm_fast.ops._registry import using_reference
+from mmlm_fast.ops.paths import using_reference
 
 
 class Gemma3nAudioMixin(Original):

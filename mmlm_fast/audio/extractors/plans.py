@@ -12,7 +12,7 @@ from mmlm_fast import _C
 from mmlm_fast.audio.extractors.hooks import is_as_made
 from mmlm_fast.audio.spectral import run_native
 from mmlm_fast.audio.tables import ByteCache
-from mmlm_fast.ops._registry import using_reference
+from mmlm_fast.ops.paths import using_reference
 
 _Base: Any = Any if TYPE_CHECKING else object
 
