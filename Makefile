@@ -70,8 +70,7 @@ wheel: env
 
 # The native core under AddressSanitizer and UndefinedBehaviorSanitizer, over the tests of audio, attention, glue and losses.
 SANITIZED = tests/test_isas.py $(filter-out %_extractors.py %_files.py %_real_whisper.py %_robust.py,$(wildcard tests/test_audio_*.py)) \
-  $(patsubst %,tests/test_%.py,interval_attention add_norm glu gated_add qk_norm_rope merge_embeddings norm_pixel_shuffle patch_embed \
-  fuse_modalities linear_cross_entropy clip_loss siglip_loss)
+  $(patsubst mmlm_fast/ops/%.py,tests/test_%.py,$(shell grep -l 'import _C' mmlm_fast/ops/[a-z]*.py))
 sanitize: env
 	rm -rf build/sanitize && mkdir -p build/sanitize
 	MMLM_FAST_CUDA=0 MMLM_FAST_WIDE=1 CXXFLAGS="-O1 -fexpensive-optimizations -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
