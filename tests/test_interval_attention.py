@@ -313,6 +313,16 @@ def test_kernel_nan_in_a_query_without_keys(device, kernel):
         assert out.isfinite().all()
 
 
+def test_kernel_nan_in_padding_before_the_first_query(device, kernel):
+    """Padded on the left: what a query without keys holds, or its gradient, reaches no key that others see."""
+    q, k, v = draw(90, 90, 16, torch.float32, 2, 1, device=device, batch=1)
+    mask = (IntervalMask.causal(90) & IntervalMask.padded(torch.tensor([83]), 90, side="left")).to(device)
+    clean = run_with_gradients(interval_attention, mask, q, k, v)
+    q[0, :, :7] = torch.nan
+    for expected, found in zip(clean[2:], run_with_gradients(interval_attention, mask, q, k, v)[2:], strict=True):
+        torch.testing.assert_close(found[:, :, 7:], expected[:, :, 7:], rtol=0, atol=0)
+
+
 PATHS = ["portable", "kernel", "torch", "reference"]
 
 
