@@ -769,6 +769,8 @@ def interval_attention_fwd(
         splits = max(1, min(MAX_SPLITS, kv_len // MIN_SPLIT_KEYS, triton.cdiv(PROGRAMS_WANTED, programs)))
         splits = triton.next_power_of_2(splits)  # few variants to compile
         warps = 4 if max(size, value_size) <= 128 else 8
+        if OLD_TRITON and architecture() == 100 and query.dtype == torch.float32:  # 4 spill there
+            warps = 8
         block_n = min(block_n, 16 if third_piece else 32 if second_piece else 64)  # more pieces need more registers
     num_tiles = triton.cdiv(pack * q_len, block_m)
     lo, hi, mask_stride = _mask_options(lo, hi, q_len, kv_len, query)
