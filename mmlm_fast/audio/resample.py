@@ -238,9 +238,8 @@ def _backward(
     return grads
 
 
-_SCHEMA = "int orig_freq, int new_freq, int width, float rolloff, str method, float beta"
 _fwd = register_op(
-    f"resample(Tensor[] waveforms, {_SCHEMA}) -> Tensor",
+    "resample",
     native=_cpu,
     kernel="mmlm_fast.audio.resample:_cuda",
     fake=lambda waveforms, orig_freq, new_freq, width, rolloff, method, beta: waveforms[0].new_empty(
@@ -248,7 +247,7 @@ _fwd = register_op(
     ),
 )
 _bwd = register_op(
-    f"resample_bwd(Tensor grad, Tensor[] waveforms, {_SCHEMA}) -> Tensor[]",
+    "resample_bwd",
     portable=_backward,
     kernel="mmlm_fast.audio.resample:_backward",
     fake=lambda grad, waveforms, *_: [torch.empty_like(w) for w in waveforms],

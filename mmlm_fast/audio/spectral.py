@@ -312,23 +312,23 @@ def offsets_of(sizes: Sequence[int]) -> list[int]:
     return offsets
 
 
-def _cpu(waveforms: list[Tensor], key: str, num_samples: list[int], orig_freq: int) -> Tensor:
-    spec = spec_of(key)
-    frames = [spec.layout.num_frames(n) for n in num_samples]
-    sizes = [spec.num_out * f for f in frames]
+def _cpu(waveforms: list[Tensor], spec: str, num_samples: list[int], orig_freq: int) -> Tensor:
+    parsed = spec_of(spec)
+    frames = [parsed.layout.num_frames(n) for n in num_samples]
+    sizes = [parsed.num_out * f for f in frames]
     offsets = offsets_of(sizes)
-    out = torch.empty(offsets[-1], dtype=spec.compute_dtype, device="cpu")
-    stride = spec.num_out
-    if spec.bins_first:
+    out = torch.empty(offsets[-1], dtype=parsed.compute_dtype, device="cpu")
+    stride = parsed.num_out
+    if parsed.bins_first:
         stride = max(frames, default=0)
         if min(frames, default=0) != stride:  # rows of different lengths: a call each
             for i, waveform in enumerate(waveforms):
-                part = _cpu([waveform], key, [num_samples[i]], orig_freq)
+                part = _cpu([waveform], spec, [num_samples[i]], orig_freq)
                 out[offsets[i] : offsets[i + 1]] = part
-            return out.to(spec.dtype)
-    format = native_format(waveforms, native_resampler(orig_freq, spec.sampling_rate))
-    start, size = address_of(out, spec.compute_dtype, offsets[-1]), out.element_size()
-    bad = spec.plan.run(
+            return out.to(parsed.dtype)
+    format = native_format(waveforms, native_resampler(orig_freq, parsed.sampling_rate))
+    start, size = address_of(out, parsed.compute_dtype, offsets[-1]), out.element_size()
+    bad = parsed.plan.run(
         format,
         [address_of(w) for w in waveforms],
         [w.shape[-1] for w in waveforms],
@@ -339,7 +339,7 @@ def _cpu(waveforms: list[Tensor], key: str, num_samples: list[int], orig_freq: i
         torch.get_num_threads(),
     )
     raise_if_not_finite(bad)
-    return out.to(spec.dtype)
+    return out.to(parsed.dtype)
 
 
 def _cuda(waveforms: list[Tensor], key: str, num_samples: list[int], orig_freq: int) -> Tensor:
@@ -348,10 +348,10 @@ def _cuda(waveforms: list[Tensor], key: str, num_samples: list[int], orig_freq: 
     return cuda.spectral(spec_of(key), waveforms, num_samples, orig_freq)
 
 
-def _backward(grad: Tensor, waveforms: list[Tensor], key: str, num_samples: list[int], orig_freq: int) -> list[Tensor]:
+def _backward(grad: Tensor, waveforms: list[Tensor], spec: str, num_samples: list[int], orig_freq: int) -> list[Tensor]:
     """Gradients of the waveforms, through the reference run again: nothing but the waveforms is kept for it."""
-    spec = spec_of(key)
-    layout = spec.layout
+    parsed = spec_of(spec)
+    layout = parsed.layout
     grads, start = [], 0
     for waveform, n in zip(waveforms, num_samples, strict=True):
         shape = layout.shape(layout.num_frames(n))
@@ -359,7 +359,7 @@ def _backward(grad: Tensor, waveforms: list[Tensor], key: str, num_samples: list
         start += math.prod(shape)
         with autograd_within_an_op(), without_autocast(waveform):
             x = waveform.detach().requires_grad_()
-            out = _by_reference(spec, x, n, orig_freq)
+            out = _by_reference(parsed, x, n, orig_freq)
             grads.append(torch.autograd.grad(out, x, part)[0] if out.numel() else torch.zeros_like(x))
     return grads
 
@@ -371,13 +371,13 @@ def _fake(waveforms: list[Tensor], spec: str, num_samples: list[int], orig_freq:
 
 
 _fwd = register_op(
-    "spectral_features(Tensor[] waveforms, str spec, SymInt[] num_samples, int orig_freq) -> Tensor",
+    "spectral_features",
     native=_cpu,
     kernel="mmlm_fast.audio.spectral:_cuda",
     fake=_fake,
 )
 _bwd = register_op(
-    "spectral_features_bwd(Tensor grad, Tensor[] waveforms, str spec, SymInt[] num_samples, int orig_freq) -> Tensor[]",
+    "spectral_features_bwd",
     portable=_backward,
     kernel="mmlm_fast.audio.spectral:_backward",
     fake=lambda grad, waveforms, spec, num_samples, orig_freq: [torch.empty_like(w) for w in waveforms],

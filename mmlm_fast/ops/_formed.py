@@ -72,9 +72,4 @@ def _multiply(gradient: Tensor, factor: Tensor) -> None:
     gradient.mul_(factor)
 
 
-_scale_ = register_op(
-    "scale_gradient_(Tensor(a!) gradient, Tensor factor) -> ()",
-    portable=_multiply,
-    kernel="mmlm_kernels.formed:scale_gradient_",
-    fake=lambda gradient, factor: None,
-)
+_scale_ = register_op("scale_gradient_", portable=_multiply, mutates=("gradient",), fake=lambda gradient, factor: None)

@@ -3,6 +3,7 @@
 The PyTorch dispatcher is our only dispatch table: CPU tensors go to an op's portable path, CUDA tensors to its kernel.
 """
 
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -30,22 +31,27 @@ def plain_float(number: float) -> float:
     return number if type(number) is float else number.__float__()
 
 
+BY_STEM = "the launcher of the op's name, in the kernels of its module's"
+
+
 def register_op(
-    schema: str,
+    name: str,
     *,
     fake: Callable,
     native: Callable | None = None,
     portable: Callable | None = None,
-    kernel: str | None = None,
+    mutates: Sequence[str] = (),
+    kernel: str | None = BY_STEM,
     kernel_takes: Callable[..., bool] | None = None,
 ) -> Callable[..., Any]:
     """Register one op: CPU tensors go to `native` or `portable`, CUDA tensors to `kernel`.
 
     Args:
-        schema: ATen schema without namespace, ``"name(Tensor x, float eps) -> Tensor"``.
+        name: Under ``torch.ops.mmlm_fast``. Its schema is the annotated signature of `native` or `portable`.
         fake: Output shapes and dtypes only, for torch.compile.
         native: Implementation in the native core, which takes addresses: for CPU tensors alone.
         portable: Implementation in PyTorch, for any device; in place of `native`.
+        mutates: Names of the arguments that are written.
         kernel: ``"module:function"`` of the launcher, imported on the first CUDA call, so that a machine without
             Triton can import the package. Where Triton is missing, CUDA tensors take `portable`, with one warning;
             without it they are an error. None where `portable` is made of ops that are dispatched themselves.
@@ -54,10 +60,12 @@ def register_op(
     Returns:
         The callable ``torch.ops.mmlm_fast.<name>.default``.
     """
-    name = schema.partition("(")[0]
-    _LIB.define(schema)
-    on_cpu = on_cuda = native or portable
-    assert on_cpu is not None, f"{name} has no implementation"
+    implementation = native or portable
+    assert implementation is not None, f"{name} has no implementation"
+    if kernel is BY_STEM:
+        kernel = f"mmlm_kernels.{implementation.__module__.rpartition('.')[2].strip('_')}:{name}"
+    _LIB.define(name + _schema(implementation, mutates))
+    on_cpu = on_cuda = implementation
     if kernel is not None:
         on_cuda = _lazy(name, kernel, portable, kernel_takes)
         if kernel.startswith("mmlm_kernels"):
@@ -66,6 +74,13 @@ def register_op(
     _LIB.impl(name, on_cuda, "CUDA")
     torch.library.register_fake(f"mmlm_fast::{name}", fake, lib=_LIB)
     return getattr(torch.ops.mmlm_fast, name).default
+
+
+def _schema(implementation: Callable, mutates: Sequence[str]) -> str:
+    """``(Tensor x, int n) -> Tensor`` from annotations. Single integers are numbers, lists of them sizes of a graph."""
+    schema = torch.library.infer_schema(implementation, mutates_args=mutates).replace("SymInt ", "int ")
+    names = iter("abcdefgh")
+    return re.sub(r"\(a\d+!\)", lambda _: f"({next(names)}!)", schema)
 
 
 def on_device(index: int) -> AbstractContextManager:

@@ -112,7 +112,15 @@ def with_offset(weight: Tensor | None, offset: float) -> Tensor | None:
     return weight if weight is None or offset == 0 else weight + offset
 
 
-def _native_fwd(x, residual, weight, bias, is_layer, eps, offset):
+def _native_fwd(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    is_layer: bool,
+    eps: float,
+    offset: float,
+) -> tuple[Tensor, Tensor]:
     from mmlm_fast import _C
 
     flat, out = as_rows(x), torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -126,7 +134,16 @@ def _native_fwd(x, residual, weight, bias, is_layer, eps, offset):
     return out, total
 
 
-def _native_bwd(grad, grad_total, total, weight, bias_dtype, is_layer, eps, offset):
+def _native_bwd(
+    grad: Tensor | None,
+    grad_total: Tensor | None,
+    total: Tensor,
+    weight: Tensor | None,
+    bias_dtype: torch.dtype | None,
+    is_layer: bool,
+    eps: float,
+    offset: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     from mmlm_fast import _C
 
     flat, dx = as_rows(total), torch.empty_like(total, memory_format=torch.contiguous_format)
@@ -141,7 +158,7 @@ def _native_bwd(grad, grad_total, total, weight, bias_dtype, is_layer, eps, offs
     )  # fmt: skip
     return (
         dx,
-        total.new_empty(0) if dweight is None else dweight.to(weight.dtype),
+        total.new_empty(0) if dweight is None or weight is None else dweight.to(weight.dtype),
         total.new_empty(0) if dbias is None else dbias.to(bias_dtype),
     )
 
@@ -159,20 +176,8 @@ def _fake_bwd(grad, grad_total, total, weight, bias_dtype, is_layer, eps, offset
     )
 
 
-_fwd = register_op(
-    "add_norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, bool is_layer, float eps, float offset)"
-    " -> (Tensor, Tensor)",
-    native=_native_fwd,
-    kernel="mmlm_kernels.add_norm:add_norm_fwd",
-    fake=_fake_fwd,
-)
-_bwd = register_op(
-    "add_norm_bwd(Tensor? grad, Tensor? grad_total, Tensor total, Tensor? weight, ScalarType? bias_dtype,"
-    " bool is_layer, float eps, float offset) -> (Tensor, Tensor, Tensor)",
-    native=_native_bwd,
-    kernel="mmlm_kernels.add_norm:add_norm_bwd",
-    fake=_fake_bwd,
-)
+_fwd = register_op("add_norm_fwd", native=_native_fwd, fake=_fake_fwd)
+_bwd = register_op("add_norm_bwd", native=_native_bwd, fake=_fake_bwd)
 
 
 def _again(ctx, grads, total, weight):

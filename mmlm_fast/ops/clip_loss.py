@@ -187,7 +187,17 @@ def _direction(running: Tensor, positives: Positives, exchange: Exchange | None)
     return (loss / count).float(), side.float()
 
 
-def _native_statistics(dots, scale, rows, columns, kind, offset, row_ids, column_ids, weights):
+def _native_statistics(
+    dots: Tensor,
+    scale: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    kind: int,
+    offset: int,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+    weights: Tensor | None,
+) -> None:
     from mmlm_fast import _C
 
     positives, keep = native_positives(Positives(kind, offset, row_ids, column_ids, weights))
@@ -198,7 +208,18 @@ def _native_statistics(dots, scale, rows, columns, kind, offset, row_ids, column
     del keep
 
 
-def _native_gradients(dots, scale, rows, columns, sums, kind, offset, row_ids, column_ids, weights):
+def _native_gradients(
+    dots: Tensor,
+    scale: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    sums: Tensor,
+    kind: int,
+    offset: int,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+    weights: Tensor | None,
+) -> None:
     from mmlm_fast import _C
 
     positives, keep = native_positives(Positives(kind, offset, row_ids, column_ids, weights))
@@ -210,7 +231,18 @@ def _native_gradients(dots, scale, rows, columns, sums, kind, offset, row_ids, c
     del keep
 
 
-def _fwd_over_all(x, y, scale, kind, offset, row_ids, column_ids, weights, rows_only, needed):
+def _fwd_over_all(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    kind: int,
+    offset: int,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+    weights: Tensor | None,
+    rows_only: bool,
+    needed: list[bool],
+) -> list[Tensor]:
     positives = Positives(kind, offset, row_ids, column_ids, weights)
     return clip_over(x, y, scale, positives, rows_only, needed, Local(y.shape[0]))
 
@@ -223,24 +255,17 @@ def _fake_fwd(x, y, scale, kind, offset, row_ids, column_ids, weights, rows_only
     return [x.new_empty((), dtype=torch.float32), *formed]
 
 
-POSITIVES = "int kind, int offset, Tensor? row_ids, Tensor? column_ids, Tensor? weights"
 # Rows of the statistics: see `_running`; of the sides: see `_direction`.
 _statistics = register_op(
-    f"clip_loss_statistics(Tensor dots, Tensor scale, Tensor(a!) rows, Tensor(b!) columns, {POSITIVES}) -> ()",
+    "clip_loss_statistics",
     native=_native_statistics,
-    kernel="mmlm_kernels.clip_loss:clip_loss_statistics",
+    mutates=("rows", "columns"),
     fake=lambda *_: None,
 )
 _gradients = register_op(
-    f"clip_loss_gradients(Tensor(a!) dots, Tensor scale, Tensor rows, Tensor columns, Tensor(b!) sums, {POSITIVES})"
-    " -> ()",
+    "clip_loss_gradients",
     native=_native_gradients,
-    kernel="mmlm_kernels.clip_loss:clip_loss_gradients",
+    mutates=("dots", "sums"),
     fake=lambda *_: None,
 )
-_fwd = register_op(
-    f"clip_loss_fwd(Tensor x, Tensor y, Tensor scale, {POSITIVES}, bool rows_only, bool[] needed) -> Tensor[]",
-    portable=_fwd_over_all,
-    kernel=None,
-    fake=_fake_fwd,
-)
+_fwd = register_op("clip_loss_fwd", portable=_fwd_over_all, kernel=None, fake=_fake_fwd)

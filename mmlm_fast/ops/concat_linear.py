@@ -180,22 +180,9 @@ def _kernel_takes(
     return bool(pooled) and sum(x.numel() for x, _ in full) * weight.shape[0] < LARGE_PRODUCT
 
 
-_fwd = register_op(
-    "concat_linear_fwd(Tensor[] inputs, Tensor weight, Tensor? bias, str activation, bool save_preactivation)"
-    " -> (Tensor, Tensor)",
-    portable=_portable_fwd,
-    kernel="mmlm_kernels.concat_linear:concat_linear_fwd",
-    kernel_takes=_kernel_takes,
-    fake=_fake_fwd,
-)
+_fwd = register_op("concat_linear_fwd", portable=_portable_fwd, kernel_takes=_kernel_takes, fake=_fake_fwd)
 # `needed` and the result are in the order weight, bias, inputs; what is not needed comes back empty.
-_bwd = register_op(
-    "concat_linear_bwd(Tensor grad, Tensor[] inputs, Tensor weight, Tensor preactivation, str activation,"
-    " bool[] needed) -> Tensor[]",
-    portable=_portable_bwd,
-    kernel=None,
-    fake=_fake_bwd,
-)
+_bwd = register_op("concat_linear_bwd", portable=_portable_bwd, kernel=None, fake=_fake_bwd)
 
 
 def _again(ctx, grads, weight, preactivation, bias, *inputs):

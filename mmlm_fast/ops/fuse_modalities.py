@@ -237,20 +237,9 @@ def _fake_bwd(grad, features, weight, weights, present, mode):
     return [t.new_empty(t.shape) for t in like]
 
 
-_fwd = register_op(
-    "fuse_modalities_fwd(Tensor[] features, str mode, Tensor? weight, Tensor? present) -> (Tensor, Tensor)",
-    native=_native_fwd,
-    kernel="mmlm_kernels.fuse_modalities:fuse_modalities_fwd",
-    fake=_fake_fwd,
-)
+_fwd = register_op("fuse_modalities_fwd", native=_native_fwd, fake=_fake_fwd)
 # Result: gradient of weight (empty without one), then of each feature.
-_bwd = register_op(
-    "fuse_modalities_bwd(Tensor grad, Tensor[] features, Tensor? weight, Tensor weights, Tensor? present, str mode)"
-    " -> Tensor[]",
-    native=_native_bwd,
-    kernel="mmlm_kernels.fuse_modalities:fuse_modalities_bwd",
-    fake=_fake_bwd,
-)
+_bwd = register_op("fuse_modalities_bwd", native=_native_bwd, fake=_fake_bwd)
 
 
 def _optional(ctx, saved):
@@ -347,16 +336,13 @@ def _native_mix_bwd(
 
 
 _mix_fwd = register_op(
-    "gated_mix_fwd(Tensor first, Tensor second, Tensor logits, Tensor? present) -> (Tensor, Tensor)",
+    "gated_mix_fwd",
     native=_native_mix_fwd,
-    kernel="mmlm_kernels.fuse_modalities:gated_mix_fwd",
     fake=lambda first, second, logits, present: (logits.new_empty(logits.shape), logits.new_empty(logits.shape)),
 )
 _mix_bwd = register_op(
-    "gated_mix_bwd(Tensor grad, Tensor first, Tensor second, Tensor logits, Tensor? present)"
-    " -> (Tensor, Tensor, Tensor)",
+    "gated_mix_bwd",
     native=_native_mix_bwd,
-    kernel="mmlm_kernels.fuse_modalities:gated_mix_bwd",
     fake=lambda grad, first, second, logits, present: tuple(logits.new_empty(logits.shape) for _ in range(3)),
 )
 

@@ -70,7 +70,7 @@ def gate_gradient(sums: Tensor, gate: Tensor) -> Tensor:
     return ((sums.sum() if gate.numel() == 1 else sums) * slope).reshape(gate.shape).to(gate.dtype)
 
 
-def _native_fwd(x, residual, gate, keep):
+def _native_fwd(x: Tensor, residual: Tensor, gate: Tensor, keep: Tensor | None) -> Tensor:
     from mmlm_fast import _C
 
     flat, other, out = as_rows(x), as_rows(residual), x.new_empty(x.shape)
@@ -82,7 +82,7 @@ def _native_fwd(x, residual, gate, keep):
     return out
 
 
-def _native_bwd(grad, x, gate, keep):
+def _native_bwd(grad: Tensor, x: Tensor, gate: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
     from mmlm_fast import _C
 
     flat, g, dx = as_rows(x), as_rows(grad), x.new_empty(x.shape)
@@ -95,16 +95,10 @@ def _native_bwd(grad, x, gate, keep):
     return dx, gate_gradient(sums, gate)
 
 
-_fwd = register_op(
-    "gated_add_fwd(Tensor x, Tensor residual, Tensor gate, Tensor? keep) -> Tensor",
-    native=_native_fwd,
-    kernel="mmlm_kernels.gated_add:gated_add_fwd",
-    fake=lambda x, residual, gate, keep: x.new_empty(x.shape),
-)
+_fwd = register_op("gated_add_fwd", native=_native_fwd, fake=lambda x, residual, gate, keep: x.new_empty(x.shape))
 _bwd = register_op(
-    "gated_add_bwd(Tensor grad, Tensor x, Tensor gate, Tensor? keep) -> (Tensor, Tensor)",
+    "gated_add_bwd",
     native=_native_bwd,
-    kernel="mmlm_kernels.gated_add:gated_add_bwd",
     fake=lambda grad, x, gate, keep: (x.new_empty(x.shape), gate.new_empty(gate.shape)),
 )
 

@@ -89,7 +89,7 @@ def _check(x: Tensor, activation: str, name: str) -> None:
         raise ValueError(f"{name} must be [..., H] with H of at least 1, got shape {tuple(x.shape)}")
 
 
-def _native_fwd(gate, up, bias, activation):
+def _native_fwd(gate: Tensor, up: Tensor | None, bias: Tensor | None, activation: str) -> Tensor:
     from mmlm_fast import _C
 
     g, u, out = as_rows(gate), None if up is None else as_rows(up), gate.new_empty(gate.shape)
@@ -101,7 +101,9 @@ def _native_fwd(gate, up, bias, activation):
     return out
 
 
-def _native_bwd(grad, gate, up, bias, activation, packed):
+def _native_bwd(
+    grad: Tensor, gate: Tensor, up: Tensor | None, bias: Tensor | None, activation: str, packed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     from mmlm_fast import _C
 
     dgate, dup, views = empty_gradients(gate, up, packed)
@@ -112,7 +114,7 @@ def _native_bwd(grad, gate, up, bias, activation, packed):
         number_type(gate), ACTIVATIONS.index(activation), num_rows(gate), gate.shape[-1], rows(g), rows(u),
         address(wide), rows(d), rows(views[0]), rows(views[1]), address(dbias), torch.get_num_threads(),
     )  # fmt: skip
-    return dgate, dup, gate.new_empty(0) if dbias is None else dbias.to(bias.dtype)
+    return dgate, dup, gate.new_empty(0) if dbias is None or bias is None else dbias.to(bias.dtype)
 
 
 def empty_gradients(
@@ -132,20 +134,9 @@ def _fake_bwd(grad, gate, up, bias, activation, packed):
     return dgate, dup, gate.new_empty(0) if bias is None else bias.new_empty(bias.shape)
 
 
-_fwd = register_op(
-    "glu_fwd(Tensor gate, Tensor? up, Tensor? bias, str activation) -> Tensor",
-    native=_native_fwd,
-    kernel="mmlm_kernels.glu:glu_fwd",
-    fake=lambda gate, up, bias, activation: gate.new_empty(gate.shape),
-)
+_fwd = register_op("glu_fwd", native=_native_fwd, fake=lambda gate, up, bias, activation: gate.new_empty(gate.shape))
 # Result: gradient of gate (of both where they are packed), of up, of bias; empty where there is none.
-_bwd = register_op(
-    "glu_bwd(Tensor grad, Tensor gate, Tensor? up, Tensor? bias, str activation, bool packed)"
-    " -> (Tensor, Tensor, Tensor)",
-    native=_native_bwd,
-    kernel="mmlm_kernels.glu:glu_bwd",
-    fake=_fake_bwd,
-)
+_bwd = register_op("glu_bwd", native=_native_bwd, fake=_fake_bwd)
 
 
 def _again(ctx, grads, gate, up, bias):

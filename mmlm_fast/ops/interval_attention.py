@@ -647,21 +647,11 @@ def _kernel_takes(query: Tensor, key: Tensor, value: Tensor, *_: object) -> bool
 
 # Result: the output, and of each row's scores (sinks included) the largest and Σ exp(score − largest). Their
 # log-sum-exp alone would not do: its rounding error is larger than that of the weights. A softcap of 0 is none.
-_fwd = register_op(
-    "interval_attention_fwd(Tensor query, Tensor key, Tensor value, Tensor? lo, Tensor? hi, Tensor? sinks, float scale,"
-    " float softcap) -> (Tensor, Tensor, Tensor)",
-    portable=_portable_fwd,
-    kernel="mmlm_kernels.interval_attention:interval_attention_fwd",
-    fake=_fake_fwd,
-    kernel_takes=_kernel_takes,
-)
+_fwd = register_op("interval_attention_fwd", portable=_portable_fwd, fake=_fake_fwd, kernel_takes=_kernel_takes)
 # Result: gradients of query, key and value, and Σ dO·O − dLSE of each row, of which that of the sinks is made.
 _bwd = register_op(
-    "interval_attention_bwd(Tensor grad, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor? lo,"
-    " Tensor? hi, Tensor out, Tensor largest, Tensor total, float scale, float softcap)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "interval_attention_bwd",
     portable=_portable_bwd,
-    kernel="mmlm_kernels.interval_attention:interval_attention_bwd",
     fake=_fake_bwd,
     kernel_takes=lambda grad, grad_lse, *rest: _kernel_takes(*rest),
 )

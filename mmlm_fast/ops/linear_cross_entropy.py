@@ -206,7 +206,18 @@ def chunks_of(num_rows: int, bytes_per_row: int, budget: int) -> int:
     return max(16, min(most, (-(-num_rows // count) + 15) // 16 * 16))
 
 
-def _native_fwd(x, weight, bias, target, ignored, row_factor, factor, numbers, needed, budget):
+def _native_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    ignored: Tensor | None,
+    row_factor: Tensor | None,
+    factor: Tensor,
+    numbers: list[float],
+    needed: list[bool],
+    budget: int,
+) -> list[Tensor]:
     """Losses ``[N]`` and gradients of x, weight and bias; `row_factor` ``[N]`` and `factor` multiply the gradients."""
     from mmlm_fast import _C
 
@@ -238,9 +249,10 @@ def _native_fwd(x, weight, bias, target, ignored, row_factor, factor, numbers, n
         ones = None
         if any(needed):
             ones = torch.ones_like(loss) if row_factor is None else row_factor[where].float().contiguous()
+        scale, softcap, label_smoothing, z_loss = numbers
         _C.token_loss(
-            len(y), vocab, rows(logits), y.data_ptr(), tuple(numbers), 0 if ones is None else ones.data_ptr(),
-            loss.data_ptr(), torch.get_num_threads(),
+            len(y), vocab, rows(logits), y.data_ptr(), (scale, softcap, label_smoothing, z_loss),
+            0 if ones is None else ones.data_ptr(), loss.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         losses[where] = loss
         if needs_x:
@@ -270,13 +282,7 @@ def _fake_fwd(x, weight, bias, target, ignored, row_factor, factor, numbers, nee
     return [x.new_empty(x.shape[0], dtype=torch.float32), *formed]
 
 
-_fwd = register_op(
-    "linear_cross_entropy_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor? ignored,"
-    " Tensor? row_factor, Tensor factor, float[] numbers, bool[] needed, int budget) -> Tensor[]",
-    native=_native_fwd,
-    kernel="mmlm_kernels.linear_cross_entropy:linear_cross_entropy_fwd",
-    fake=_fake_fwd,
-)
+_fwd = register_op("linear_cross_entropy_fwd", native=_native_fwd, fake=_fake_fwd)
 
 
 def _again(ctx, grads, x, weight, bias, target, skip):

@@ -226,7 +226,7 @@ def _address(features: list[Tensor]) -> list[tuple[int, int, int]]:
     return [(f.data_ptr(), f.stride(0), f.shape[0]) for f in features]
 
 
-def _native_fwd(source, base, features, mode, scale):
+def _native_fwd(source: Tensor, base: Tensor, features: list[Tensor], mode: str, scale: float) -> Tensor:
     from mmlm_fast import _C
 
     flat, base = flat_features(features), base if base.stride(-1) == 1 else base.contiguous()
@@ -238,7 +238,7 @@ def _native_fwd(source, base, features, mode, scale):
     return out
 
 
-def _native_bwd(grad, source, sizes):
+def _native_bwd(grad: Tensor, source: Tensor, sizes: list[int]) -> list[Tensor]:
     from mmlm_fast import _C
 
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
@@ -251,16 +251,14 @@ def _native_bwd(grad, source, sizes):
 
 
 _fwd = register_op(
-    "merge_embeddings_fwd(Tensor source, Tensor base, Tensor[] features, str mode, float scale) -> Tensor",
+    "merge_embeddings_fwd",
     native=_native_fwd,
-    kernel="mmlm_kernels.merge_embeddings:merge_embeddings_fwd",
     fake=lambda source, base, features, mode, scale: base.new_empty(source.shape[0], base.shape[1]),
 )
 # Gradients of the features, `sizes` rows each.
 _bwd = register_op(
-    "merge_embeddings_bwd(Tensor grad, Tensor source, SymInt[] sizes) -> Tensor[]",
+    "merge_embeddings_bwd",
     native=_native_bwd,
-    kernel="mmlm_kernels.merge_embeddings:merge_embeddings_bwd",
     fake=lambda grad, source, sizes: [grad.new_empty(size, grad.shape[1]) for size in sizes],
 )
 

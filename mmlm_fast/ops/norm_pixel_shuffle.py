@@ -193,7 +193,16 @@ def _gather(x, index, weight, bias, norm, norm_at, channels_first, eps):
     return _NormPixelShuffle.apply(x, weight, bias, index, at, norm == "layer", channels_first, plain_float(eps))
 
 
-def _native_fwd(x, index, weight, bias, norm_at, is_layer, channels_first, eps):
+def _native_fwd(
+    x: Tensor,
+    index: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm_at: str,
+    is_layer: bool,
+    channels_first: bool,
+    eps: float,
+) -> Tensor:
     from mmlm_fast import _C
 
     x = x if x.stride(-1) == 1 else x.contiguous()
@@ -207,7 +216,17 @@ def _native_fwd(x, index, weight, bias, norm_at, is_layer, channels_first, eps):
     return out
 
 
-def _native_bwd(grad, x, index, weight, bias_dtype, norm_at, is_layer, channels_first, eps):
+def _native_bwd(
+    grad: Tensor,
+    x: Tensor | None,
+    index: Tensor,
+    weight: Tensor | None,
+    bias_dtype: torch.dtype | None,
+    norm_at: str,
+    is_layer: bool,
+    channels_first: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     from mmlm_fast import _C
 
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
@@ -225,7 +244,7 @@ def _native_bwd(grad, x, index, weight, bias_dtype, norm_at, is_layer, channels_
     )  # fmt: skip
     return (
         dx,
-        grad.new_empty(0) if dweight is None else dweight.to(weight.dtype),
+        grad.new_empty(0) if dweight is None or weight is None else dweight.to(weight.dtype),
         grad.new_empty(0) if dbias is None else dbias.to(bias_dtype),
     )
 
@@ -241,20 +260,12 @@ def _fake_bwd(grad, x, index, weight, bias_dtype, norm_at, is_layer, channels_fi
 
 
 _fwd = register_op(
-    "norm_pixel_shuffle_fwd(Tensor x, Tensor index, Tensor? weight, Tensor? bias, str norm_at, bool is_layer,"
-    " bool channels_first, float eps) -> Tensor",
+    "norm_pixel_shuffle_fwd",
     native=_native_fwd,
-    kernel="mmlm_kernels.norm_pixel_shuffle:norm_pixel_shuffle_fwd",
     fake=lambda x, index, *_: x.new_empty(index.shape[0], index.shape[1] * x.shape[1]),
 )
 # `index` is a permutation of the rows of x; x is given only where there is a norm.
-_bwd = register_op(
-    "norm_pixel_shuffle_bwd(Tensor grad, Tensor? x, Tensor index, Tensor? weight, ScalarType? bias_dtype, str norm_at,"
-    " bool is_layer, bool channels_first, float eps) -> (Tensor, Tensor, Tensor)",
-    native=_native_bwd,
-    kernel="mmlm_kernels.norm_pixel_shuffle:norm_pixel_shuffle_bwd",
-    fake=_fake_bwd,
-)
+_bwd = register_op("norm_pixel_shuffle_bwd", native=_native_bwd, fake=_fake_bwd)
 
 
 def _again(ctx, grads, x, weight, index):

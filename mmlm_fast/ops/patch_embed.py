@@ -163,7 +163,15 @@ def patch_embed(
     return F.linear(patches, taps.flatten(1), bias)
 
 
-def _native(pixels, scale, shift, patch_size, merge_size, repeats, dtype):
+def _native(
+    pixels: Tensor,
+    scale: list[float],
+    shift: list[float],
+    patch_size: int,
+    merge_size: int,
+    repeats: int,
+    dtype: torch.dtype,
+) -> Tensor:
     from mmlm_fast import _C
 
     batch, channels, height, width = pixels.shape
@@ -182,10 +190,4 @@ def _fake(pixels, scale, shift, patch_size, merge_size, repeats, dtype):
     return pixels.new_empty(batch, height * width // patch_size**2, channels * repeats * patch_size**2, dtype=dtype)
 
 
-_patchify = register_op(
-    "patchify(Tensor pixels, float[] scale, float[] shift, int patch_size, int merge_size, int repeats,"
-    " ScalarType dtype) -> Tensor",
-    native=_native,
-    kernel="mmlm_kernels.patch_embed:patchify",
-    fake=_fake,
-)
+_patchify = register_op("patchify", native=_native, fake=_fake)

@@ -214,7 +214,17 @@ def _native_one(x, cos, sin, weight, eps, offset, interleaved, inverse):
     return out
 
 
-def _native_fwd(query, key, cos, sin, query_weight, key_weight, eps, offset, interleaved):
+def _native_fwd(
+    query: Tensor,
+    key: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    query_weight: Tensor | None,
+    key_weight: Tensor | None,
+    eps: float,
+    offset: float,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor]:
     cos, sin = (t.float().contiguous() for t in (cos, sin))
     out = _native_one(query, cos, sin, query_weight, eps, offset, interleaved, False)
     if key is None:
@@ -239,7 +249,19 @@ def _native_bwd_one(grad, x, cos, sin, weight, eps, offset, interleaved):
     return dx, dweight.to(weight.dtype)
 
 
-def _native_bwd(grad, grad_key, query, key, cos, sin, query_weight, key_weight, eps, offset, interleaved):
+def _native_bwd(
+    grad: Tensor,
+    grad_key: Tensor | None,
+    query: Tensor | None,
+    key: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    query_weight: Tensor | None,
+    key_weight: Tensor | None,
+    eps: float,
+    offset: float,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     cos, sin = (t.float().contiguous() for t in (cos, sin))
     dquery, dweight = _native_bwd_one(grad, query, cos, sin, query_weight, eps, offset, interleaved)
     if grad_key is None:
@@ -259,22 +281,9 @@ def _fake_bwd(grad, grad_key, query, key, cos, sin, query_weight, key_weight, ep
     return heads_last(grad), dkey, *weights
 
 
-_fwd = register_op(
-    "qk_norm_rope_fwd(Tensor query, Tensor? key, Tensor cos, Tensor sin, Tensor? query_weight, Tensor? key_weight,"
-    " float eps, float offset, bool interleaved) -> (Tensor, Tensor)",
-    native=_native_fwd,
-    kernel="mmlm_kernels.qk_norm_rope:qk_norm_rope_fwd",
-    fake=_fake_fwd,
-)
+_fwd = register_op("qk_norm_rope_fwd", native=_native_fwd, fake=_fake_fwd)
 # `query` and `key` are given only where there is a norm. Result: gradients of query, key and the two weights.
-_bwd = register_op(
-    "qk_norm_rope_bwd(Tensor grad, Tensor? grad_key, Tensor? query, Tensor? key, Tensor cos, Tensor sin,"
-    " Tensor? query_weight, Tensor? key_weight, float eps, float offset, bool interleaved)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    native=_native_bwd,
-    kernel="mmlm_kernels.qk_norm_rope:qk_norm_rope_bwd",
-    fake=_fake_bwd,
-)
+_bwd = register_op("qk_norm_rope_bwd", native=_native_bwd, fake=_fake_bwd)
 
 
 def _again(ctx, grads, cos, sin, query, key, query_weight, key_weight):

@@ -20,7 +20,7 @@ from mmlm_fast.ops._derivatives import distinct
 from mmlm_fast.ops._formed import formed_dtype, wide, with_formed_gradients
 from mmlm_fast.ops._op import LOSS_TYPES, REFERENCE, Op
 from mmlm_fast.ops._registry import autocast, register_op
-from mmlm_fast.ops.clip_loss import NAMES, POSITIVES
+from mmlm_fast.ops.clip_loss import NAMES
 
 OP = Op("siglip_loss", native=LOSS_TYPES, smallest=2**15, counts="pairs")
 
@@ -126,7 +126,18 @@ def siglip_over(
     return [(exchange.sum(sums[0].clone()) * factor).float(), *formed]
 
 
-def _native_pairs(dots, scale, bias, gradients, sums, kind, offset, row_ids, column_ids, weights):
+def _native_pairs(
+    dots: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    gradients: bool,
+    sums: Tensor,
+    kind: int,
+    offset: int,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+    weights: Tensor | None,
+) -> None:
     from mmlm_fast import _C
 
     positives, keep = native_positives(Positives(kind, offset, row_ids, column_ids, weights))
@@ -137,7 +148,18 @@ def _native_pairs(dots, scale, bias, gradients, sums, kind, offset, row_ids, col
     del keep
 
 
-def _fwd_over_all(x, y, scale, bias, kind, offset, row_ids, column_ids, weights, needed):
+def _fwd_over_all(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    kind: int,
+    offset: int,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+    weights: Tensor | None,
+    needed: list[bool],
+) -> list[Tensor]:
     num_rows = torch.full((), x.shape[0], dtype=torch.float32, device=x.device)
     positives = Positives(kind, offset, row_ids, column_ids, weights)
     return siglip_over(x, y, scale, bias, positives, needed, Local(y.shape[0]), num_rows)
@@ -153,15 +175,9 @@ def _fake_fwd(x, y, scale, bias, kind, offset, row_ids, column_ids, weights, nee
 
 
 _pairs = register_op(
-    f"siglip_loss_pairs(Tensor(a!) dots, Tensor scale, Tensor bias, bool gradients, Tensor(b!) sums, {POSITIVES})"
-    " -> ()",
+    "siglip_loss_pairs",
     native=_native_pairs,
-    kernel="mmlm_kernels.siglip_loss:siglip_loss_pairs",
+    mutates=("dots", "sums"),
     fake=lambda *_: None,
 )
-_fwd = register_op(
-    f"siglip_loss_fwd(Tensor x, Tensor y, Tensor scale, Tensor bias, {POSITIVES}, bool[] needed) -> Tensor[]",
-    portable=_fwd_over_all,
-    kernel=None,
-    fake=_fake_fwd,
-)
+_fwd = register_op("siglip_loss_fwd", portable=_fwd_over_all, kernel=None, fake=_fake_fwd)
