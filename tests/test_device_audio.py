@@ -216,6 +216,6 @@ def test_doctor_says_so(core, monkeypatch, status, path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
-    line = next(x for x in doctor().splitlines() if x.startswith("  spectral_features:"))
+    line = next(x for x in doctor().splitlines() if x.startswith("  audio.log_mel:"))
     assert path in line
     assert ("kernel" in line) == (status is FINE)
