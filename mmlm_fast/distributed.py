@@ -388,7 +388,7 @@ def _loss(
         if not isinstance(positive_ids, Tensor):  # columns of another number
             columns = _Peers(group, None, y.shape[0], x.device, timeout_seconds)
         positives = Positives(IDS, row_ids=positives.row_ids, column_ids=columns.gather(positives.column_ids))
-    if OP.path(x, OP.least()) is REFERENCE:
+    if OP.path(x, OP.least()) == REFERENCE:
         return _reference(local, x, y, scalars, positives, rows, columns, averaged)
     num_rows = torch.full((), sum(rows.sizes), dtype=torch.float32, device=x.device)
     factor = rows.count if averaged else 1

@@ -121,18 +121,18 @@ def test_the_path_of_a_tensor(monkeypatch):
 
     monkeypatch.setitem(RECORDS, "toy", None)  # taken away again
     op = Op("toy", smallest={"a": 10, "b": 20})
-    assert op.path(On("cpu", torch.float32, 10), kind="a") is Path.NATIVE
-    assert op.path(On("cpu", torch.float32, 10), kind="b") is Path.REFERENCE
-    assert op.path(On("cpu", torch.float32), 20, kind="b") is Path.NATIVE
-    assert op.path(On("cpu", torch.float16, 99), kind="a") is Path.REFERENCE
-    assert op.path(On("cpu", torch.float32, 99), kind="a", fits=False) is Path.REFERENCE
-    for dtype, path in ((torch.float16, Path.KERNEL), (torch.float64, Path.REFERENCE)):
-        assert op.path(On("cuda", dtype), kind="a") is path
+    assert op.path(On("cpu", torch.float32, 10), kind="a") == paths.NATIVE
+    assert op.path(On("cpu", torch.float32, 10), kind="b") == paths.REFERENCE
+    assert op.path(On("cpu", torch.float32), 20, kind="b") == paths.NATIVE
+    assert op.path(On("cpu", torch.float16, 99), kind="a") == paths.REFERENCE
+    assert op.path(On("cpu", torch.float32, 99), kind="a", fits=False) == paths.REFERENCE
+    for dtype, path in ((torch.float16, paths.KERNEL), (torch.float64, paths.REFERENCE)):
+        assert op.path(On("cuda", dtype), kind="a") == path
         with forced(Path.NATIVE):
-            assert op.path(On("cuda", dtype), kind="a") is path
-    assert op.path(On("meta", torch.float32, 99), kind="a") is Path.REFERENCE
+            assert op.path(On("cuda", dtype), kind="a") == path
+    assert op.path(On("meta", torch.float32, 99), kind="a") == paths.REFERENCE
     monkeypatch.setattr("mmlm_fast.ops._op.HAS_TRITON", False)
-    assert op.path(On("cuda", torch.float16), kind="a") is Path.REFERENCE
+    assert op.path(On("cuda", torch.float16), kind="a") == paths.REFERENCE
     assert op.on_cuda() == "the PyTorch formula: Triton is not installed"
     assert op.on_cpu() == "the native core for float32, bfloat16 from 10 or 20 numbers on, else the PyTorch formula"
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mmlm_fast.ops._registry import check_floating
-from mmlm_fast.ops.paths import Path, forced_path
+from mmlm_fast.ops.paths import KERNEL, forced_path
 
 # Rows and columns of a tile. On a CPU it stays in the caches. On a GPU it takes 512 MiB in half precision: one of
 # 4,096, which an H100's L2 holds, costs a dozen launches for 40 µs of products, and the host was three times slower.
@@ -177,7 +177,7 @@ def has_pairs(x: Tensor, y: Tensor) -> bool:
 
 def tile_dtype(x: Tensor) -> torch.dtype:
     """Of dot products: on a CPU half precision gains nothing, its products are several times slower than float32's."""
-    return torch.float32 if x.device.type == "cpu" and forced_path() is not Path.KERNEL else x.dtype
+    return torch.float32 if x.device.type == "cpu" and forced_path() != KERNEL else x.dtype
 
 
 def each_tile(

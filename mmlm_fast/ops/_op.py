@@ -7,14 +7,12 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from mmlm_fast.ops.paths import Path, _switch, is_transformed
+from mmlm_fast.ops.paths import KERNEL, NATIVE, REFERENCE, Path, _switch, is_transformed
 
 CORE_TYPES = (torch.float32, torch.bfloat16)
 LOSS_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 KERNEL_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 HAS_TRITON = find_spec("triton") is not None
-# An enumeration's members are looked up at every call otherwise, which takes longer than a comparison.
-REFERENCE, NATIVE, KERNEL = Path.REFERENCE, Path.NATIVE, Path.KERNEL
 RECORDS: dict[str, "Op"] = {}
 
 
@@ -30,7 +28,7 @@ class Op:
         counts: What `smallest` counts.
         kernel: Dtypes for which it has a Triton kernel, on CUDA.
         kernel_where: Where alone the kernel is preferred, in words; empty: wherever there is one.
-        otherwise: What runs where none of these does.
+        otherwise: Name of the path that is taken where none of these is.
         torch_where: Where torch's own kernel is preferred, in words; empty: nowhere.
         has_cuda_core: Whether the native core holds its CUDA kernel, in place of Triton.
         functions: Public names that are made of it; by default its own.
@@ -42,7 +40,7 @@ class Op:
     counts: str = "numbers"
     kernel: tuple[torch.dtype, ...] = KERNEL_TYPES
     kernel_where: str = ""
-    otherwise: Path = Path.REFERENCE
+    otherwise: str = REFERENCE
     torch_where: str = ""
     has_cuda_core: bool = False
     functions: tuple[str, ...] = ()
@@ -54,8 +52,8 @@ class Op:
         """How many numbers the native core is worth while for."""
         return self.smallest if kind is None else self.smallest[kind]  # type: ignore[index, return-value]
 
-    def path(self, x: Tensor, size: int | None = None, *, kind: str | None = None, fits: bool = True) -> Path:
-        """The path of a call on tensors like `x`.
+    def path(self, x: Tensor, size: int | None = None, *, kind: str | None = None, fits: bool = True) -> str:
+        """The name of the path of a call on tensors like `x`.
 
         Args:
             size: What `smallest` counts, if not the numbers of `x`.
@@ -63,16 +61,16 @@ class Op:
             fits: Whether everything else about the call is such as our paths take.
         """
         wanted = _switch.path
-        if wanted is REFERENCE or not fits or is_transformed():
+        if wanted == REFERENCE or not fits or is_transformed():
             return REFERENCE
         device = x.device.type
         if device == "cpu":
-            if wanted is KERNEL:
+            if wanted == KERNEL:
                 return KERNEL if x.dtype in self.kernel else self.otherwise
             if x.dtype not in self.native:
                 return self.otherwise
             least = self.smallest if kind is None else self.smallest[kind]  # type: ignore[index]
-            if (x.numel() if size is None else size) >= least or wanted is NATIVE:  # type: ignore[operator]
+            if (x.numel() if size is None else size) >= least or wanted == NATIVE:  # type: ignore[operator]
                 return NATIVE
             return NATIVE if torch.compiler.is_compiling() else self.otherwise  # a graph is for inputs of any size
         if device == "cuda" and HAS_TRITON and x.dtype in self.kernel:
@@ -81,7 +79,7 @@ class Op:
 
     def on_cpu(self) -> str:
         """What a CPU tensor takes, in words."""
-        other = self.otherwise.value
+        other = Path[self.otherwise].value
         if not self.native:
             return other
         sizes = [self.smallest] if isinstance(self.smallest, int) else sorted(set(self.smallest.values()))
@@ -91,13 +89,13 @@ class Op:
     def on_cuda(self, why_no_core: str = "") -> str:
         """What a CUDA tensor takes, in words; `why_no_core`: why the native core's CUDA code does not run."""
         if self.has_cuda_core:
-            return f"{self.otherwise.value}: {why_no_core}" if why_no_core else "a CUDA kernel of the native core"
+            return f"{Path[self.otherwise].value}: {why_no_core}" if why_no_core else "a CUDA kernel of the native core"
         if not self.kernel:
-            return self.otherwise.value
+            return Path[self.otherwise].value
         if not HAS_TRITON:
-            return f"{self.otherwise.value}: Triton is not installed"
+            return f"{Path[self.otherwise].value}: Triton is not installed"
         where = f" {self.kernel_where}" if self.kernel_where else ""
-        return f"{Path.KERNEL.value} for {_names(self.kernel)}{where}, else {self.otherwise.value}{self._torch()}"
+        return f"{Path.KERNEL.value} for {_names(self.kernel)}{where}, else {Path[self.otherwise].value}{self._torch()}"
 
     def _torch(self) -> str:
         return f"; {Path.TORCH.value} {self.torch_where}" if self.torch_where else ""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmlm_fast.ops.paths import Path, forced_path
+from mmlm_fast.ops.paths import KERNEL, forced_path
 
 _LIB = torch.library.Library("mmlm_fast", "FRAGMENT")
 
@@ -144,7 +144,7 @@ def _unless_forced(kernel: str, on_cpu: Callable, kernel_takes: Callable[..., bo
     module, _, function = kernel.partition(":")
 
     def call(*args):
-        if forced_path() is not Path.KERNEL or not (kernel_takes is None or kernel_takes(*args)):
+        if forced_path() != KERNEL or not (kernel_takes is None or kernel_takes(*args)):
             return on_cpu(*args)
         return getattr(import_module(module), function)(*args)
 

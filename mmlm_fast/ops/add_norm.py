@@ -85,7 +85,7 @@ def add_norm(
             x, residual = x.to(dtype), residual.to(dtype)
     check_parameters(x, x.shape[-1], weight=weight, bias=bias)
     fits = not x.is_cuda or x.shape[-1] <= MAX_KERNEL_SIZE
-    if OP.path(x, kind=kind, fits=fits) is REFERENCE:
+    if OP.path(x, kind=kind, fits=fits) == REFERENCE:
         return add_norm_ref(x, residual, weight, bias, kind, eps, offset)
     arguments = (weight, bias, kind == "layer", plain_float(eps), plain_float(offset))
     if residual is None:

@@ -91,7 +91,7 @@ def clip_loss(
     assert y is not None
     positives = positives_of(x, y, positive_ids, targets, offset)
     scale = scalar_tensor(logit_scale, x)
-    if OP.path(x, x.shape[0] * y.shape[0], fits=has_pairs(x, y)) is REFERENCE:
+    if OP.path(x, x.shape[0] * y.shape[0], fits=has_pairs(x, y)) == REFERENCE:
         return clip_loss_ref(x, y, scale, positives, rows_only)
 
     def forward(inputs: tuple, needed: list[bool]) -> tuple[Tensor, list[Tensor]]:

@@ -10,13 +10,13 @@ from mmlm_fast.ops._activations import activate
 from mmlm_fast.ops._derivatives import differentiable, distinct, unseen
 from mmlm_fast.ops._op import REFERENCE, Op
 from mmlm_fast.ops._registry import autocast, check_like, check_tokens, num_tokens, register_op
-from mmlm_fast.ops.paths import Path
+from mmlm_fast.ops.paths import TORCH
 
 OP = Op(
     "concat_linear",
     native=(),
     kernel_where="where an input of one token is broadcast and the product is small",
-    otherwise=Path.TORCH,
+    otherwise=TORCH,
 )
 # Derivative times incoming gradient of each.
 _DERIVATIVES: dict[str, Callable] = {
@@ -74,7 +74,7 @@ def concat_linear(
     check_like("weight", weight, inputs[0], (num_out, sum(x.shape[-1] for x in inputs)))
     if bias is not None:
         check_like("bias", bias, inputs[0], (num_out,))
-    if OP.path(inputs[0]) is REFERENCE:
+    if OP.path(inputs[0]) == REFERENCE:
         return concat_linear_ref(inputs, weight, bias, activation)
     # Not asked of the context in forward: Dynamo gives it none where nothing needs a gradient.
     keeps = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (weight, bias, *inputs))

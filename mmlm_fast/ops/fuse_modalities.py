@@ -102,7 +102,7 @@ def fuse_modalities(
     _check_parameters(features, mode, weight, bias)
     if present is not None:
         present = _check_present(present, features, tokens)
-    if OP.path(features[0], fits=len(features) <= MAX_MODALITIES) is REFERENCE:
+    if OP.path(features[0], fits=len(features) <= MAX_MODALITIES) == REFERENCE:
         out, weights = fuse_modalities_ref(features, mode, weight, bias, present)
         weights = weights if mode == "gated" else weights.to(_weights_dtype(weights.dtype))
     elif mode == "gated":

@@ -54,7 +54,7 @@ def gated_add(x: Tensor, residual: Tensor, gate: Tensor, *, keep: Tensor | None 
             f"keep must be bool {tuple(x.shape[:-1])} on {x.device}, got {keep.dtype} {tuple(keep.shape)} on "
             f"{keep.device}"
         )
-    if OP.path(x) is REFERENCE:
+    if OP.path(x) == REFERENCE:
         return gated_add_ref(x, residual, gate, keep)
     return _GatedAdd.apply(*distinct([x, residual]), gate, keep)
 

@@ -53,7 +53,7 @@ def glu(gate: Tensor, up: Tensor | None = None, *, activation: str = "silu") -> 
                 f"up must be {tuple(gate.shape)}, {gate.dtype} on {gate.device}, got {tuple(up.shape)}, {up.dtype} on "
                 f"{up.device}"
             )
-    if OP.path(gate) is REFERENCE:
+    if OP.path(gate) == REFERENCE:
         return glu_ref(gate, up, activation)
     return _Glu.apply(*distinct([gate, up]), None, activation, up is None)
 
@@ -76,7 +76,7 @@ def bias_act(x: Tensor, bias: Tensor | None = None, *, activation: str = "gelu")
     """
     _check(x, activation, "x")
     check_parameters(x, x.shape[-1], bias=bias)
-    if OP.path(x) is REFERENCE:
+    if OP.path(x) == REFERENCE:
         return bias_act_ref(x, bias, activation)
     return _Glu.apply(x, None, bias, activation, False)
 

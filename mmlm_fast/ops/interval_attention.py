@@ -13,14 +13,14 @@ from mmlm_fast.ops._derivatives import differentiable, distinct, refuse_twice
 from mmlm_fast.ops._native import NATIVE_TYPES
 from mmlm_fast.ops._op import HAS_TRITON, Op
 from mmlm_fast.ops._registry import autocast, check_floating, on_device, plain_float, register_op
-from mmlm_fast.ops.paths import Path, forced_path, using_reference
+from mmlm_fast.ops.paths import TORCH, forced_path, using_reference
 
 # On a CPU the call of our core costs more than torch's; below this many scores that decides.
 OP = Op(
     "interval_attention",
     smallest=2**17,
     counts="scores",
-    otherwise=Path.TORCH,
+    otherwise=TORCH,
     torch_where="where nothing is masked, or what a causal mask hides, and it has one that is as fast",
     functions=("interval_attention", "interval_attention_varlen"),
 )
@@ -292,7 +292,7 @@ def _takes_sdpa(call: Call) -> bool:
     wanted = forced_path()
     if wanted is None:
         return _sdpa_is_best(call)
-    return wanted is Path.TORCH and call.kind is not None and call.kv_len > 0
+    return wanted == TORCH and call.kind is not None and call.kv_len > 0
 
 
 def _sdpa_is_best(call: Call) -> bool:

@@ -125,7 +125,7 @@ def linear_cross_entropy(
     options: dict[str, Any] = dict(
         label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, logit_scale=logit_scale
     )
-    if OP.path(x, x.shape[0] * weight.shape[0], fits=x.numel() > 0) is REFERENCE:
+    if OP.path(x, x.shape[0] * weight.shape[0], fits=x.numel() > 0) == REFERENCE:
         loss = _plain(
             x, weight, target, bias, skip, reduction=reduction, num_items_in_batch=num_items_in_batch, **options
         )

@@ -105,7 +105,7 @@ def merge_embeddings(
     unused = padding_idx if padding_idx is not None else free[0] if free else -1
     if is_transformed():
         out = gather_ref(source, table, list(features.values()), EMBED, scale, unused)
-    elif OP.path(table, input_ids.numel() * table.shape[1]) is REFERENCE:
+    elif OP.path(table, input_ids.numel() * table.shape[1]) == REFERENCE:
         return merge_embeddings_ref(input_ids, table, features, scale, padding_idx)
     else:
         out = _MergeEmbeddings.apply(EMBED, plain_float(scale), unused, source, *distinct([table, *features.values()]))
@@ -145,7 +145,7 @@ def scatter_features(
     base, mode = inputs_embeds.reshape(-1, inputs_embeds.shape[-1]), ADD if add else REPLACE
     if is_transformed():
         out = gather_ref(source, base, list(features.values()), mode)
-    elif OP.path(inputs_embeds) is REFERENCE:
+    elif OP.path(inputs_embeds) == REFERENCE:
         return scatter_features_ref(inputs_embeds, input_ids, features, add)
     else:
         out = _MergeEmbeddings.apply(mode, 1.0, -1, source, *distinct([base, *features.values()]))

@@ -95,7 +95,7 @@ def norm_pixel_shuffle(
             f"x must be [B, height, width, C] with height and width divisible by factor {factor}, got {tuple(x.shape)}"
         )
     _check_norm(x, factor**2, weight, bias, norm, norm_at)
-    if OP.path(x, fits=not _is_too_wide(x, factor, norm, norm_at)) is REFERENCE:
+    if OP.path(x, fits=not _is_too_wide(x, factor, norm, norm_at)) == REFERENCE:
         return norm_pixel_shuffle_ref(x, factor, weight, bias, norm, norm_at, channels_first, eps)
     batch, height, width, size = x.shape
     index = grid_index(height, width, factor, x.device)
@@ -160,7 +160,7 @@ def patch_merge(
             pieces.append(grid_index(height, width, factor, x.device) + first)
             first += height * width
         index = torch.cat(pieces)
-    if OP.path(x, fits=not _is_too_wide(x, factor, norm, norm_at)) is REFERENCE:
+    if OP.path(x, fits=not _is_too_wide(x, factor, norm, norm_at)) == REFERENCE:
         return gather_ref(x, index, weight, bias, norm, norm_at, channels_first, eps)
     return _gather(x, index, weight, bias, norm, norm_at, channels_first, eps)
 

@@ -75,7 +75,7 @@ def patchify(
     scale = [rescale / s for s in std]
     shift = [-m / s for m, s in zip(mean, std, strict=True)]
     like = torch.empty(0, dtype=dtype, device=pixels.device)
-    if OP.path(like) is REFERENCE:
+    if OP.path(like) == REFERENCE:
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         table = torch.tensor([scale, shift], dtype=wide, device=pixels.device)
         return patchify_ref(pixels, patch_size, table[0], table[1], merge_size, temporal_patch_size).to(dtype)

@@ -19,8 +19,12 @@ class Path(enum.Enum):
     KERNEL = "a Triton kernel"
 
 
+# Names, for what runs in a graph: Dynamo of torch 2.11 has no guard for an enumeration's members.
+REFERENCE, TORCH, NATIVE, KERNEL = (path.name for path in Path)
+
+
 class _Switch(threading.local):
-    path: Path | None = None
+    path: str | None = None
 
 
 _switch = _Switch()
@@ -46,7 +50,7 @@ def forced(path: Path | None) -> Iterator[None]:
     if path is Path.KERNEL and not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("kernels need a CUDA device, or TRITON_INTERPRET=1 in the environment before Triton's import")
     before = _switch.path
-    _switch.path = path
+    _switch.path = None if path is None else path.name
     try:
         yield
     finally:
@@ -66,8 +70,8 @@ def reference() -> Iterator[None]:
         yield
 
 
-def forced_path() -> Path | None:
-    """The path that `forced` asks for in this thread, or None."""
+def forced_path() -> str | None:
+    """The name of the path that `forced` asks for in this thread, or None."""
     return _switch.path
 
 
@@ -75,7 +79,7 @@ def using_reference() -> bool:
     """Whether ops are to run as plain PyTorch: where `reference()` says so, or derivatives are asked for that see
     through PyTorch's own operators alone.
     """
-    return _switch.path is Path.REFERENCE or is_transformed()
+    return _switch.path == REFERENCE or is_transformed()
 
 
 def is_transformed() -> bool:

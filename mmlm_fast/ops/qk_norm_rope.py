@@ -161,7 +161,7 @@ def qk_norm_rope(
     if key is not None and (query_weight is None) != (key_weight is None):
         raise ValueError("query_weight and key_weight must both be given or neither")
     check_parameters(query, query.shape[-1], query_weight=query_weight, key_weight=key_weight)
-    if OP.path(query) is REFERENCE:
+    if OP.path(query) == REFERENCE:
         return qk_norm_rope_ref(query, key, cos, sin, query_weight, key_weight, eps, offset, interleaved)
     tensors = distinct([query, key, query_weight, key_weight, cos, sin])
     out, out_key = _QkNormRope.apply(*tensors, plain_float(eps), plain_float(offset), interleaved)

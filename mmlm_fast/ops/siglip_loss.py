@@ -80,7 +80,7 @@ def siglip_loss(
     assert y is not None
     positives = positives_of(x, y, positive_ids, targets, offset)
     scale, bias = scalar_tensor(logit_scale, x), scalar_tensor(logit_bias, x)
-    if OP.path(x, x.shape[0] * y.shape[0], fits=has_pairs(x, y)) is REFERENCE:
+    if OP.path(x, x.shape[0] * y.shape[0], fits=has_pairs(x, y)) == REFERENCE:
         return siglip_loss_ref(x, y, scale, bias, positives)
 
     def forward(inputs: tuple, needed: list[bool]) -> tuple[Tensor, list[Tensor]]:
