@@ -94,6 +94,16 @@ def test_a_compiled_graph_is_made_anew_for_another_path(path, launched):
     )  # compiled, the native core is always worth it
 
 
+def test_a_dynamic_graph_knows_no_least_size(monkeypatch):
+    """One graph for inputs of any size: what decides eagerly must not become a guard."""
+    torch.compiler.reset()
+    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+    compiled = torch.compile(ops.glu, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (3, 2**15):  # 24 and 2**18 numbers
+        x = torch.randn(rows, 8)
+        torch.testing.assert_close(compiled(x, x), ops.glu(x, x))
+
+
 @pytest.mark.parametrize("path", ["native", 1, Path])
 def test_what_is_no_path(path):
     with pytest.raises(ValueError, match=r"path must be one of Path.REFERENCE, .* or None, got"), forced(path):

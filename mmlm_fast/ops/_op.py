@@ -69,10 +69,10 @@ class Op:
                 return KERNEL if x.dtype in self.kernel else self.otherwise
             if x.dtype not in self.native:
                 return self.otherwise
-            least = self.smallest if kind is None else self.smallest[kind]  # type: ignore[index]
-            if (x.numel() if size is None else size) >= least or wanted == NATIVE:  # type: ignore[operator]
+            # A graph is for inputs of any size: asked first, or the comparison would be one of its guards.
+            if wanted == NATIVE or torch.compiler.is_compiling():
                 return NATIVE
-            return NATIVE if torch.compiler.is_compiling() else self.otherwise  # a graph is for inputs of any size
+            return NATIVE if (x.numel() if size is None else size) >= self.least(kind) else self.otherwise
         if device == "cuda" and HAS_TRITON and x.dtype in self.kernel:
             return KERNEL
         return self.otherwise
