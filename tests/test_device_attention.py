@@ -9,10 +9,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmlm_fast.masks import IntervalMask
+from mmlm_fast.ops import _torch_attention as module
 from mmlm_fast.ops import interval_attention
-from mmlm_fast.ops.interval_attention import Call, _sdpa_is_best, interval_attention_ref, torch_kernel
+from mmlm_fast.ops._torch_attention import Call, torch_kernel
+from mmlm_fast.ops.interval_attention import _sdpa_is_best, interval_attention_ref
 
-module = importlib.import_module("mmlm_fast.ops.interval_attention")  # the package exports a function of this name
+op_module = importlib.import_module("mmlm_fast.ops.interval_attention")  # the package exports a function of this name
 
 HALF, FLOAT, DOUBLE = torch.bfloat16, torch.float32, torch.float64
 LONG = Call("cuda", 9, HALF, "full", False, 4096, 4096, 128, 128, 2**30)
@@ -97,10 +99,10 @@ def test_no_call_takes_the_math_path_where_another_kernel_does():
     for call in CROSSED:
         chosen = path(call)
         if chosen == "sdpa" and call.dtype != DOUBLE:
-            assert not call.grouped or module._has_flash(call), call
-            assert module._has_flash(call) or module._has_efficient(call), call
+            assert not call.grouped or module.has_flash(call), call
+            assert module.has_flash(call) or module.has_efficient(call), call
         if chosen in ("flash", "cudnn"):
-            assert module._has_flash(call), call
+            assert module.has_flash(call), call
         if chosen == "packed":
             assert call.kind == "full", call
 
@@ -115,7 +117,7 @@ def test_cudnn_only_where_it_wins():
             assert call.cudnn_allowed, call
             assert not call.is_compiling, call
         # Since 2.11 scaled_dot_product_attention itself prefers cuDNN on capability 9 and 10, in 16 bits.
-        if chosen == "sdpa" and call.capability in (9, 10) and module._has_flash(call):
+        if chosen == "sdpa" and call.capability in (9, 10) and module.has_flash(call):
             assert call.is_compiling, call
             assert call.q_len != 1, call
 
@@ -130,7 +132,7 @@ def test_grouped_heads_without_a_kernel_of_their_own(monkeypatch, kernel, shape)
     q = torch.randn(batch, heads, q_len, 16, dtype=DOUBLE, requires_grad=True)
     k, v = (torch.randn(batch, kv_heads, kv_len, n, dtype=DOUBLE, requires_grad=True) for n in (16, 24))
     monkeypatch.setattr(module, "torch_kernel", lambda call: kernel)
-    monkeypatch.setattr(module, "_sdpa_is_best", lambda call: True)
+    monkeypatch.setattr(op_module, "_sdpa_is_best", lambda call: True)
     out, expected = interval_attention(q, k, v, mask), interval_attention_ref(q, k, v, mask)
     torch.testing.assert_close(out, expected)
     grad = torch.randn_like(out)
@@ -205,10 +207,10 @@ def test_cudnn_when_a_shape_has_come_often(hopper, monkeypatch):
 def test_cudnns_switch_is_heeded(hopper, monkeypatch):
     real = torch.empty(1, 8, 600, 64)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    assert module._facts(real, real, real, None).cudnn_allowed
+    assert module.facts(real, real, real, None).cudnn_allowed
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
-        assert not module._facts(real, real, real, None).cudnn_allowed
-    assert not module._facts(*fakes(1, 8, 600, 64), None).cudnn_allowed
+        assert not module.facts(real, real, real, None).cudnn_allowed
+    assert not module.facts(*fakes(1, 8, 600, 64), None).cudnn_allowed
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

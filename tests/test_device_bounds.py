@@ -12,9 +12,10 @@ from test_device_masks import look, prompt, step
 from mmlm_fast.hf import attention as attention_module
 from mmlm_fast.hf import looks
 from mmlm_fast.masks import IntervalMask
+from mmlm_fast.ops import _torch_attention as module
 from mmlm_fast.ops import interval_attention
 
-module = importlib.import_module("mmlm_fast.ops.interval_attention")  # the package exports a function of this name
+op_module = importlib.import_module("mmlm_fast.ops.interval_attention")  # the package exports a function of this name
 
 
 class OnHopper(torch.utils._python_dispatch.TorchDispatchMode):
@@ -39,13 +40,13 @@ class OnHopper(torch.utils._python_dispatch.TorchDispatchMode):
 
 @pytest.fixture
 def hopper(monkeypatch):
-    facts = module._facts
+    facts = module.facts
 
     def on_hopper(*args):
         changes = {"device": "cuda", "capability": 9, "cudnn_allowed": True, "flash_allowed": True}
         return facts(*args)._replace(**changes)
 
-    monkeypatch.setattr(module, "_facts", on_hopper)
+    monkeypatch.setattr(op_module, "facts", on_hopper)
     monkeypatch.setattr(module, "_shapes", module._Shapes())
     monkeypatch.setattr(module, "on_device", lambda index: torch.no_grad())
     monkeypatch.setattr(torch.backends.cuda, "SDPAParams", lambda *args: args)
