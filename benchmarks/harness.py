@@ -269,7 +269,7 @@ def environment(device: str) -> dict[str, Any]:
     from importlib.metadata import PackageNotFoundError, version
 
     import mmlm_fast
-    from mmlm_fast import _C
+    from mmlm_fast import core
 
     def installed(name: str) -> str | None:
         try:
@@ -299,7 +299,7 @@ def environment(device: str) -> dict[str, Any]:
         "device_type": device,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "isa": _C.active_isa(),
+        "isa": core.active_isa(),
         "load_average": round(os.getloadavg()[0], 2),
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit(),

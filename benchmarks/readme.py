@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmlm_benchmarks.learning import section
-from mmlm_benchmarks.report.collect import RESULTS
+from mmlm_benchmarks.report.measure import RESULTS
 from mmlm_benchmarks.report.render import markdown_table
 from mmlm_fast.audio.extractors import EXTRACTORS, NOT_REPLACED
 

@@ -7,7 +7,7 @@ from mmlm_benchmarks.audio import AUDIO
 from mmlm_benchmarks.harness import threads
 from mmlm_benchmarks.models import thin
 from mmlm_benchmarks.ops import OPS
-from mmlm_benchmarks.report.collect import audio_cases, op_cases
+from mmlm_benchmarks.report.measure import audio_cases, op_cases
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

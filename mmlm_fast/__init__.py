@@ -5,13 +5,13 @@ Importing does no work: no kernel is compiled, no device touched, neither Triton
 
 from typing import TYPE_CHECKING, Any
 
-from mmlm_fast.doctor import doctor
+from mmlm_fast._doctor import doctor
+from mmlm_fast._version import __version__
 from mmlm_fast.ops.paths import reference
 
 if TYPE_CHECKING:
     from mmlm_fast.hf import accelerate
 
-__version__ = "0.1.0"
 __all__ = ["__version__", "accelerate", "doctor", "reference"]
 
 

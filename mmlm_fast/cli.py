@@ -11,8 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mmlm_fast import __version__
-from mmlm_fast.doctor import doctor
+from mmlm_fast import __version__, doctor
 
 TRAIN_NEEDS = {
     "accelerate": "accelerate",
@@ -118,7 +117,7 @@ def _report(args: argparse.Namespace) -> int:
 
     # By name, as the arrow from the command line to the benchmarks is the only one that way.
     benchmarks = import_module("mmlm_benchmarks.report")
-    known = import_module("mmlm_benchmarks.report.collect").JOBS
+    known = import_module("mmlm_benchmarks.report.measure").JOBS
     unknown = sorted(set(args.ops or ()) - set(known))
     if unknown:
         args.parser.error(f"--ops must be among {', '.join(known)}, got {', '.join(unknown)}")

@@ -21,12 +21,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmlm_fast.ops._contrastive import DIAGONAL, IDS, Positives, check_pairs, positives_of, scalar_tensor
-from mmlm_fast.ops._formed import with_formed_gradients
-from mmlm_fast.ops._op import REFERENCE
-from mmlm_fast.ops._registry import autocast
 from mmlm_fast.ops.clip_loss import NAMES, OP, clip_over
 from mmlm_fast.ops.clip_loss import clip_loss as local_clip_loss
+from mmlm_fast.ops.contrastive import DIAGONAL, IDS, Positives, check_pairs, positives_of, scalar_tensor
+from mmlm_fast.ops.parts import autocast, with_formed_gradients
+from mmlm_fast.ops.paths import REFERENCE
 from mmlm_fast.ops.siglip_loss import siglip_loss as local_siglip_loss
 from mmlm_fast.ops.siglip_loss import siglip_over
 

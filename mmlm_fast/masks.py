@@ -225,8 +225,8 @@ class IntervalMask:
         ids = _check_integers("block_ids", block_ids, dims=2)
         kv_len = ids.shape[1]
         position, kv_len = _positions(kv_len if q_len is None else q_len, kv_len, q_offset, ids.device)
-        _, block_hi = _runs(ids)
-        _require(_each_id_runs_once(ids), "block_ids: an id of an image stands in two places")
+        _, block_hi = runs_of_ids(ids)
+        require(each_id_runs_once(ids), "block_ids: an id of an image stands in two places")
         index = position.clamp(0, max(kv_len - 1, 0)).expand(ids.shape[0], -1)
         if kv_len == 0:
             return _bounded(torch.zeros_like(index), torch.zeros_like(index), 0)
@@ -304,7 +304,7 @@ class IntervalMask:
         """
         mine, theirs = self.hi > self.lo, other.hi > other.lo
         apart = (torch.maximum(self.lo, other.lo) > torch.minimum(self.hi, other.hi)) & mine & theirs
-        _require(~apart.any(), f"union of masks: {_NOT_ONE_INTERVAL}")
+        require(~apart.any(), f"union of masks: {_NOT_ONE_INTERVAL}")
         lo = torch.where(mine & theirs, torch.minimum(self.lo, other.lo), torch.where(mine, self.lo, other.lo))
         hi = torch.where(mine & theirs, torch.maximum(self.hi, other.hi), torch.where(mine, self.hi, other.hi))
         return IntervalMask(lo, hi)
@@ -427,7 +427,7 @@ def _describe(thing: Any) -> str:
     return f"{thing.dtype} {tuple(thing.shape)}" if isinstance(thing, Tensor) else type(thing).__name__
 
 
-def _require(condition: Tensor, message: str) -> None:
+def require(condition: Tensor, message: str) -> None:
     """ValueError where looking is free; an assertion on the device where it would stall, or break a graph."""
     if _looking_is_free(condition):
         if not bool(condition):
@@ -436,7 +436,7 @@ def _require(condition: Tensor, message: str) -> None:
         torch._assert_async(condition, message)
 
 
-def _runs(ids: Tensor) -> tuple[Tensor, Tensor]:
+def runs_of_ids(ids: Tensor) -> tuple[Tensor, Tensor]:
     """Begin and end of the run of equal ids around each position, int64 ``[B, S]``."""
     _, length = ids.shape
     index = torch.arange(length, device=ids.device)
@@ -449,7 +449,7 @@ def _runs(ids: Tensor) -> tuple[Tensor, Tensor]:
     return begin, end
 
 
-def _each_id_runs_once(ids: Tensor) -> Tensor:
+def each_id_runs_once(ids: Tensor) -> Tensor:
     """Whether no id ≥ 0 of a sample stands in two runs: sorted, the begins of runs are all different."""
     if ids.shape[1] == 0:
         return torch.ones((), dtype=torch.bool, device=ids.device)

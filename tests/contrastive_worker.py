@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmlm_fast import distributed, ops, reference
-from mmlm_fast.ops import _contrastive
+from mmlm_fast.ops import contrastive
 from mmlm_fast.ops.paths import Path, forced
 
 SIZES = {1: [13], 2: [9, 5], 3: [7, 0, 6], 4: [6, 3, 1, 5]}
@@ -233,7 +233,7 @@ def asleep() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    _contrastive.TILE["cpu"] = 4
+    contrastive.TILE["cpu"] = 4
     dist.init_process_group("gloo")
     with forced(Path.NATIVE):
         for name in sys.argv[1:]:

@@ -61,14 +61,13 @@ def test_report_is_complete_and_self_contained(report):
 
 
 def test_a_failing_case_is_reported_and_the_rest_go_on(tmp_path, monkeypatch, capsys):
-    # By name: the package's attribute `collect` is the function.
-    collect = importlib.import_module("mmlm_benchmarks.report.collect")
+    from mmlm_benchmarks.report import measure
 
     def steps(device, jobs, full, seconds, results, folder):
         yield "broken", lambda: 1 / 0
         yield "fine", lambda: results["generation"].append({"fusion": "merge", "tokens": 1, "equal": True})
 
-    monkeypatch.setattr(collect, "_steps", steps)
+    monkeypatch.setattr(measure, "_steps", steps)
     assert main(["report", "--ops", "glu", "--out", str(tmp_path), "--quiet"]) == 1
     assert "FAILED broken: ZeroDivisionError" in capsys.readouterr().err
     results = json.loads((tmp_path / "results.json").read_text())
@@ -140,9 +139,9 @@ def test_usage_errors(arguments, message, capsys):
 def test_report_needs_soundfile_only_for_sound(monkeypatch, tmp_path, capsys):
     audio = importlib.import_module("mmlm_benchmarks.audio").AUDIO
     assert set(audio) < mmlm_fast.cli.HEARS
-    collect = importlib.import_module("mmlm_benchmarks.report.collect")
+    measure = importlib.import_module("mmlm_benchmarks.report.measure")
     render = importlib.import_module("mmlm_benchmarks.report.render")
-    monkeypatch.setattr(collect, "_steps", lambda *args: [])
+    monkeypatch.setattr(measure, "_steps", lambda *args: [])
 
     def found(name):
         return None if name == "soundfile" else importlib.util.find_spec(name)
@@ -174,8 +173,10 @@ def test_installed_command():
 
 
 def test_version_is_one():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["version"] == mmlm_fast.__version__
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["project"]["dynamic"] == ["version"]
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "mmlm_fast._version.__version__"}
+    assert mmlm_fast.__version__ == mmlm_fast._version.__version__
     assert f"## {mmlm_fast.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 

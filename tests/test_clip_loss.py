@@ -8,9 +8,9 @@ from losses import assert_loss_close
 from peers import open_clip_losses
 
 from mmlm_fast import testing
-from mmlm_fast.ops import _contrastive, clip_loss
-from mmlm_fast.ops._contrastive import IDS, WEIGHTS, Positives
+from mmlm_fast.ops import clip_loss, contrastive
 from mmlm_fast.ops.clip_loss import clip_loss_ref
+from mmlm_fast.ops.contrastive import IDS, WEIGHTS, Positives
 
 POSITIVES = ["diagonal", "offset", "ids", "targets"]
 
@@ -49,7 +49,7 @@ def test_close_to_reference(path, dtype, kind, monkeypatch, take, device):
 
     # one tile, and several; the kernels know nothing of rows_only
     for tile, rows_only in ((12, False), (1024, False), (12, True)) if path == "native" else ((12, False),):
-        monkeypatch.setitem(_contrastive.TILE, device, tile)
+        monkeypatch.setitem(contrastive.TILE, device, tile)
         assert_loss_close(
             lambda *a, only=rows_only: clip_loss(*a, rows_only=only, **keywords),
             lambda *a, only=rows_only: clip_loss_ref(*a, p, only),
@@ -181,7 +181,7 @@ def test_memory_is_linear(monkeypatch, take):
                     self.numbers = max(self.numbers, t.numel())
             return out
 
-    monkeypatch.setitem(_contrastive.TILE, "cpu", 64)
+    monkeypatch.setitem(contrastive.TILE, "cpu", 64)
     take("native")
     module = __import__("sys").modules["mmlm_fast.ops.clip_loss"]
     monkeypatch.setattr(module, "_fwd", module._fwd_over_all)
@@ -189,7 +189,7 @@ def test_memory_is_linear(monkeypatch, take):
         x, y = features(num, 8, torch.float32, "cpu").requires_grad_(), features(num, 8, torch.float32, "cpu")
         with Largest() as largest:
             torch.autograd.grad(clip_loss(x, y, torch.tensor(5.0)), x)
-        assert largest.numbers <= max(64 * (64 + _contrastive.PADDING), 8 * num)
+        assert largest.numbers <= max(64 * (64 + contrastive.PADDING), 8 * num)
 
 
 def test_a_number_is_a_scale_and_autocast_casts():

@@ -36,7 +36,7 @@ def test_large_gradients_on_the_device(factor, monkeypatch):
     large, small = torch.randn(_formed.SMALL + 16, device="cuda"), torch.randn(64, device="cuda")
     expected = [large * factor, small * factor]
     grad = torch.tensor(factor, device="cuda")
-    monkeypatch.setattr(_formed, "_graph_is_kept", lambda: False)
+    monkeypatch.setattr(_formed, "graph_is_kept", lambda: False)
     torch.cuda.set_sync_debug_mode("error")
     try:
         found = _formed._scaled([large, small], grad)

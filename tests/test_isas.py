@@ -29,7 +29,7 @@ from mmlm_fast.audio import (
     resample,
     spectrogram,
 )
-from mmlm_fast.ops import _contrastive
+from mmlm_fast.ops import contrastive
 
 SIZES = (1, 7, 8, 9, 15, 16, 17, 31, 33)
 # Of an error's norm, in units of the last place of the result's norm.
@@ -170,7 +170,7 @@ def test_drop_ins(name):
 
 @pytest.fixture
 def several_tiles(native, monkeypatch):
-    monkeypatch.setitem(_contrastive.TILE, "cpu", 20)  # several tiles
+    monkeypatch.setitem(contrastive.TILE, "cpu", 20)  # several tiles
 
 
 def results_of(call, dtype):

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OURS = ("mmlm_fast", "mmlm_kernels", "mmlm_benchmarks")
+FOLDERS = {"mmlm_fast": "mmlm_fast", "kernels": "mmlm_kernels", "benchmarks": "mmlm_benchmarks"}
 # Folder or file -> what of ours, and which big third parties, it may import.
 MAY_IMPORT = {
     "kernels": {"torch", "triton", "mmlm_kernels"},
     "mmlm_fast/masks.py": {"torch"},
     "mmlm_fast/positions.py": {"torch"},
+    "mmlm_fast/core.py": {"mmlm_fast._C"},
     "mmlm_fast/ops": {"torch", "mmlm_fast._C", "mmlm_fast.ops", "mmlm_fast.masks"},
     "mmlm_fast/distributed.py": {"torch", "mmlm_fast.ops"},
     "mmlm_fast/testing.py": {"torch"},
@@ -115,6 +116,103 @@ def test_nothing_imports_upwards():
     for path in files("mmlm_fast"):
         for name in imported(path):
             assert not name.startswith(("mmlm_benchmarks", "mmlm_kernels")), f"{path.name} imports {name}"
+
+
+def module_name(path: Path) -> tuple[str, ...]:
+    folder, *parts = path.relative_to(ROOT).with_suffix("").parts
+    return (FOLDERS[folder], *(part for part in parts if part != "__init__"))
+
+
+def package(name: tuple[str, ...]) -> tuple[str, ...]:
+    """Inside which underscores may be used: a folder or a file of mmlm_fast, all of the kernels, of the benchmarks."""
+    return name[:2] if name[0] == "mmlm_fast" else name[:1]
+
+
+def is_private(part: str) -> bool:
+    return part.startswith("_") and not part.endswith("__")
+
+
+def may_use(path: Path, name: tuple[str, ...]) -> bool:
+    """Whether this file may name ``mmlm_fast.folder._thing`` of ours."""
+    holder = name[: next((i for i, part in enumerate(name) if is_private(part)), 0)]
+    if not holder:
+        return True
+    own = module_name(path)
+    if name[:2] == ("mmlm_fast", "_C"):
+        return own[:2] in (("mmlm_fast", "ops"), ("mmlm_fast", "audio"), ("mmlm_fast", "core"))
+    if holder == ("mmlm_fast",):  # its own files, not its folders'
+        return path.parent == ROOT / "mmlm_fast"
+    return package(holder) == package(own)
+
+
+def named(tree: ast.Module):
+    """Dotted names of ours that a file imports, and those it reaches as attributes of what it imported."""
+    bound = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+            bound |= {a.asname or a.name.partition(".")[0]: a.name if a.asname else "" for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found = {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
+            yield from found.values()
+            bound |= found
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            first, _, rest = ast.unparse(node).partition(".")
+            if first in bound and re.fullmatch(r"[\w.]+", rest):
+                yield f"{bound[first] or first}.{rest}"
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_underscores_stay_in_their_package(folder):
+    wrong = set()
+    for path in files(folder):
+        for name in named(ast.parse(path.read_text(encoding="utf-8"))):
+            parts = tuple(name.split("."))
+            if parts[0] in FOLDERS.values() and not may_use(path, parts):
+                wrong.add(f"{path.relative_to(ROOT)}: {name}")
+    assert not wrong, sorted(wrong)
+
+
+def test_no_cycle_through_the_package_itself():
+    """Nothing that `import mmlm_fast` or an attribute of it loads imports `mmlm_fast` in turn, in a function or not."""
+    modules = {module_name(path): path for path in files("mmlm_fast")}
+    top = ("mmlm_fast",)
+
+    def edges(path: Path):
+        for name in imported(path):
+            parts = tuple(name.split("."))
+            if parts[0] != "mmlm_fast" or parts[:2] == ("mmlm_fast", "_C"):
+                continue
+            while parts not in modules:
+                parts = parts[:-1]
+            yield from (parts[:size] for size in range(min(2, len(parts)), len(parts) + 1))
+
+    waiting, seen = [top], set()
+    while waiting:
+        module = waiting.pop()
+        for other in set(edges(modules[module])) - seen:
+            assert other != top, f"mmlm_fast imports {'.'.join(module)}, which imports mmlm_fast"
+            seen.add(other)
+            waiting.append(other)
+    assert ("mmlm_fast", "ops", "paths") in seen
+    assert ("mmlm_fast", "hf", "acceleration") in seen
+
+
+def test_no_module_hides_behind_a_name_of_its_package():
+    """``import package.name`` and ``from package import name`` give the same; ops and audio say one name twice."""
+    for folder in ("mmlm_fast", "benchmarks"):
+        for path in (p for p in files(folder) if p.name == "__init__.py"):
+            own = module_name(path)
+            if own in (("mmlm_fast", "ops"), ("mmlm_fast", "audio")):
+                continue
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            bound = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+            for node in ast.walk(tree):
+                if isinstance(node, ast.ImportFrom) and tuple(node.module.split(".")) != own:
+                    bound |= {alias.asname or alias.name for alias in node.names}
+            beside = {p.stem for p in path.parent.iterdir() if p.is_dir() or p.suffix == ".py"}
+            assert not bound & beside, (".".join(own), bound & beside)
 
 
 def test_csrc_is_torch_free_and_python_stays_in_the_bindings():

@@ -6,7 +6,7 @@ from losses import assert_loss_close
 from peers import open_clip_losses
 from test_clip_loss import POSITIVES, features, positives, tiny_dual_encoder
 
-from mmlm_fast.ops import _contrastive, siglip_loss
+from mmlm_fast.ops import contrastive, siglip_loss
 from mmlm_fast.ops.siglip_loss import siglip_loss_ref
 
 
@@ -14,7 +14,7 @@ from mmlm_fast.ops.siglip_loss import siglip_loss_ref
 @pytest.mark.parametrize("kind", POSITIVES)
 def test_close_to_reference(path, dtype, kind, monkeypatch, take, device):
     take(path)
-    monkeypatch.setitem(_contrastive.TILE, device, 12)
+    monkeypatch.setitem(contrastive.TILE, device, 12)
     num_rows, num_columns = (15, 15) if kind == "diagonal" else (15, 21)
     keywords, p = positives(kind, num_rows, num_columns, device)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from mmlm_benchmarks import readme
 from mmlm_benchmarks.gpu import summary
 from mmlm_benchmarks.gpu.facts import read
-from mmlm_benchmarks.report.collect import RESULTS
+from mmlm_benchmarks.report.measure import RESULTS
 
 
 def main(argv: list[str] | None = None) -> int:

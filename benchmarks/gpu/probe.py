@@ -30,9 +30,9 @@ def run(device: Device, facts: Facts) -> bool:
     if device.type == "cuda":
         facts.write("card", smi=output("nvidia-smi", f"--query-gpu={SMI}", "--format=csv"), torch=card(torch))
     facts.write("environment", **harness.environment(device.type))
-    from mmlm_fast import _C
+    from mmlm_fast import core, doctor
 
-    status = _C.cuda_status()
+    status = core.cuda_status()
     facts.write("native core", **status)
     machine = harness.measure_machine(device.type)
     facts.write(
@@ -41,8 +41,6 @@ def run(device: Device, facts: Facts) -> bool:
     import transformers  # noqa: F401  its pages are cold here and warm for everybody after
 
     facts.write("imports", seconds=time.perf_counter() - start)
-    from mmlm_fast.doctor import doctor
-
     facts.write("doctor", text=doctor())
     return device.is_stand_in or (bool(status["compiled"]) and status["num_devices"] > 0)
 

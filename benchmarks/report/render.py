@@ -10,7 +10,7 @@ from typing import Any
 
 from mmlm_benchmarks.learning import section
 from mmlm_benchmarks.ops import OPS
-from mmlm_benchmarks.report.collect import sample_features
+from mmlm_benchmarks.report.measure import sample_features
 from mmlm_fast.data import load_image, load_prompts, load_speech
 
 GROUPS = {

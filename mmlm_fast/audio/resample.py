@@ -13,9 +13,7 @@ from mmlm_fast.audio.arguments import whole
 from mmlm_fast.audio.plain import address_of, autograd_within_an_op, without_autocast
 from mmlm_fast.audio.tables import kept_tables, kept_within
 from mmlm_fast.audio.waveforms import SAMPLE_TYPES, Clips, Waveform, as_float, clips_of, native_format
-from mmlm_fast.ops._derivatives import differentiable
-from mmlm_fast.ops._op import Op
-from mmlm_fast.ops._registry import register_op
+from mmlm_fast.ops.parts import Op, differentiable, register_op
 from mmlm_fast.ops.paths import using_reference
 
 OP = Op("resample", native=(torch.float32, torch.float64, torch.int16), kernel=(), functions=("audio.resample",))

@@ -21,9 +21,7 @@ from mmlm_fast.audio.plain import address_of, autograd_within_an_op, without_aut
 from mmlm_fast.audio.resample import native_resampler, num_resampled, resample_ref
 from mmlm_fast.audio.tables import ByteCache, kept_tables, kept_within
 from mmlm_fast.audio.waveforms import SAMPLE_TYPES, Clips, as_float, native_format
-from mmlm_fast.ops._derivatives import differentiable
-from mmlm_fast.ops._op import Op
-from mmlm_fast.ops._registry import register_op
+from mmlm_fast.ops.parts import Op, differentiable, register_op
 from mmlm_fast.ops.paths import using_reference
 
 OP = Op(

@@ -1,6 +1,6 @@
 """Acceleration of Hugging Face objects, proved and undoable. Importing registers the attention ``"mmlm_fast"``."""
 
-from mmlm_fast.hf.accelerate import Acceleration, accelerate
+from mmlm_fast.hf.acceleration import Acceleration, accelerate
 from mmlm_fast.hf.attention import register
 
 register()

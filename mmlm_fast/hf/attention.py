@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mmlm_fast.hf.interval_mask import interval_mask, say_once
-from mmlm_fast.masks import IntervalMask, _require
+from mmlm_fast.masks import IntervalMask, require
 from mmlm_fast.ops.interval_attention import interval_attention
 from mmlm_fast.ops.paths import is_transformed
 
@@ -254,7 +254,7 @@ def _make_packed(
         row = torch.arange(0, batch * kv_len, kv_len, device=lo.device, dtype=torch.int32)[:, None]
         lo, hi, own = (x.view(batch, q_len) - row for x in (lo, hi, own))
         inside = ((lo >= 0) & (hi <= kv_len)) | (hi <= lo)
-        _require(inside.all(), "cu_seq_lens_q: a sequence goes over the end of a row of the batch")
+        require(inside.all(), "cu_seq_lens_q: a sequence goes over the end of a row of the batch")
     intervals = None if attention_mask is None else _intervals(attention_mask)
     if chunk_size is not None:  # counted from where a sequence begins, behind the padding, not from the row
         if intervals is not None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import masking_utils
 
 from mmlm_fast.hf.looks import Questions, Shape, is_run
-from mmlm_fast.masks import _each_id_runs_once, _runs
+from mmlm_fast.masks import each_id_runs_once, runs_of_ids
 from mmlm_fast.ops.paths import is_transformed
 
 # Models that compute with the mask that the interface returns, so that it must be the dense one.
@@ -170,7 +170,7 @@ def _walk(function: Callable, position: Tensor, everything: tuple[int, int], que
     if name == "blockwise_overlay":
         return _block(closed["block_sequence_ids"].to(position.device), position, questions)
     if name == "packed_sequence_mask_function":
-        begin, end = _runs(closed["packed_sequence_mask"].to(position.device))
+        begin, end = runs_of_ids(closed["packed_sequence_mask"].to(position.device))
         return _at(begin, position), _at(end, position)
     if name == "remap_positions_for_packed_sequence":
         # The inner function sees positions inside each sequence: the same interval, shifted to where the sequence is.
@@ -206,10 +206,10 @@ def _block(ids: Tensor, position: Tensor, questions: Questions) -> Bounds:
     """Runs of one id ≥ 0; text, and what lies behind the ids (tokens generated since), sees nothing here."""
     inside = (_at(ids, position) >= 0) & (position < ids.shape[1])
     if questions.are_unwanted:  # generated text sees none of the images, however these stand
-        torch._assert_async(_each_id_runs_once(ids) | ~inside.any(), f"mmlm_fast: {_TWO_PLACES}")
+        torch._assert_async(each_id_runs_once(ids) | ~inside.any(), f"mmlm_fast: {_TWO_PLACES}")
     else:
-        questions.ask(lambda: [_each_id_runs_once(ids)], _refuse_unless(_TWO_PLACES), ids, ("runs once",))
-    begin, end = _runs(ids)
+        questions.ask(lambda: [each_id_runs_once(ids)], _refuse_unless(_TWO_PLACES), ids, ("runs once",))
+    begin, end = runs_of_ids(ids)
     return torch.where(inside, _at(begin, position), 0), torch.where(inside, _at(end, position), 0)
 
 

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from mmlm_fast.nn.plain import is_plain
-from mmlm_fast.ops._registry import num_tokens
 from mmlm_fast.ops.concat_linear import concat_linear
 from mmlm_fast.ops.fuse_modalities import fuse_modalities
+from mmlm_fast.ops.parts import num_tokens
 
 DECISIONS = ("mean", "weighted", "vote")
 

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from mmlm_fast.nn.on_demand import OnDemand, Values
 from mmlm_fast.nn.plain import is_plain
-from mmlm_fast.ops._derivatives import is_seen_through
-from mmlm_fast.ops._formed import _graph_is_kept
 from mmlm_fast.ops.linear_cross_entropy import linear_cross_entropy
+from mmlm_fast.ops.parts import graph_is_kept, is_seen_through
 from mmlm_fast.ops.paths import using_reference
 
 _aten = torch.ops.aten
@@ -336,7 +335,7 @@ class _LinearLayer(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight = ctx.saved_tensors
         (shape, (num_classes, size)), needs, stage = ctx.sizes, ctx.needs_input_grad[:3], ctx.stage
-        if not _graph_is_kept():
+        if not graph_is_kept():
             ctx.stage = None  # a loss that is kept keeps no hidden states
         if type(grad) is LazyGradient and grad.is_of(stage):
             return *grad.formed(needs), None
@@ -397,7 +396,7 @@ class _CrossEntropy(torch.autograd.Function):
             with torch._C.DisableTorchFunctionSubclass(), torch.enable_grad():
                 loss = F.cross_entropy(logits, target, **ctx.keywords)
             return torch.autograd.grad(loss, logits, grad, create_graph=twice)[0], *rest
-        kept = _graph_is_kept()
+        kept = graph_is_kept()
         waiting = _Waiting(ctx.loss, ctx.leaves, grad, kept, logits._stage, target, ctx.keywords)
         if not kept:
             ctx.loss = ctx.leaves = ctx.logits = None

@@ -9,10 +9,14 @@ from torch import Tensor
 from mmlm_fast.ops._derivatives import is_seen_through, refused
 from mmlm_fast.ops._registry import register_op
 
-_graph_is_kept: Callable[[], bool] = getattr(
-    torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
-)  # private: without it gradients are scaled out of place
+# Private in torch: without it gradients are scaled out of place.
+_keeps_graph: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 SMALL = 1 << 20  # numbers of a gradient for which a launch of our own is not worth it
+
+
+def graph_is_kept() -> bool:
+    """Whether the backward pass at work may be followed by another through the same graph (``retain_graph=True``)."""
+    return _keeps_graph()
 
 
 def wide(x: Tensor) -> torch.dtype:
@@ -56,7 +60,7 @@ class _FormedGradients(torch.autograd.Function):
 
 
 def _scaled(formed: Sequence[Tensor], grad: Tensor) -> Sequence[Tensor]:
-    if torch.compiler.is_compiling() or is_seen_through((grad,)) or _graph_is_kept():
+    if torch.compiler.is_compiling() or is_seen_through((grad,)) or graph_is_kept():
         return [g * grad for g in formed]
     if grad.device.type == "cpu" and float(grad) == 1:
         return formed

@@ -3,7 +3,11 @@
 import torch
 from torch import Tensor
 
-from mmlm_fast.ops._contrastive import (
+from mmlm_fast.ops._derivatives import distinct
+from mmlm_fast.ops._formed import formed_dtype, wide, with_formed_gradients
+from mmlm_fast.ops._op import LOSS_TYPES, REFERENCE, Op
+from mmlm_fast.ops._registry import autocast, register_op
+from mmlm_fast.ops.contrastive import (
     IDS,
     Exchange,
     Local,
@@ -16,10 +20,6 @@ from mmlm_fast.ops._contrastive import (
     positives_of,
     scalar_tensor,
 )
-from mmlm_fast.ops._derivatives import distinct
-from mmlm_fast.ops._formed import formed_dtype, wide, with_formed_gradients
-from mmlm_fast.ops._op import LOSS_TYPES, REFERENCE, Op
-from mmlm_fast.ops._registry import autocast, register_op
 
 OP = Op("clip_loss", native=LOSS_TYPES, smallest=2**17, counts="pairs")
 NAMES = ("image_features", "text_features")

@@ -4,7 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmlm_fast.ops._contrastive import (
+from mmlm_fast.ops._derivatives import distinct
+from mmlm_fast.ops._formed import formed_dtype, wide, with_formed_gradients
+from mmlm_fast.ops._op import LOSS_TYPES, REFERENCE, Op
+from mmlm_fast.ops._registry import autocast, register_op
+from mmlm_fast.ops.clip_loss import NAMES
+from mmlm_fast.ops.contrastive import (
     Exchange,
     Local,
     Positives,
@@ -16,11 +21,6 @@ from mmlm_fast.ops._contrastive import (
     positives_of,
     scalar_tensor,
 )
-from mmlm_fast.ops._derivatives import distinct
-from mmlm_fast.ops._formed import formed_dtype, wide, with_formed_gradients
-from mmlm_fast.ops._op import LOSS_TYPES, REFERENCE, Op
-from mmlm_fast.ops._registry import autocast, register_op
-from mmlm_fast.ops.clip_loss import NAMES
 
 OP = Op("siglip_loss", native=LOSS_TYPES, smallest=2**15, counts="pairs")
 

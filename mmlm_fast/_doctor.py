@@ -1,10 +1,11 @@
 """What is installed, and which path each op takes on this machine."""
 
-import json
 import os
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
+
+from mmlm_fast._version import __version__
 
 PACKAGES = ("torch", "triton", "transformers", "numpy")
 # Oldest Linux driver of each CUDA major version's minor-version compatibility (NVIDIA's release notes).
@@ -19,16 +20,11 @@ def doctor() -> str:
     """
     import torch
 
-    import mmlm_fast
-    import mmlm_fast.audio
-    import mmlm_fast.ops
-    from mmlm_fast import _C
+    from mmlm_fast import core
     from mmlm_fast.audio.cuda import why_plain
 
-    build, cuda = json.loads(_C.build_info_json()), _C.cuda_status()
-    lines = [
-        f"mmlm-fast {mmlm_fast.__version__}, Python {platform.python_version()}, {sys.platform} {platform.machine()}"
-    ]
+    build, cuda = core.build_info(), core.cuda_status()
+    lines = [f"mmlm-fast {__version__}, Python {platform.python_version()}, {sys.platform} {platform.machine()}"]
     for name in PACKAGES:
         try:
             lines.append(f"{name} {version(name)}")
@@ -37,9 +33,8 @@ def doctor() -> str:
     lines.append(f"native core: built by {build['compiler']}")
     cap = os.environ.get("MMLM_FAST_ISA")
     capped = f", capped by MMLM_FAST_ISA={cap}" if cap else ""
-    lines.append(
-        f"  instruction set {_C.active_isa()} (this CPU has {_C.best_isa()}){capped}; {torch.get_num_threads()} threads"
-    )
+    isa = f"{core.active_isa()} (this CPU has {core.best_isa()}){capped}"
+    lines.append(f"  instruction set {isa}; {torch.get_num_threads()} threads")
     if build["cuda"]:
         floor = DRIVER_FLOOR.get(int(build["nvcc"].split(".")[0]), "unknown")
         lines.append(
@@ -62,7 +57,7 @@ def doctor() -> str:
 
 def op_paths(gpu: bool, why_plain: str) -> dict[str, str]:
     """Public name -> the paths its tensors take on this machine; `why_plain`: why the core's CUDA code does not run."""
-    from mmlm_fast.ops._op import RECORDS
+    from mmlm_fast.ops.parts import RECORDS
 
     paths = {}
     for op in RECORDS.values():
