@@ -305,15 +305,15 @@ def test_a_peer_that_fails_does_not_cost_ours_its_row(facts):
 @pytest.mark.parametrize("kernel", plan.KERNELS)
 def test_a_candidate_is_what_the_launcher_takes(kernel):
     """On every architecture, and the shipped row comes back."""
-    from mmlm_kernels import interval_attention as launchers
+    from mmlm_kernels import interval_attention_tiles as tiles
 
     q = torch.empty(1, 1, 1, 128, dtype=torch.bfloat16)
-    shipped = launchers._blocks(kernel, q, 128)
+    shipped = tiles.blocks(kernel, q, 128)
     with candidates.chosen(kernel, (16, 16, 4, 7)):
-        assert launchers._blocks(kernel, q, 128) == (16, 16, 4, 7)
-        assert {row[-1] for key, rows in launchers.TILES.items() if key[:2] == (kernel, 2) for row in rows} == {7}
+        assert tiles.blocks(kernel, q, 128) == (16, 16, 4, 7)
+        assert {row[-1] for key, rows in tiles.TILES.items() if key[:2] == (kernel, 2) for row in rows} == {7}
     with candidates.chosen(kernel, None):
-        assert launchers._blocks(kernel, q, 128) == shipped
+        assert tiles.blocks(kernel, q, 128) == shipped
 
 
 # ---- what is made of facts -------------------------------------------------------------------------------------------

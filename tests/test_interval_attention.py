@@ -233,9 +233,9 @@ def test_kernel_heads_sinks_softcap_lse(dtype, device, kernel):
 @pytest.mark.parametrize(("q_len", "kv_len", "dtype"), [(1, 1100, torch.bfloat16), (3, 600, torch.float32)])
 def test_kernel_splits_the_keys_of_few_queries(q_len, kv_len, dtype, device, kernel, monkeypatch):
     splits = []
-    combine = kernel._combine_kernel
+    combine = kernel.combine_kernel
     monkeypatch.setattr(
-        kernel, "_combine_kernel", type("Spy", (), {"__getitem__": lambda _, g: (splits.append(g), combine[g])[1]})()
+        kernel, "combine_kernel", type("Spy", (), {"__getitem__": lambda _, g: (splits.append(g), combine[g])[1]})()
     )
     mask = IntervalMask.causal(q_len, kv_len) & IntervalMask.padded(lengths(300, 1), kv_len, q_len=q_len, side="left")
     inputs = draw(q_len, kv_len, 24, dtype, 4, 2, device=device)
@@ -276,7 +276,7 @@ def test_rows_loaded_as_columns_give_the_same_bits(dtype, device, kernel, monkey
     mask = IntervalMask.causal(37, 70, device=device) & IntervalMask.sliding_window(37, 70, window=30, device=device)
     results = []
     for as_columns in (False, True):
-        monkeypatch.setattr(kernel, "_loads_as_columns", lambda stages, as_columns=as_columns: as_columns)
+        monkeypatch.setattr(kernel, "loads_as_columns", lambda stages, as_columns=as_columns: as_columns)
         results.append(run_with_gradients(interval_attention, mask, *inputs))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert all(x.isfinite().all() for x in results[1])
@@ -485,7 +485,7 @@ def test_kernel_reads_nothing_behind_the_sinks(device, kernel, monkeypatch):
 
 def test_kernel_loads_as_under_an_older_triton(device, kernel, monkeypatch):
     """Rows' numbers as columns, which Triton before 3.9 needs where there is no wgmma."""
-    monkeypatch.setattr(kernel, "_loads_as_columns", lambda stages: True)
+    monkeypatch.setattr(kernel, "loads_as_columns", lambda stages: True)
     for dtype in (torch.float32, torch.float16):
         check_once(IntervalMask.sliding_window(40, 70, window=33), *draw(40, 70, 24, dtype, 2, 1, device=device))
 
@@ -500,7 +500,7 @@ def test_kernel_ranges_are_exact(device, kernel):
             continue
         lo, hi = mask.lo.to(device), mask.hi.to(device)
         ranges = torch.empty(lo.shape[0], num_tiles + num_query_tiles, 2, dtype=torch.int32, device=device)
-        kernel._ranges_kernel[(num_tiles + num_query_tiles, lo.shape[0])](
+        kernel.ranges_kernel[(num_tiles + num_query_tiles, lo.shape[0])](
             lo, hi, ranges, num_tiles, ranges.stride(0), 77, 90, M=8, N=16, BLOCK=32
         )
         dense = mask.dense(90)

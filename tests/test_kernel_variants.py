@@ -196,10 +196,8 @@ BINARIES = {
     "linear_cross_entropy": {"_matmul_kernel": 4, "_loss_kernel": 1},
     "clip_loss": {"_rows_kernel": 2, "_columns_kernel": 2, "_gradients_kernel": 2},  # columns a multiple of 16, or not
     "siglip_loss": {"_pairs_kernel": 2},
-    "interval_attention": dict.fromkeys(
-        ("_fwd_kernel", "_delta_kernel", "_ranges_kernel", "_dkv_kernel", "_dq_kernel"), 1
-    ),
-    "interval_attention_decoding": {"_fwd_kernel": 7, "_combine_kernel": 6},  # 1 to 64 splits; none to combine of 1
+    "interval_attention": dict.fromkeys(("fwd_kernel", "delta_kernel", "ranges_kernel", "dkv_kernel", "dq_kernel"), 1),
+    "interval_attention_decoding": {"fwd_kernel": 7, "combine_kernel": 6},  # 1 to 64 splits; none to combine of 1
 }
 
 

@@ -249,13 +249,15 @@ assert threading.active_count() == 1
 
 
 def test_every_op_has_its_files():
-    """One stem everywhere."""
+    """One stem everywhere; an op's kernels may lie in several files, named by a part after the stem."""
     from mmlm_benchmarks.ops import OPS
 
     for op in OPS:
         for place in (f"mmlm_fast/ops/{op}.py", f"kernels/{op}.py", f"tests/test_{op}.py", f"benchmarks/ops/{op}.py"):
             assert (ROOT / place).exists(), place
-    assert sorted([*OPS, "formed", "tiles"]) == sorted(p.stem for p in (ROOT / "kernels").glob("*.py"))
+    for path in (ROOT / "kernels").glob("*.py"):
+        of_an_op = any(path.stem == op or path.stem.startswith(f"{op}_") for op in OPS)
+        assert of_an_op or path.stem in ("formed", "tiles"), path.stem
 
 
 def test_nothing_committed_names_this_machine():

@@ -111,7 +111,7 @@ def step(kernel: str, size: int, device: Device) -> tuple[Callable, tuple, int]:
 @contextmanager
 def chosen(kernel: str, row: Row | None) -> Iterator[None]:
     """Give a kernel's tile tables for 16-bit types this row alone; None leaves them."""
-    tiles = import_module("mmlm_kernels.interval_attention").TILES
+    tiles = import_module("mmlm_kernels.interval_attention_tiles").TILES
     kept = dict(tiles)
     if row is not None:
         tiles.update({key: [(512, *row)] for key in kept if key[0].split(",")[0] == kernel and key[1] == 2})
