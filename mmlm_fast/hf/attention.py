@@ -106,7 +106,6 @@ def attention(
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
         mask = _causal(query.shape[2], key.shape[2], query.device)
     out = interval_attention(query, key, value, mask, scale=scaling, softcap=softcap, sinks=s_aux)
-    assert isinstance(out, Tensor)
     return out.transpose(1, 2).contiguous(), None
 
 

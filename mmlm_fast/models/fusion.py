@@ -1,7 +1,7 @@
 """What joins towers and decoder: projectors, token merge, and fusion with pooled features."""
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,24 @@ class MMLMFusion(nn.Module):
         else:  # a single modality has nothing to be gated with
             self.fuse = FuseModalities("mean" if fusion == "gated" else fusion, hidden_size, 1 + num_others)
 
-    def forward(self, first: Tensor, others: Tensor, present: Tensor, *, return_weights: bool = False) -> Any:
+    @overload
+    def forward(
+        self, first: Tensor, others: Tensor, present: Tensor, *, return_weights: Literal[False] = ...
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, first: Tensor, others: Tensor, present: Tensor, *, return_weights: Literal[True]
+    ) -> tuple[Tensor, Tensor | None]: ...
+
+    @overload
+    def forward(
+        self, first: Tensor, others: Tensor, present: Tensor, *, return_weights: bool = ...
+    ) -> Tensor | tuple[Tensor, Tensor | None]: ...
+
+    def forward(
+        self, first: Tensor, others: Tensor, present: Tensor, *, return_weights: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
         """
         Args:
             first: ``[B, T, H]``.

@@ -18,9 +18,7 @@ def _split_heads(x: Tensor, num_heads: int) -> Tensor:
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: IntervalMask | None) -> Tensor:
-    out = interval_attention(query, key, value, mask)
-    assert isinstance(out, Tensor)
-    return out.transpose(1, 2).flatten(2)
+    return interval_attention(query, key, value, mask).transpose(1, 2).flatten(2)
 
 
 def _check_hidden(name: str, x: Any, size: int) -> None:

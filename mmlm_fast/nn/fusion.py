@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +73,21 @@ class FuseModalities(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    @overload
+    def forward(
+        self, features: Sequence[Tensor], present: Tensor | None = ..., *, return_weights: Literal[False] = ...
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, features: Sequence[Tensor], present: Tensor | None = ..., *, return_weights: Literal[True]
+    ) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def forward(
+        self, features: Sequence[Tensor], present: Tensor | None = ..., *, return_weights: bool = ...
+    ) -> Tensor | tuple[Tensor, Tensor]: ...
+
     def forward(
         self, features: Sequence[Tensor], present: Tensor | None = None, *, return_weights: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -133,9 +149,7 @@ class DecisionFusion(nn.Module):
 
     @staticmethod
     def _fuse(features: list[Tensor], mode: str, weight: Tensor | None, present: Tensor | None) -> Tensor:
-        out = fuse_modalities(features, mode, weight=weight, present=present)
-        assert isinstance(out, Tensor)
-        return out.squeeze(-2)
+        return fuse_modalities(features, mode, weight=weight, present=present).squeeze(-2)
 
     def extra_repr(self) -> str:
         return f"mode={self.mode}"

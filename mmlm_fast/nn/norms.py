@@ -1,3 +1,5 @@
+from typing import overload
+
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +22,15 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.full((hidden_size,), 1.0 - offset))
         self.eps, self.offset = eps, offset
 
+    @overload
+    def forward(self, x: Tensor, residual: None = ...) -> Tensor: ...
+
+    @overload
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def forward(self, x: Tensor, residual: Tensor | None = ...) -> Tensor | tuple[Tensor, Tensor]: ...
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """``[..., H]`` to its norm; with `residual` to the norm of the sum, and the sum."""
         dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
@@ -39,7 +50,16 @@ class RMSNorm(nn.Module):
 class LayerNorm(nn.LayerNorm):
     """``torch.nn.LayerNorm`` over the last dimension, alone or fused with the residual addition before it."""
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:  # type: ignore[override]
+    @overload
+    def forward(self, x: Tensor, residual: None = ...) -> Tensor: ...
+
+    @overload
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def forward(self, x: Tensor, residual: Tensor | None = ...) -> Tensor | tuple[Tensor, Tensor]: ...
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """``[..., H]`` to its norm; with `residual` to the norm of the sum, and the sum."""
         dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
         plain = len(self.normalized_shape) == 1 and (self.weight is None or self.weight.dtype == dtype)

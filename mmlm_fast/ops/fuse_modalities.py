@@ -1,6 +1,7 @@
 """Fusion of one feature vector per modality: mean, weighted, gated, attention; missing modalities left out."""
 
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -52,6 +53,42 @@ def fuse_modalities_ref(
         weights = scores.masked_fill(~present, -torch.inf).softmax(-1)
         weights = torch.where(present.any(-1, keepdim=True), weights, 0)
     return (weights[..., None] * stacked).sum(-2), weights
+
+
+@overload
+def fuse_modalities(
+    features: Sequence[Tensor],
+    mode: str,
+    *,
+    weight: Tensor | None = ...,
+    bias: Tensor | None = ...,
+    present: Tensor | None = ...,
+    return_weights: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def fuse_modalities(
+    features: Sequence[Tensor],
+    mode: str,
+    *,
+    weight: Tensor | None = ...,
+    bias: Tensor | None = ...,
+    present: Tensor | None = ...,
+    return_weights: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def fuse_modalities(
+    features: Sequence[Tensor],
+    mode: str,
+    *,
+    weight: Tensor | None = ...,
+    bias: Tensor | None = ...,
+    present: Tensor | None = ...,
+    return_weights: bool = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def fuse_modalities(

@@ -1,6 +1,7 @@
 """Attention where each query sees one interval of keys: every mask of a multimodal model, without a mask in memory."""
 
 import math
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -23,6 +24,48 @@ OP = Op(
     torch_where="where nothing is masked, or what a causal mask hides, and it has one that is as fast",
     functions=("interval_attention", "interval_attention_varlen"),
 )
+
+
+@overload
+def interval_attention_ref(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: IntervalMask | None = ...,
+    *,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def interval_attention_ref(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: IntervalMask | None = ...,
+    *,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def interval_attention_ref(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: IntervalMask | None = ...,
+    *,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    return_lse: bool = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def interval_attention_ref(
@@ -61,6 +104,48 @@ def interval_attention_ref(
     if not return_lse:
         return out
     return out, (largest + total.log()).masked_fill(empty, -torch.inf)[..., 0]
+
+
+@overload
+def interval_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: IntervalMask | None = ...,
+    *,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def interval_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: IntervalMask | None = ...,
+    *,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def interval_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: IntervalMask | None = ...,
+    *,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    return_lse: bool = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def interval_attention(
@@ -176,7 +261,6 @@ def interval_attention_varlen(
     )
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
     out = interval_attention(q, k, v, mask, scale=scale, softcap=softcap, sinks=sinks)
-    assert isinstance(out, Tensor)
     return out[0].transpose(0, 1)
 
 
