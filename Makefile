@@ -70,7 +70,7 @@ wheel: env
 
 # The native core under AddressSanitizer and UndefinedBehaviorSanitizer, over the tests of audio, attention, glue and losses.
 SANITIZED = tests/test_isas.py $(filter-out %_extractors.py %_files.py %_real_whisper.py %_robust.py,$(wildcard tests/test_audio_*.py)) \
-  $(patsubst mmlm_fast/ops/%.py,tests/test_%.py,$(shell grep -l 'import _C' mmlm_fast/ops/[a-z]*.py))
+  $(patsubst mmlm_fast/ops/%.py,tests/test_%.py,$(shell grep -l 'core()' mmlm_fast/ops/[a-z]*.py))
 sanitize: env
 	rm -rf build/sanitize && mkdir -p build/sanitize
 	MMLM_FAST_CUDA=0 MMLM_FAST_WIDE=1 CXXFLAGS="-O1 -fexpensive-optimizations -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined" \

@@ -148,13 +148,18 @@ class NinjaBuild(build_ext):
 
         objects = []
         for source in [*cxx_sources(nvcc is not None), write_build_info(folder, info)]:
-            objects.append(f"{source.stem}.o")
+            objects.append(f"{object_name(source)}.o")
             flags = next((f for suffix, f in ISA_FLAGS.items() if source.stem.endswith(suffix)), "")
             lines += [f"build {objects[-1]}: cxx {source}", f"  isa = {flags}"]
         for source in cuda_sources:
-            objects.append(f"{source.stem}.cu.o")
+            objects.append(f"{object_name(source)}.cu.o")
             lines.append(f"build {objects[-1]}: cu {source}")
         return "\n".join([*lines, f"build {target}: link {' '.join(objects)}", f"default {target}", ""])
+
+
+def object_name(source: Path) -> str:
+    """Of the folder too: files of one name lie in several."""
+    return "_".join(source.relative_to(CSRC).with_suffix("").parts) if source.is_relative_to(CSRC) else source.stem
 
 
 def cxx_sources(with_cuda: bool) -> list[Path]:

@@ -4,9 +4,10 @@
 // maxima and sums over keys need no shuffles, K and V are read as they lie (one broadcast a number), and a block sees
 // exactly the keys from its least lo to its largest hi.
 #pragma once
+#include <array>
 #include <cstdint>
 
-#include "core/tensor.h"
+#include "core/arguments.h"
 
 namespace mmlm {
 
@@ -35,9 +36,16 @@ struct AttentionGradient {
 };
 
 // Softmax(scale * Q K^T) V, and largest and total, on up to num_threads threads.
-void attention_forward(const Attention& a, int num_threads);
+// sizes: batch, heads, kv_heads, q_len, kv_len, head size, value's head size. tensors: query, key, value, out.
+void interval_attention_fwd(Number type, const std::array<int64_t, 7>& sizes, float scale, float softcap,
+                            const std::array<Heads, 4>& tensors, Address lo, Address hi, int64_t mask_stride,
+                            Address sinks, Address largest, Address total, int num_threads);
 
-// Gradients of the same; a.out, a.largest and a.total are read. The bits do not depend on num_threads.
-void attention_backward(const Attention& a, const AttentionGradient& g, int num_threads);
+// Gradients of the same; out, largest and total are read, `delta` is written. gradients: of out (read), of query, key
+// and value. The bits do not depend on num_threads.
+void interval_attention_bwd(Number type, const std::array<int64_t, 7>& sizes, float scale, float softcap,
+                            const std::array<Heads, 4>& tensors, Address lo, Address hi, int64_t mask_stride,
+                            Address largest, Address total, const std::array<Heads, 4>& gradients, Address grad_lse,
+                            Address delta, int num_threads);
 
 }  // namespace mmlm

@@ -17,11 +17,9 @@
 #include "core/float_math.h"
 #include "core/numbers.h"
 #include "core/simd.h"
+#include "core/transpose.h"
 
-#define MMLM_JOIN_(a, b) a##_##b
-#define MMLM_JOIN(a, b) MMLM_JOIN_(a, b)
-
-namespace mmlm {
+namespace mmlm::MMLM_ISA {
 namespace {
 
 // One copy each: inlined everywhere, with a variant for each number of rows, they took minutes to compile.
@@ -55,44 +53,6 @@ void copy_rows(const T* from, int64_t stride, int64_t count, int64_t rows, int s
     std::fill(to + size, to + padded, 0.f);
   }
   if (rows > count) std::fill(to, to + (rows - count) * padded, 0.f);
-}
-
-#if defined(__AVX2__)
-MMLM_INLINE void transpose_8x8(const float* from, int64_t stride, float* to, int64_t to_stride) {
-  __m256 r[8], t[8];
-  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(from + i * stride);
-  for (int i = 0; i < 4; ++i) {
-    t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
-    t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
-  }
-  for (int i = 0; i < 2; ++i) {
-    r[4 * i] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
-    r[4 * i + 1] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0xEE);
-    r[4 * i + 2] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
-    r[4 * i + 3] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xEE);
-  }
-  for (int i = 0; i < 4; ++i) {
-    _mm256_storeu_ps(to + i * to_stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
-    _mm256_storeu_ps(to + (i + 4) * to_stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
-  }
-}
-#endif
-
-// to[c][r] = from[r][c]
-void transpose(const float* from, int64_t stride, int rows, int columns, float* to, int64_t to_stride) {
-  int r = 0;
-#if defined(__AVX2__)
-  for (; r + 8 <= rows; r += 8) {
-    int c = 0;
-    for (; c + 8 <= columns; c += 8) transpose_8x8(from + r * stride + c, stride, to + c * to_stride + r, to_stride);
-    for (; c < columns; ++c) {
-      for (int i = r; i < r + 8; ++i) to[c * to_stride + i] = from[i * stride + c];
-    }
-  }
-#endif
-  for (; r < rows; ++r) {
-    for (int c = 0; c < columns; ++c) to[c * to_stride + r] = from[r * stride + c];
-  }
 }
 
 // Calls f with the number of rows as a constant: kRows at a time, the last two times about equally many, since few rows
@@ -626,29 +586,25 @@ void store_sum(const Heads& to, int64_t b, int64_t kv_head, int64_t length, int 
 
 }  // namespace
 
-int64_t MMLM_JOIN(attention_lanes, MMLM_ISA)() { return kLanes; }
+int64_t attention_lanes() { return kLanes; }
 
-void MMLM_JOIN(attention_forward, MMLM_ISA)(const Attention& a, int64_t b, int64_t head, int64_t pack, int64_t tile) {
+void interval_attention_fwd(const Attention& a, int64_t b, int64_t head, int64_t pack, int64_t tile) {
   const int64_t num_rows = pack * a.q_len;
   if (num_rows <= kFewRows) {
-    a.type == Number::float32 ? few_rows_task<float>(a, b, head, num_rows)
-                              : few_rows_task<BFloat16>(a, b, head, num_rows);
-    return;
+    MMLM_BY_TYPE(a.type, few_rows_task, a, b, head, num_rows);
+  } else {
+    MMLM_BY_TYPE(a.type, forward_task, a, b, head, pack, tile);
   }
-  a.type == Number::float32 ? forward_task<float>(a, b, head, pack, tile)
-                            : forward_task<BFloat16>(a, b, head, pack, tile);
 }
 
-void MMLM_JOIN(attention_backward, MMLM_ISA)(const Attention& a, const AttentionGradient& g, int64_t b, int64_t head,
-                                             float* dk, float* dv) {
-  a.type == Number::float32 ? backward_head<float>(a, g, b, head, dk, dv)
-                            : backward_head<BFloat16>(a, g, b, head, dk, dv);
+void interval_attention_bwd(const Attention& a, const AttentionGradient& g, int64_t b, int64_t head, float* dk,
+                            float* dv) {
+  MMLM_BY_TYPE(a.type, backward_head, a, g, b, head, dk, dv);
 }
 
-void MMLM_JOIN(attention_store, MMLM_ISA)(const Attention& a, const Heads& to, int64_t b, int64_t kv_head, int size,
-                                          const float* from, int64_t padded, int64_t parts, int64_t part_stride) {
-  a.type == Number::float32 ? store_sum<float>(to, b, kv_head, a.kv_len, size, from, padded, parts, part_stride)
-                            : store_sum<BFloat16>(to, b, kv_head, a.kv_len, size, from, padded, parts, part_stride);
+void interval_attention_store(const Attention& a, const Heads& to, int64_t b, int64_t kv_head, int size,
+                              const float* from, int64_t padded, int64_t parts, int64_t part_stride) {
+  MMLM_BY_TYPE(a.type, store_sum, to, b, kv_head, a.kv_len, size, from, padded, parts, part_stride);
 }
 
-}  // namespace mmlm
+}  // namespace mmlm::MMLM_ISA

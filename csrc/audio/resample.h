@@ -60,11 +60,8 @@ static inline double bessel_i0(const std::vector<double>& inverse_squares, doubl
   return sum;
 }
 
-// Whole clips, without features: out[i] of type float (or double) for i in [0, num_output).
-using ResampleRange = void (*)(const SpectralClip& source, int64_t first, int64_t count, void* out, bool is_double);
-#define MMLM_DECLARE(isa) void resample_range_##isa(const SpectralClip&, int64_t, int64_t, void*, bool);
-MMLM_EACH_ISA(MMLM_DECLARE)
-#undef MMLM_DECLARE
+// Samples [first, first + count) of a clip to `out`, of type float (or double).
+MMLM_KERNEL(void, read_samples, const SpectralClip&, int64_t first, int64_t count, void* out, bool is_double)
 
 // Samples [first, num_valid) of every clip (converted, mixed down, resampled) to its `out`.
 void read_samples(SpectralClip* clips, int64_t num_clips, int64_t first, bool is_double, int num_threads);

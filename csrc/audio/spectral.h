@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "core/isa.h"
+#include "core/dispatch.h"
 
 namespace mmlm {
 
@@ -131,19 +131,10 @@ struct SpectralClip {
   bool finite = true;      // set to false when an output is NaN or infinite
 };
 
+constexpr int64_t kSerialSamples = 20 * 16000;  // below this, waking a thread costs more than it saves
+
 // Fill `out` of every clip. Threads are used above ~20 s of audio in all.
 void spectral_features(const SpectralPlan& plan, SpectralClip* clips, int64_t num_clips, int num_threads);
-
-// Standardise features [num_frames, num_bins] in place over the first `num_valid` frames, bin by bin; later frames
-// become `padding`. y = (x - mean) / (sqrt(var + eps_inside) + eps_outside), var with `ddof` degrees less.
-struct Standardize {
-  int ddof = 0;
-  double eps_inside = 0, eps_outside = 0;
-  bool means = true, variances = true;
-  double padding = 0;
-};
-template <typename T>
-void standardize(const Standardize& how, T* features, int64_t num_frames, int64_t num_valid, int64_t num_bins);
 
 // ---- the per-ISA kernel behind it -------------------------------------------------------------------------
 struct SpectralRange {
@@ -157,11 +148,7 @@ constexpr double kSilentTile = -1e300;
 // the clipping to the dynamic range, and the smallest value of tile t to tile_min[t] (may be null).
 using SpectralFrames = SpectralRange (*)(const SpectralPlan&, const SpectralClip&, int64_t first, int64_t last,
                                          double* tile_min);
-#define MMLM_DECLARE(isa) \
-  SpectralRange spectral_frames_##isa(const SpectralPlan&, const SpectralClip&, int64_t, int64_t, double*);
-MMLM_EACH_ISA(MMLM_DECLARE)
-#undef MMLM_DECLARE
-SpectralFrames spectral_frames();  // of the active ISA
+MMLM_KERNEL(SpectralRange, spectral_features, const SpectralPlan&, const SpectralClip&, int64_t, int64_t, double*)
 
 // Column c of the 400-point transform's first stage holds this frequency modulo 25; the other twelve are their
 // conjugates.

@@ -84,7 +84,8 @@ bool SpectralStream::pull(void* out, int64_t out_stride, int64_t count) {
   clip.num_frames = count;
   clip.out = out;
   clip.out_stride = out_stride;
-  const SpectralRange range = count > 0 ? spectral_frames()(*plan_, clip, 0, count, nullptr) : SpectralRange{0, true};
+  const SpectralRange range =
+      count > 0 ? MMLM_PICK(spectral_features)(*plan_, clip, 0, count, nullptr) : SpectralRange{0, true};
   next_frame_ += count;
   ready_ -= count;
   forget();

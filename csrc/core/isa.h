@@ -14,26 +14,6 @@ constexpr Isa kIsas[] = {Isa::baseline, Isa::avx2, Isa::avx512, Isa::wide};
 // and written a vector at a time has rows of a multiple of this.
 constexpr int kWidestVectorBytes = 64;
 
-#if defined(__x86_64__)
-#define MMLM_IF_X86(...) __VA_ARGS__
-#else
-#define MMLM_IF_X86(...)
-#endif
-#if defined(MMLM_WIDE)
-#define MMLM_IF_WIDE(...) __VA_ARGS__
-#else
-#define MMLM_IF_WIDE(...)
-#endif
-// what(isa) for every ISA of this build, and the function `name`_isa of the active one.
-#define MMLM_EACH_ISA(what) what(baseline) MMLM_IF_X86(what(avx2) what(avx512)) MMLM_IF_WIDE(what(wide))
-#define MMLM_PICK(name)                                                                          \
-  ([] {                                                                                          \
-    switch (active_isa()) {                                                                      \
-      MMLM_IF_X86(case Isa::avx512 : return name##_avx512; case Isa::avx2 : return name##_avx2;) \
-      MMLM_IF_WIDE(case Isa::wide : return name##_wide;) default : return name##_baseline;       \
-    }                                                                                            \
-  }())
-
 // Best ISA of this CPU and operating system, from CPUID and XGETBV.
 Isa best_isa();
 

@@ -1,5 +1,31 @@
 // Floor: x and residual read, their sum and its norm written; the row stays in L1 between.
+#pragma once
+#include "core/tensor.h"
+#include "glue/norm.h"
+
 namespace mmlm {
+
+struct AddNorm {
+  Number type = Number::float32;
+  int64_t rows = 0, size = 0;
+  Norm norm;
+  Rows x, residual;  // residual may be null
+  Rows sum, out;     // sum = x + residual where there is one
+  bool stream = false;
+};
+
+struct AddNormGradient {
+  Rows sum;             // of the forward pass, or x
+  Rows grad, grad_sum;  // of out and of sum; either may be null
+  Rows dx;              // of x and of the residual
+};
+
+}  // namespace mmlm
+
+#if defined(MMLM_ISA)
+#include "glue/rows.inl"
+
+namespace mmlm::MMLM_ISA {
 namespace {
 
 template <typename T>
@@ -48,14 +74,43 @@ void add_norm_backward_rows(const AddNorm& a, const AddNormGradient& d, int64_t 
 
 }  // namespace
 
-void MMLM_JOIN(add_norm_forward, MMLM_ISA)(const AddNorm& a, int64_t first, int64_t last) {
-  a.type == Number::float32 ? add_norm_rows<float>(a, first, last) : add_norm_rows<BFloat16>(a, first, last);
+void add_norm_fwd(const AddNorm& a, int64_t first, int64_t last) {
+  MMLM_BY_TYPE(a.type, add_norm_rows, a, first, last);
 }
 
-void MMLM_JOIN(add_norm_backward, MMLM_ISA)(const AddNorm& a, const AddNormGradient& d, int64_t first, int64_t last,
-                                            float* dweight, float* dbias) {
-  a.type == Number::float32 ? add_norm_backward_rows<float>(a, d, first, last, dweight, dbias)
-                            : add_norm_backward_rows<BFloat16>(a, d, first, last, dweight, dbias);
+void add_norm_bwd(const AddNorm& a, const AddNormGradient& d, int64_t first, int64_t last, float* dweight,
+                  float* dbias) {
+  MMLM_BY_TYPE(a.type, add_norm_backward_rows, a, d, first, last, dweight, dbias);
+}
+
+}  // namespace mmlm::MMLM_ISA
+#else
+#include "glue/tasks.h"
+
+namespace mmlm {
+
+MMLM_KERNEL(void, add_norm_fwd, const AddNorm&, int64_t, int64_t)
+MMLM_KERNEL(void, add_norm_bwd, const AddNorm&, const AddNormGradient&, int64_t, int64_t, float*, float*)
+
+inline void add_norm_fwd(Number type, int64_t rows, int64_t size, bool is_layer, Address weight, Address bias,
+                         float eps, Rows x, Rows residual, Rows sum, Rows out, int num_threads) {
+  const auto run = MMLM_PICK(add_norm_fwd);
+  const bool stream = expect_outputs(type, rows, size, {sum.data, out.data});
+  const AddNorm a{type, rows, size, {is_layer, weight, bias, eps}, x, residual, sum, out, stream};
+  for_rows(rows, size, num_threads, [&](int64_t first, int64_t last) { run(a, first, last); });
+}
+
+// dweight, dbias [size], or null; written.
+inline void add_norm_bwd(Number type, int64_t rows, int64_t size, bool is_layer, Address weight, float eps, Rows sum,
+                         Rows grad, Rows grad_sum, Rows dx, Address dweight, Address dbias, int num_threads) {
+  const auto run = MMLM_PICK(add_norm_bwd);
+  const bool stream = expect_outputs(type, rows, size, {dx.data});
+  const AddNorm a{type, rows, size, {is_layer, weight, nullptr, eps}, {}, {}, {}, {}, stream};
+  const AddNormGradient g{sum, grad, grad_sum, dx};
+  sum_rows(rows, size, size, 1, {dweight, dbias}, num_threads, [&](int64_t first, int64_t last, float* sums) {
+    run(a, g, first, last, sums, sums == nullptr ? nullptr : sums + size);
+  });
 }
 
 }  // namespace mmlm
+#endif

@@ -1,5 +1,31 @@
 // Floor: every feature read once, the output written once; attention reads a row again from L1.
+#pragma once
+#include <vector>
+
+#include "core/tensor.h"
+#include "glue/modalities.h"
+
 namespace mmlm {
+
+struct Fuse {
+  Number type = Number::float32;
+  int64_t rows = 0, size = 0, tokens = 0;
+  int num = 0;
+  Rows features[kMaxModalities];
+  bool broadcast[kMaxModalities] = {};  // one row serves `tokens` rows
+  const float* query = nullptr;         // [size], scaled: attention; null: the weights are given
+  const uint8_t* present = nullptr;     // [rows, num] or null
+  float* weights = nullptr;             // [rows, num]; written where there is a query
+  Rows out;                             // backward: its gradient, read
+  bool stream = false;
+};
+
+}  // namespace mmlm
+
+#if defined(MMLM_ISA)
+#include "glue/rows.inl"
+
+namespace mmlm::MMLM_ISA {
 namespace {
 
 // Row r of every modality; null where it is missing.
@@ -90,68 +116,58 @@ void fuse_backward_rows(const Fuse& f, const Rows* dfeatures, float* dscores, in
   }
 }
 
-// The gate of a row: given by the logits, or 1 or 0 where a modality is missing.
-MMLM_INLINE V gate_of(V logits, int kind) { return kind == 3 ? sigmoid_of(logits) : broadcast(kind == 1 ? 1.f : 0.f); }
-
-// Bit 0: the first is there, bit 1: the second.
-MMLM_INLINE int who_is_there(const Mix& m, int64_t r) {
-  return m.present == nullptr ? 3 : (m.present[2 * r] != 0 ? 1 : 0) + (m.present[2 * r + 1] != 0 ? 2 : 0);
-}
-
-template <typename T>
-void mix_rows(const Mix& m, int64_t begin, int64_t end) {
-  for (int64_t r = begin; r < end; ++r) {
-    const T *first = row_of<T>(m.first, r), *second = row_of<T>(m.second, r), *logits = row_of<T>(m.logits, r);
-    T *out = row_of<T>(m.out, r), *gate = row_of<T>(m.gate, r);
-    const int kind = who_is_there(m, r);
-    const bool stream = streams(out, m.stream) && streams(gate, true);
-    vectors(m.size, [&](int64_t i, int64_t n) {
-      const V g = gate_of(load_part(logits + i, n), kind);
-      store_out(gate + i, g, n, stream);
-      store_out(out + i, g * load_part(first + i, n) + (1.f - g) * load_part(second + i, n), n, stream);
-    });
-  }
-}
-
-template <typename T>
-void mix_backward_rows(const Mix& m, const Rows& grads, const Rows& dfirsts, const Rows& dseconds, const Rows& dlogits,
-                       int64_t begin, int64_t end) {
-  for (int64_t r = begin; r < end; ++r) {
-    const T *first = row_of<T>(m.first, r), *second = row_of<T>(m.second, r), *logits = row_of<T>(m.logits, r);
-    const T* grad = row_of<T>(grads, r);
-    T *dfirst = row_of<T>(dfirsts, r), *dsecond = row_of<T>(dseconds, r), *dlogit = row_of<T>(dlogits, r);
-    const int kind = who_is_there(m, r);
-    const bool stream = streams(dfirst, m.stream) && streams(dsecond, true) && streams(dlogit, true);
-    vectors(m.size, [&](int64_t i, int64_t n) {
-      const V g = gate_of(load_part(logits + i, n), kind), d = load_part(grad + i, n);
-      const V difference = load_part(first + i, n) - load_part(second + i, n);
-      store_out(dfirst + i, d * g, n, stream);
-      store_out(dsecond + i, d * (1.f - g), n, stream);
-      store_out(dlogit + i, d * difference * g * (1.f - g), n, stream);
-    });
-  }
-}
-
 }  // namespace
 
-void MMLM_JOIN(fuse_forward, MMLM_ISA)(const Fuse& f, int64_t first, int64_t last) {
-  f.type == Number::float32 ? fuse_rows<float>(f, first, last) : fuse_rows<BFloat16>(f, first, last);
+void fuse_modalities_fwd(const Fuse& f, int64_t first, int64_t last) {
+  MMLM_BY_TYPE(f.type, fuse_rows, f, first, last);
 }
 
-void MMLM_JOIN(fuse_backward, MMLM_ISA)(const Fuse& f, const Rows* dfeatures, float* dscores, int64_t first,
-                                        int64_t last, float* dquery) {
-  f.type == Number::float32 ? fuse_backward_rows<float>(f, dfeatures, dscores, first, last, dquery)
-                            : fuse_backward_rows<BFloat16>(f, dfeatures, dscores, first, last, dquery);
+void fuse_modalities_bwd(const Fuse& f, const Rows* dfeatures, float* dscores, int64_t first, int64_t last,
+                         float* dquery) {
+  MMLM_BY_TYPE(f.type, fuse_backward_rows, f, dfeatures, dscores, first, last, dquery);
 }
 
-void MMLM_JOIN(mix_forward, MMLM_ISA)(const Mix& m, int64_t first, int64_t last) {
-  m.type == Number::float32 ? mix_rows<float>(m, first, last) : mix_rows<BFloat16>(m, first, last);
+}  // namespace mmlm::MMLM_ISA
+#else
+#include "glue/tasks.h"
+
+namespace mmlm {
+
+MMLM_KERNEL(void, fuse_modalities_fwd, const Fuse&, int64_t, int64_t)
+MMLM_KERNEL(void, fuse_modalities_bwd, const Fuse&, const Rows*, float*, int64_t, int64_t, float*)
+
+inline Fuse fuse_of(Number type, int64_t rows, int64_t size, int64_t tokens, const std::vector<Rows>& features,
+                    const std::vector<bool>& broadcast, Address query, Address present, Address weights, Rows out) {
+  check_modalities(features.size());
+  Fuse f;
+  f.type = type, f.rows = rows, f.size = size, f.tokens = tokens;
+  f.num = static_cast<int>(features.size());
+  for (int m = 0; m < f.num; ++m) f.features[m] = features[m], f.broadcast[m] = broadcast[m];
+  f.query = query, f.present = present, f.weights = weights, f.out = out;
+  return f;
 }
 
-void MMLM_JOIN(mix_backward, MMLM_ISA)(const Mix& m, const Rows& grad, const Rows& dfirst, const Rows& dsecond,
-                                       const Rows& dlogits, int64_t first, int64_t last) {
-  m.type == Number::float32 ? mix_backward_rows<float>(m, grad, dfirst, dsecond, dlogits, first, last)
-                            : mix_backward_rows<BFloat16>(m, grad, dfirst, dsecond, dlogits, first, last);
+inline void fuse_modalities_fwd(Number type, int64_t rows, int64_t size, int64_t tokens,
+                                const std::vector<Rows>& features, const std::vector<bool>& broadcast, Address query,
+                                Address present, Address weights, Rows out, int num_threads) {
+  const auto run = MMLM_PICK(fuse_modalities_fwd);
+  Fuse f = fuse_of(type, rows, size, tokens, features, broadcast, query, present, weights, out);
+  f.stream = expect_outputs(type, rows, size, {out.data});
+  for_rows(rows, size * f.num, num_threads, [&](int64_t first, int64_t last) { run(f, first, last); });
+}
+
+// dscores [rows, num] is written where given; dfeatures have all rows.
+inline void fuse_modalities_bwd(Number type, int64_t rows, int64_t size, int64_t tokens,
+                                const std::vector<Rows>& features, const std::vector<bool>& broadcast, Address query,
+                                Address present, Address weights, Rows grad, const std::vector<Rows>& dfeatures,
+                                Address dscores, Address dquery, int num_threads) {
+  const auto run = MMLM_PICK(fuse_modalities_bwd);
+  Fuse f = fuse_of(type, rows, size, tokens, features, broadcast, query, present, weights, grad);
+  if (dfeatures.size() != features.size()) throw std::invalid_argument("one gradient a feature");
+  f.stream = rows * size * f.num * bytes_of(type) >= kStreamBytes;
+  sum_rows(rows, size * f.num, size, f.num, {dquery}, num_threads,
+           [&](int64_t first, int64_t last, float* sums) { run(f, dfeatures.data(), dscores, first, last, sums); });
 }
 
 }  // namespace mmlm
+#endif

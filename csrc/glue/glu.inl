@@ -1,5 +1,27 @@
 // Floor: gate and up read, the product written; backward reads the gradient too and writes two.
+#pragma once
+#include "core/tensor.h"
+
 namespace mmlm {
+
+enum class Activation { silu = 0, gelu = 1, gelu_tanh = 2, quick_gelu = 3, relu = 4 };
+
+struct Glu {
+  Number type = Number::float32;
+  Activation activation = Activation::silu;
+  int64_t rows = 0, size = 0;
+  Rows gate, up;                // up may be null: the activation alone
+  const float* bias = nullptr;  // [size] or null, added to gate
+  Rows out;
+  bool stream = false;
+};
+
+}  // namespace mmlm
+
+#if defined(MMLM_ISA)
+#include "glue/rows.inl"
+
+namespace mmlm::MMLM_ISA {
 namespace {
 
 // y = act(x); slope = act'(x) where asked for.
@@ -96,16 +118,42 @@ void glu_backward_any(const Glu& g, const Rows& grad, const Rows& dgate, const R
 #undef MMLM_CALL
 }
 
+#undef MMLM_FOR_ACTIVATION
+
 }  // namespace
 
-void MMLM_JOIN(glu_forward, MMLM_ISA)(const Glu& g, int64_t first, int64_t last) {
-  g.type == Number::float32 ? glu_any<float>(g, first, last) : glu_any<BFloat16>(g, first, last);
+void glu_fwd(const Glu& g, int64_t first, int64_t last) { MMLM_BY_TYPE(g.type, glu_any, g, first, last); }
+
+void glu_bwd(const Glu& g, const Rows& grad, const Rows& dgate, const Rows& dup, int64_t first, int64_t last,
+             float* dbias) {
+  MMLM_BY_TYPE(g.type, glu_backward_any, g, grad, dgate, dup, first, last, dbias);
 }
 
-void MMLM_JOIN(glu_backward, MMLM_ISA)(const Glu& g, const Rows& grad, const Rows& dgate, const Rows& dup,
-                                       int64_t first, int64_t last, float* dbias) {
-  g.type == Number::float32 ? glu_backward_any<float>(g, grad, dgate, dup, first, last, dbias)
-                            : glu_backward_any<BFloat16>(g, grad, dgate, dup, first, last, dbias);
+}  // namespace mmlm::MMLM_ISA
+#else
+#include "glue/tasks.h"
+
+namespace mmlm {
+
+MMLM_KERNEL(void, glu_fwd, const Glu&, int64_t, int64_t)
+MMLM_KERNEL(void, glu_bwd, const Glu&, const Rows&, const Rows&, const Rows&, int64_t, int64_t, float*)
+
+inline void glu_fwd(Number type, int activation, int64_t rows, int64_t size, Rows gate, Rows up, Address bias, Rows out,
+                    int num_threads) {
+  const auto run = MMLM_PICK(glu_fwd);
+  const auto kind = enum_of<Activation>("activation", activation, 5);
+  const Glu g{type, kind, rows, size, gate, up, bias, out, expect_outputs(type, rows, size, {out.data})};
+  for_rows(rows, size, num_threads, [&](int64_t first, int64_t last) { run(g, first, last); });
+}
+
+inline void glu_bwd(Number type, int activation, int64_t rows, int64_t size, Rows gate, Rows up, Address bias,
+                    Rows grad, Rows dgate, Rows dup, Address dbias, int num_threads) {
+  const auto run = MMLM_PICK(glu_bwd);
+  const auto kind = enum_of<Activation>("activation", activation, 5);
+  const Glu g{type, kind, rows, size, gate, up, bias, {}, expect_outputs(type, rows, size, {dgate.data, dup.data})};
+  sum_rows(rows, size, size, 1, {dbias}, num_threads,
+           [&](int64_t first, int64_t last, float* sums) { run(g, grad, dgate, dup, first, last, sums); });
 }
 
 }  // namespace mmlm
+#endif

@@ -1,2 +1,2 @@
 #define MMLM_ISA avx2
-#include "glue/glue_kernel.inl"
+#include "glue/ops.h"

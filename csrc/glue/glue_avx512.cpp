@@ -1,2 +1,2 @@
 #define MMLM_ISA avx512
-#include "glue/glue_kernel.inl"
+#include "glue/ops.h"

@@ -1,2 +1,2 @@
 #define MMLM_ISA baseline
-#include "glue/glue_kernel.inl"
+#include "glue/ops.h"

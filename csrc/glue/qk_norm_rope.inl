@@ -1,5 +1,33 @@
 // Floor: each head read and written once. A head is widened into scratch, where pairs that rotate lie `half` apart.
+#pragma once
+#include <array>
+
+#include "core/tensor.h"
+#include "glue/norm.h"
+
 namespace mmlm {
+
+struct Rope {
+  Number type = Number::float32;
+  int64_t batch = 0, heads = 0, length = 0;
+  int size = 0, half = 0;                      // of a head; pairs that rotate, 2 * half <= size
+  bool interleaved = false;                    // pairs are neighbours, else half a rotary size apart
+  bool inverse = false;                        // rotate the other way
+  const float *cos = nullptr, *sin = nullptr;  // [1 or batch, length, half] dense
+  int64_t table_stride = 0;                    // 0 where one table serves all samples
+  bool has_norm = false;
+  const float* weight = nullptr;  // [size]
+  float eps = 0;
+  Heads x, out;
+  bool stream = false;
+};
+
+}  // namespace mmlm
+
+#if defined(MMLM_ISA)
+#include "glue/rows.inl"
+
+namespace mmlm::MMLM_ISA {
 namespace {
 
 template <typename T>
@@ -81,13 +109,63 @@ void rope_backward_tokens(const Rope& r, const Heads& grads, int64_t first, int6
 
 }  // namespace
 
-void MMLM_JOIN(rope_forward, MMLM_ISA)(const Rope& r, int64_t first, int64_t last) {
-  r.type == Number::float32 ? rope_tokens<float>(r, first, last) : rope_tokens<BFloat16>(r, first, last);
+void qk_norm_rope_fwd(const Rope& r, int64_t first, int64_t last) { MMLM_BY_TYPE(r.type, rope_tokens, r, first, last); }
+
+void qk_norm_rope_bwd(const Rope& r, const Heads& grad, int64_t first, int64_t last, float* dweight) {
+  MMLM_BY_TYPE(r.type, rope_backward_tokens, r, grad, first, last, dweight);
 }
 
-void MMLM_JOIN(rope_backward, MMLM_ISA)(const Rope& r, const Heads& grad, int64_t first, int64_t last, float* dweight) {
-  r.type == Number::float32 ? rope_backward_tokens<float>(r, grad, first, last, dweight)
-                            : rope_backward_tokens<BFloat16>(r, grad, first, last, dweight);
+}  // namespace mmlm::MMLM_ISA
+#else
+#include "glue/tasks.h"
+
+namespace mmlm {
+
+MMLM_KERNEL(void, qk_norm_rope_fwd, const Rope&, int64_t, int64_t)
+MMLM_KERNEL(void, qk_norm_rope_bwd, const Rope&, const Heads&, int64_t, int64_t, float*)
+
+// sizes: batch, heads, length, head size, half. Without a norm eps is negative.
+inline Rope rope_of(Number type, const std::array<int64_t, 5>& sizes, bool interleaved, bool inverse, Address cos,
+                    Address sin, int64_t table_stride, Address weight, float eps, Heads x, Heads out) {
+  const auto [batch, heads, length, size, half] = sizes;
+  if (half < 0 || 2 * half > size) throw std::invalid_argument("tables must not be wider than half a head");
+  return {type,
+          batch,
+          heads,
+          length,
+          static_cast<int>(size),
+          static_cast<int>(half),
+          interleaved,
+          inverse,
+          cos,
+          sin,
+          table_stride,
+          eps >= 0,
+          weight,
+          eps,
+          x,
+          out,
+          expect_outputs(type, batch * length, heads * size, {out.data})};
+}
+
+inline void qk_norm_rope_fwd(Number type, const std::array<int64_t, 5>& sizes, bool interleaved, bool inverse,
+                             Address cos, Address sin, int64_t table_stride, Address weight, float eps, Heads x,
+                             Heads out, int num_threads) {
+  const auto run = MMLM_PICK(qk_norm_rope_fwd);
+  const Rope r = rope_of(type, sizes, interleaved, inverse, cos, sin, table_stride, weight, eps, x, out);
+  for_rows(r.batch * r.length, r.heads * r.size, num_threads,
+           [&](int64_t first, int64_t last) { run(r, first, last); });
+}
+
+// x is the input of the forward pass (unused without a norm), dx its gradient, written; `grad` that of the output.
+inline void qk_norm_rope_bwd(Number type, const std::array<int64_t, 5>& sizes, bool interleaved, Address cos,
+                             Address sin, int64_t table_stride, Address weight, float eps, Heads x, Heads dx,
+                             Heads grad, Address dweight, int num_threads) {
+  const auto run = MMLM_PICK(qk_norm_rope_bwd);
+  const Rope r = rope_of(type, sizes, interleaved, false, cos, sin, table_stride, weight, eps, x, dx);
+  sum_rows(r.batch * r.length, r.heads * r.size, r.size, r.heads, {dweight}, num_threads,
+           [&](int64_t first, int64_t last, float* sums) { run(r, grad, first, last, sums); });
 }
 
 }  // namespace mmlm
+#endif

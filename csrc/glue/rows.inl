@@ -1,11 +1,14 @@
-// Rows of numbers and their norms; included by glue_kernel.inl before the ops.
+// Rows of numbers and their norms, for kernels.
 #pragma once
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
 #include "core/arena.h"
+#include "core/tensor.h"
 #include "core/vectors.h"
-#include "glue/glue.h"
+#include "glue/norm.h"
 
 namespace mmlm {
 namespace {

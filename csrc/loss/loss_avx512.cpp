@@ -1,2 +1,2 @@
 #define MMLM_ISA avx512
-#include "loss/loss_kernel.inl"
+#include "loss/ops.h"

@@ -1,2 +1,2 @@
 #define MMLM_ISA baseline
-#include "loss/loss_kernel.inl"
+#include "loss/ops.h"

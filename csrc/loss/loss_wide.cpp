@@ -1,2 +1,2 @@
 #define MMLM_ISA wide
-#include "loss/loss_kernel.inl"
+#include "loss/ops.h"

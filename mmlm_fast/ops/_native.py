@@ -1,10 +1,21 @@
 """How tensors go to the native core: addresses, strides, a number type it knows."""
 
+from functools import cache
+from typing import Any
+
 from torch import Tensor, bfloat16, float32
 
 NATIVE_TYPES = {float32: 0, bfloat16: 1}
 
 NONE = (0, 0)  # rows that are not given
+
+
+@cache
+def core() -> Any:
+    """The extension module, loaded by the first call that needs it."""
+    from mmlm_fast import _C
+
+    return _C
 
 
 def number_type(x: Tensor) -> int:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmlm_fast.ops._derivatives import differentiable, distinct, unseen
-from mmlm_fast.ops._native import address, as_rows, floats, num_rows, number_type, rows
+from mmlm_fast.ops._native import address, as_rows, core, floats, num_rows, number_type, rows
 from mmlm_fast.ops._op import REFERENCE, Op
 from mmlm_fast.ops._registry import check_floating, plain_float, register_op
 
@@ -121,13 +121,11 @@ def _native_fwd(
     eps: float,
     offset: float,
 ) -> tuple[Tensor, Tensor]:
-    from mmlm_fast import _C
-
     flat, out = as_rows(x), torch.empty_like(x, memory_format=torch.contiguous_format)
     other = None if residual is None else as_rows(residual)
     total = x.new_empty(0) if residual is None else torch.empty_like(out)
     weight, bias = with_offset(weight, offset), floats(bias)
-    _C.add_norm_forward(
+    core().add_norm_fwd(
         number_type(x), num_rows(x), x.shape[-1], is_layer, address(weight), address(bias), eps, rows(flat),
         rows(other), rows(total), rows(out), torch.get_num_threads(),
     )  # fmt: skip
@@ -144,15 +142,13 @@ def _native_bwd(
     eps: float,
     offset: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from mmlm_fast import _C
-
     flat, dx = as_rows(total), torch.empty_like(total, memory_format=torch.contiguous_format)
     size = total.shape[-1]
     grad, grad_total = (None if g is None else as_rows(g) for g in (grad, grad_total))
     wide = with_offset(weight, offset)
     dweight = None if weight is None else flat.new_zeros(size, dtype=torch.float32)
     dbias = None if bias_dtype is None else flat.new_zeros(size, dtype=torch.float32)
-    _C.add_norm_backward(
+    core().add_norm_bwd(
         number_type(total), num_rows(total), size, is_layer, address(wide), eps, rows(flat), rows(grad),
         rows(grad_total), rows(dx), address(dweight), address(dbias), torch.get_num_threads(),
     )  # fmt: skip

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from mmlm_fast.ops._derivatives import distinct
 from mmlm_fast.ops._formed import formed_dtype, wide, with_formed_gradients
+from mmlm_fast.ops._native import core
 from mmlm_fast.ops._op import LOSS_TYPES, REFERENCE, Op
 from mmlm_fast.ops._registry import autocast, register_op
 from mmlm_fast.ops.contrastive import (
@@ -198,10 +199,8 @@ def _native_statistics(
     column_ids: Tensor | None,
     weights: Tensor | None,
 ) -> None:
-    from mmlm_fast import _C
-
     positives, keep = native_positives(Positives(kind, offset, row_ids, column_ids, weights))
-    _C.clip_statistics(
+    core().clip_loss_statistics(
         dots.shape[0], dots.shape[1], (dots.data_ptr(), dots.stride(0)), float(scale), 0.0, positives,
         tuple(r.data_ptr() for r in rows), tuple(c.data_ptr() for c in columns), torch.get_num_threads(),
     )  # fmt: skip
@@ -220,10 +219,8 @@ def _native_gradients(
     column_ids: Tensor | None,
     weights: Tensor | None,
 ) -> None:
-    from mmlm_fast import _C
-
     positives, keep = native_positives(Positives(kind, offset, row_ids, column_ids, weights))
-    _C.clip_gradients(
+    core().clip_loss_gradients(
         dots.shape[0], dots.shape[1], (dots.data_ptr(), dots.stride(0)), float(scale), 0.0, positives,
         tuple(r.data_ptr() for r in rows), tuple(c.data_ptr() for c in columns), sums.data_ptr(),
         torch.get_num_threads(),

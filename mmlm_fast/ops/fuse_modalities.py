@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mmlm_fast.ops._derivatives import differentiable, distinct
-from mmlm_fast.ops._native import address, as_rows, floats, num_rows, number_type, rows
+from mmlm_fast.ops._native import address, as_rows, core, floats, num_rows, number_type, rows
 from mmlm_fast.ops._op import REFERENCE, Op
 from mmlm_fast.ops._registry import autocast, check_like, check_tokens, num_tokens, register_op
 from mmlm_fast.ops.concat_linear import concat_linear, concat_linear_ref
@@ -206,8 +206,6 @@ def _flat_present(present: Tensor | None, num: int) -> Tensor | None:
 def _native_fwd(
     features: list[Tensor], mode: str, weight: Tensor | None, present: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    from mmlm_fast import _C
-
     flat, broadcast, tokens, count = _rows(features)
     num, size = len(features), features[0].shape[-1]
     shape = (*features[0].shape[:-2], tokens)
@@ -219,7 +217,7 @@ def _native_fwd(
     else:  # one row of scores for all rows
         scores = weights.new_zeros(num) if mode == "mean" else weight.float()  # type: ignore[union-attr]
         weights.copy_(_weights(scores.expand(weights.shape), present))
-    _C.fuse_forward(
+    core().fuse_modalities_fwd(
         number_type(out), count, size, tokens, [rows(x) for x in flat], broadcast, address(query),
         address(flat_present), weights.data_ptr(), rows(out), torch.get_num_threads(),
     )  # fmt: skip
@@ -236,8 +234,6 @@ def _weights(scores: Tensor, present: Tensor | None) -> Tensor:
 def _native_bwd(
     grad: Tensor, features: list[Tensor], weight: Tensor | None, weights: Tensor, present: Tensor | None, mode: str
 ) -> list[Tensor]:
-    from mmlm_fast import _C
-
     flat, broadcast, tokens, count = _rows(features)
     num, size = len(features), features[0].shape[-1]
     g, weights, flat_present = as_rows(grad), weights.contiguous(), _flat_present(present, num)
@@ -246,7 +242,7 @@ def _native_bwd(
     query = floats(weight) * scale if mode == "attention" else None  # type: ignore[operator]
     dscores = None if weight is None else torch.empty_like(weights)
     dquery = None if query is None else torch.zeros_like(query)
-    _C.fuse_backward(
+    core().fuse_modalities_bwd(
         number_type(grad), count, size, tokens, [rows(x) for x in flat], broadcast, address(query),
         address(flat_present), weights.data_ptr(), rows(g), [rows(d) for d in dfeatures], address(dscores),
         address(dquery), torch.get_num_threads(),
@@ -346,11 +342,9 @@ def _mix_rows(x: Tensor, like: Tensor) -> Tensor:
 
 
 def _native_mix_fwd(first: Tensor, second: Tensor, logits: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
-    from mmlm_fast import _C
-
     out, gate, flat = logits.new_empty(logits.shape), logits.new_empty(logits.shape), as_rows(logits)
     a, b, present = _mix_rows(first, logits), _mix_rows(second, logits), _flat_present(present, 2)
-    _C.mix_forward(
+    core().gated_mix_fwd(
         number_type(logits), num_rows(logits), logits.shape[-1], rows(a), rows(b), rows(flat), address(present),
         rows(out), rows(gate), torch.get_num_threads(),
     )  # fmt: skip
@@ -360,12 +354,10 @@ def _native_mix_fwd(first: Tensor, second: Tensor, logits: Tensor, present: Tens
 def _native_mix_bwd(
     grad: Tensor, first: Tensor, second: Tensor, logits: Tensor, present: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from mmlm_fast import _C
-
     flat, g, present = as_rows(logits), as_rows(grad), _flat_present(present, 2)
     a, b = _mix_rows(first, logits), _mix_rows(second, logits)
     dfirst, dsecond, dlogits = (logits.new_empty(logits.shape) for _ in range(3))
-    _C.mix_backward(
+    core().gated_mix_bwd(
         number_type(logits), num_rows(logits), logits.shape[-1], rows(a), rows(b), rows(flat), address(present),
         rows(g), rows(dfirst), rows(dsecond), rows(dlogits), torch.get_num_threads(),
     )  # fmt: skip

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from mmlm_fast.ops._derivatives import differentiable, distinct, unseen
-from mmlm_fast.ops._native import address, as_rows, num_rows, number_type, rows
+from mmlm_fast.ops._native import address, as_rows, core, num_rows, number_type, rows
 from mmlm_fast.ops._op import REFERENCE, Op
 from mmlm_fast.ops._registry import check_floating, register_op
 
@@ -71,11 +71,9 @@ def gate_gradient(sums: Tensor, gate: Tensor) -> Tensor:
 
 
 def _native_fwd(x: Tensor, residual: Tensor, gate: Tensor, keep: Tensor | None) -> Tensor:
-    from mmlm_fast import _C
-
     flat, other, out = as_rows(x), as_rows(residual), x.new_empty(x.shape)
     t, keep = wide_gate(gate, x.shape[-1]), None if keep is None else keep.contiguous()
-    _C.gated_add_forward(
+    core().gated_add_fwd(
         number_type(x), num_rows(x), x.shape[-1], rows(flat), rows(other), t.data_ptr(), address(keep), rows(out),
         torch.get_num_threads(),
     )  # fmt: skip
@@ -83,12 +81,10 @@ def _native_fwd(x: Tensor, residual: Tensor, gate: Tensor, keep: Tensor | None) 
 
 
 def _native_bwd(grad: Tensor, x: Tensor, gate: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
-    from mmlm_fast import _C
-
     flat, g, dx = as_rows(x), as_rows(grad), x.new_empty(x.shape)
     t, keep = wide_gate(gate, x.shape[-1]), None if keep is None else keep.contiguous()
     sums = flat.new_zeros(x.shape[-1], dtype=torch.float32)
-    _C.gated_add_backward(
+    core().gated_add_bwd(
         number_type(x), num_rows(x), x.shape[-1], rows(flat), t.data_ptr(), address(keep), rows(g), rows(dx),
         sums.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip

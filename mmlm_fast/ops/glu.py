@@ -5,7 +5,7 @@ from torch import Tensor
 
 from mmlm_fast.ops._activations import activate
 from mmlm_fast.ops._derivatives import differentiable, distinct
-from mmlm_fast.ops._native import address, as_rows, floats, num_rows, number_type, rows
+from mmlm_fast.ops._native import address, as_rows, core, floats, num_rows, number_type, rows
 from mmlm_fast.ops._op import REFERENCE, Op
 from mmlm_fast.ops._registry import check_floating, register_op
 from mmlm_fast.ops.add_norm import check_parameters
@@ -90,11 +90,9 @@ def _check(x: Tensor, activation: str, name: str) -> None:
 
 
 def _native_fwd(gate: Tensor, up: Tensor | None, bias: Tensor | None, activation: str) -> Tensor:
-    from mmlm_fast import _C
-
     g, u, out = as_rows(gate), None if up is None else as_rows(up), gate.new_empty(gate.shape)
     bias = floats(bias)
-    _C.glu_forward(
+    core().glu_fwd(
         number_type(gate), ACTIVATIONS.index(activation), num_rows(gate), gate.shape[-1], rows(g), rows(u),
         address(bias), rows(out), torch.get_num_threads(),
     )  # fmt: skip
@@ -104,13 +102,11 @@ def _native_fwd(gate: Tensor, up: Tensor | None, bias: Tensor | None, activation
 def _native_bwd(
     grad: Tensor, gate: Tensor, up: Tensor | None, bias: Tensor | None, activation: str, packed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from mmlm_fast import _C
-
     dgate, dup, views = empty_gradients(gate, up, packed)
     g, u, d = as_rows(gate), None if up is None else as_rows(up), as_rows(grad)
     wide = floats(bias)
     dbias = None if bias is None else gate.new_zeros(bias.shape, dtype=torch.float32)
-    _C.glu_backward(
+    core().glu_bwd(
         number_type(gate), ACTIVATIONS.index(activation), num_rows(gate), gate.shape[-1], rows(g), rows(u),
         address(wide), rows(d), rows(views[0]), rows(views[1]), address(dbias), torch.get_num_threads(),
     )  # fmt: skip

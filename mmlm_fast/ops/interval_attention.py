@@ -9,7 +9,7 @@ from torch import Tensor
 from mmlm_fast.masks import IntervalMask
 from mmlm_fast.ops._derivatives import differentiable, distinct, refuse_twice
 from mmlm_fast.ops._interval_chunked import chunked_bwd, chunked_fwd, heads_last, lse_dtype
-from mmlm_fast.ops._native import NATIVE_TYPES
+from mmlm_fast.ops._native import NATIVE_TYPES, core
 from mmlm_fast.ops._op import Op
 from mmlm_fast.ops._registry import autocast, check_floating, plain_float, register_op
 from mmlm_fast.ops._torch_attention import Call, facts, has_efficient, has_flash, sdpa
@@ -365,8 +365,6 @@ def _portable_fwd(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from mmlm_fast import _C
-
     if not _is_native(query, key):
         return chunked_fwd(query, key, value, lo, hi, sinks, scale, softcap)
     (batch, heads, q_len, size), (kv_heads, kv_len, value_size) = query.shape, value.shape[1:]
@@ -376,7 +374,7 @@ def _portable_fwd(
     out = heads_last(batch, heads, q_len, value_size, query)
     largest, total = (query.new_empty(batch, heads, q_len, dtype=torch.float32) for _ in range(2))
     sinks = None if sinks is None else sinks.float().contiguous()
-    _C.attention_forward(
+    core().interval_attention_fwd(
         NATIVE_TYPES[query.dtype], (batch, heads, kv_heads, q_len, kv_len, size, value_size), scale, softcap,
         (_heads(query), _heads(key), _heads(value), _heads(out)), *_native_bounds(lo, hi),
         0 if sinks is None else sinks.data_ptr(), largest.data_ptr(), total.data_ptr(), torch.get_num_threads(),
@@ -398,8 +396,6 @@ def _portable_bwd(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from mmlm_fast import _C
-
     if not _is_native(query, key):
         return chunked_bwd(grad, grad_lse, query, key, value, lo, hi, out, largest, total, scale, softcap)
     (batch, heads, q_len, size), (kv_heads, kv_len, value_size) = query.shape, value.shape[1:]
@@ -412,7 +408,7 @@ def _portable_bwd(
     dk = heads_last(batch, kv_heads, kv_len, size, query)
     dv = heads_last(batch, kv_heads, kv_len, value_size, query)
     delta = torch.empty_like(total)
-    _C.attention_backward(
+    core().interval_attention_bwd(
         NATIVE_TYPES[query.dtype], (batch, heads, kv_heads, q_len, kv_len, size, value_size), scale, softcap,
         (_heads(query), _heads(key), _heads(value), _heads(out)), *_native_bounds(lo, hi), largest.data_ptr(),
         total.data_ptr(), (_heads(grad), _heads(dq), _heads(dk), _heads(dv)),

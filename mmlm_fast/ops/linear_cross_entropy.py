@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mmlm_fast.ops._derivatives import differentiable
 from mmlm_fast.ops._formed import formed_dtype, wide, with_formed_gradients
-from mmlm_fast.ops._native import rows
+from mmlm_fast.ops._native import core, rows
 from mmlm_fast.ops._op import LOSS_TYPES, REFERENCE, Op
 from mmlm_fast.ops._registry import autocast, check_floating, check_like, looked_at, register_op
 
@@ -219,8 +219,6 @@ def _native_fwd(
     budget: int,
 ) -> list[Tensor]:
     """Losses ``[N]`` and gradients of x, weight and bias; `row_factor` ``[N]`` and `factor` multiply the gradients."""
-    from mmlm_fast import _C
-
     num_rows, vocab = x.shape[0], weight.shape[0]
     needs_x, needs_weight, needs_bias = needed
     losses = x.new_zeros(num_rows, dtype=torch.float32)
@@ -250,7 +248,7 @@ def _native_fwd(
         if any(needed):
             ones = torch.ones_like(loss) if row_factor is None else row_factor[where].float().contiguous()
         scale, softcap, label_smoothing, z_loss = numbers
-        _C.token_loss(
+        core().linear_cross_entropy_rows(
             len(y), vocab, rows(logits), y.data_ptr(), (scale, softcap, label_smoothing, z_loss),
             0 if ones is None else ones.data_ptr(), loss.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip

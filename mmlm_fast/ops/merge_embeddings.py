@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmlm_fast.ops._derivatives import differentiable, distinct, unseen
-from mmlm_fast.ops._native import number_type, rows
+from mmlm_fast.ops._native import core, number_type, rows
 from mmlm_fast.ops._op import REFERENCE, Op
 from mmlm_fast.ops._registry import check_floating, looked_at, plain_float, register_op
 from mmlm_fast.ops.paths import is_transformed
@@ -227,11 +227,9 @@ def _address(features: list[Tensor]) -> list[tuple[int, int, int]]:
 
 
 def _native_fwd(source: Tensor, base: Tensor, features: list[Tensor], mode: str, scale: float) -> Tensor:
-    from mmlm_fast import _C
-
     flat, base = flat_features(features), base if base.stride(-1) == 1 else base.contiguous()
     out = base.new_empty(source.shape[0], base.shape[1])
-    _C.merge_forward(
+    core().merge_embeddings_fwd(
         number_type(base), source.shape[0], base.shape[1], source.data_ptr(), rows(base), mode != EMBED, mode == ADD,
         scale, _address(flat), rows(out), torch.get_num_threads(),
     )  # fmt: skip
@@ -239,11 +237,9 @@ def _native_fwd(source: Tensor, base: Tensor, features: list[Tensor], mode: str,
 
 
 def _native_bwd(grad: Tensor, source: Tensor, sizes: list[int]) -> list[Tensor]:
-    from mmlm_fast import _C
-
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     gradients = [grad.new_empty(size, grad.shape[1]) for size in sizes]
-    _C.merge_backward(
+    core().merge_embeddings_bwd(
         number_type(grad), grad.shape[0], grad.shape[1], source.data_ptr(), _address(gradients), rows(grad),
         torch.get_num_threads(),
     )  # fmt: skip

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mmlm_fast.ops._derivatives import differentiable, unseen
-from mmlm_fast.ops._native import address, floats, number_type, rows
+from mmlm_fast.ops._native import address, core, floats, number_type, rows
 from mmlm_fast.ops._op import REFERENCE, Op
 from mmlm_fast.ops._registry import check_floating, plain_float, register_op
 from mmlm_fast.ops.add_norm import KINDS, MAX_KERNEL_SIZE, add_norm_ref, check_parameters
@@ -203,12 +203,10 @@ def _native_fwd(
     channels_first: bool,
     eps: float,
 ) -> Tensor:
-    from mmlm_fast import _C
-
     x = x if x.stride(-1) == 1 else x.contiguous()
     out = x.new_empty(index.shape[0], index.shape[1] * x.shape[1])
     weight, bias = floats(weight), floats(bias)
-    _C.gather_forward(
+    core().norm_pixel_shuffle_fwd(
         number_type(x), index.shape[0], x.shape[1], index.shape[1], index.data_ptr(), channels_first,
         NORM_AT.index(norm_at), is_layer, address(weight), address(bias), eps, rows(x), rows(out),
         torch.get_num_threads(),
@@ -227,8 +225,6 @@ def _native_bwd(
     channels_first: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from mmlm_fast import _C
-
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     size = grad.shape[1] // index.shape[1]
     if x is not None:
@@ -237,7 +233,7 @@ def _native_bwd(
     width = grad.shape[1] if norm_at == "after" else size
     dweight = None if weight is None else grad.new_zeros(width, dtype=torch.float32)
     dbias = None if bias_dtype is None else grad.new_zeros(width, dtype=torch.float32)
-    _C.gather_backward(
+    core().norm_pixel_shuffle_bwd(
         number_type(grad), index.shape[0], size, index.shape[1], index.data_ptr(), channels_first,
         NORM_AT.index(norm_at), is_layer, address(wide), eps, rows(x), rows(grad), rows(dx), address(dweight),
         address(dbias), torch.get_num_threads(),

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmlm_fast.ops._native import number_type
+from mmlm_fast.ops._native import core, number_type
 from mmlm_fast.ops._op import REFERENCE, Op
 from mmlm_fast.ops._registry import check_like, register_op
 
@@ -172,13 +172,11 @@ def _native(
     repeats: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    from mmlm_fast import _C
-
     batch, channels, height, width = pixels.shape
     out = pixels.new_empty(batch, height * width // patch_size**2, channels * repeats * patch_size**2, dtype=dtype)
     table = torch.tensor([scale, shift], dtype=torch.float32)
     if out.numel():
-        _C.patchify(
+        core().patchify(
             number_type(out), (batch, channels, height, width), pixels.stride(), patch_size, merge_size, repeats,
             pixels.data_ptr(), table[0].data_ptr(), table[1].data_ptr(), out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mmlm_fast.ops._derivatives import differentiable, distinct, unseen
-from mmlm_fast.ops._native import address, number_type
+from mmlm_fast.ops._native import address, core, number_type
 from mmlm_fast.ops._op import REFERENCE, Op
 from mmlm_fast.ops._registry import check_floating, plain_float, register_op
 from mmlm_fast.ops.add_norm import add_norm_ref, check_parameters, with_offset
@@ -201,12 +201,10 @@ def heads_last(x: Tensor) -> Tensor:
 
 
 def _native_one(x, cos, sin, weight, eps, offset, interleaved, inverse):
-    from mmlm_fast import _C
-
     x, out, weight = _dense(x), heads_last(x), with_offset(weight, offset)
     batch, heads, length, size = x.shape
     if x.numel():
-        _C.rope_forward(
+        core().qk_norm_rope_fwd(
             number_type(x), (batch, heads, length, size, cos.shape[-1]), interleaved, inverse, cos.data_ptr(),
             sin.data_ptr(), 0 if cos.shape[0] == 1 else cos.stride(0), address(weight),
             -1.0 if weight is None else eps, _heads(x), _heads(out), torch.get_num_threads(),
@@ -233,15 +231,13 @@ def _native_fwd(
 
 
 def _native_bwd_one(grad, x, cos, sin, weight, eps, offset, interleaved):
-    from mmlm_fast import _C
-
     if weight is None:
         return _native_one(grad, cos, sin, None, 0.0, 0.0, interleaved, True), grad.new_empty(0)
     x, grad, dx, wide = _dense(x), _dense(grad), heads_last(grad), with_offset(weight, offset)
     batch, heads, length, size = grad.shape
     dweight = grad.new_zeros(size, dtype=torch.float32)
     if grad.numel():
-        _C.rope_backward(
+        core().qk_norm_rope_bwd(
             number_type(grad), (batch, heads, length, size, cos.shape[-1]), interleaved, cos.data_ptr(),
             sin.data_ptr(), 0 if cos.shape[0] == 1 else cos.stride(0), address(wide), eps, _heads(x), _heads(dx),
             _heads(grad), dweight.data_ptr(), torch.get_num_threads(),

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from mmlm_fast.ops._derivatives import distinct
 from mmlm_fast.ops._formed import formed_dtype, wide, with_formed_gradients
+from mmlm_fast.ops._native import core
 from mmlm_fast.ops._op import LOSS_TYPES, REFERENCE, Op
 from mmlm_fast.ops._registry import autocast, register_op
 from mmlm_fast.ops.clip_loss import NAMES
@@ -138,10 +139,8 @@ def _native_pairs(
     column_ids: Tensor | None,
     weights: Tensor | None,
 ) -> None:
-    from mmlm_fast import _C
-
     positives, keep = native_positives(Positives(kind, offset, row_ids, column_ids, weights))
-    _C.siglip_pairs(
+    core().siglip_loss_pairs(
         dots.shape[0], dots.shape[1], (dots.data_ptr(), dots.stride(0)), float(scale), float(bias), positives,
         gradients, sums.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip

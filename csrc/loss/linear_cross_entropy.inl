@@ -1,5 +1,29 @@
-// Floor: a row's logits read once and their gradients written; a row stays in the second-level cache between passes.
+// The loss of rows over the whole vocabulary. Floor: a row's logits read once and their gradients written; a row stays
+// in the second-level cache between passes.
+#pragma once
+#include <array>
+#include <cstdint>
+
+#include "core/tensor.h"
+
 namespace mmlm {
+
+struct TokenLoss {
+  int64_t rows = 0, vocab = 0, stride = 0;
+  float* logits = nullptr;          // [rows, vocab]; with `factor` their gradients afterwards
+  const int64_t* target = nullptr;  // [rows], each in [0, vocab)
+  float scale = 1, softcap = 0;     // z = scale * logit, then softcap * tanh(z / softcap) unless 0
+  float smoothing = 0, z_loss = 0;
+  const float* factor = nullptr;  // [rows]: of each row's gradient; null: no gradients wanted
+  float* loss = nullptr;          // [rows], written
+};
+
+}  // namespace mmlm
+
+#if defined(MMLM_ISA)
+#include "loss/long_rows.inl"
+
+namespace mmlm::MMLM_ISA {
 namespace {
 
 void token_loss_row(const TokenLoss& t, int64_t row) {
@@ -44,8 +68,28 @@ void token_loss_row(const TokenLoss& t, int64_t row) {
 
 }  // namespace
 
-void MMLM_JOIN(token_loss, MMLM_ISA)(const TokenLoss& t, int64_t first, int64_t last) {
+void linear_cross_entropy_rows(const TokenLoss& t, int64_t first, int64_t last) {
   for (int64_t row = first; row < last; ++row) token_loss_row(t, row);
 }
 
+}  // namespace mmlm::MMLM_ISA
+#else
+#include "loss/tasks.h"
+
+namespace mmlm {
+
+MMLM_KERNEL(void, linear_cross_entropy_rows, const TokenLoss&, int64_t, int64_t)
+
+// options: scale, soft cap, smoothing, z-loss.
+inline void linear_cross_entropy_rows(int64_t rows, int64_t vocab, Rows logits, Address target,
+                                      const std::array<float, 4>& options, Address factor, Address loss,
+                                      int num_threads) {
+  const auto run = MMLM_PICK(linear_cross_entropy_rows);
+  const auto [scale, softcap, smoothing, z_loss] = options;
+  const TokenLoss t{rows,   vocab,  logits.stride, static_cast<float*>(logits.data), target, scale, softcap, smoothing,
+                    z_loss, factor, loss};
+  in_tasks(rows, 1, rows * vocab, num_threads, [&](int64_t, int64_t first, int64_t last) { run(t, first, last); });
+}
+
 }  // namespace mmlm
+#endif

@@ -1,13 +1,10 @@
-// Included once per ISA with MMLM_ISA naming the symbols' suffix.
+// Maxima and sums of long rows, for kernels.
+#pragma once
 #include <algorithm>
 #include <cmath>
 #include <limits>
 
 #include "core/vectors.h"
-#include "loss/loss.h"
-
-#define MMLM_JOIN_(a, b) a##_##b
-#define MMLM_JOIN(a, b) MMLM_JOIN_(a, b)
 
 namespace mmlm {
 namespace {
@@ -48,6 +45,3 @@ MMLM_INLINE V log1p_of(V e) {
 
 }  // namespace
 }  // namespace mmlm
-
-#include "loss/contrastive.inl"
-#include "loss/token_loss.inl"

@@ -1,23 +1,27 @@
-// Floor: two exponentials a pair and pass; a tile stays in the caches between the product before and the one after.
+// CLIP's loss. Floor: two exponentials a pair and pass; a tile stays in the caches between the product before and the
+// one after.
+#pragma once
+#include "loss/pairs.inl"
+
 namespace mmlm {
+
+// Running statistics of the logits of rows or of columns, updated tile by tile. Start: -inf, 0, 0, 0.
+struct Running {
+  float *max = nullptr, *sum = nullptr;          // sum of exp(logit - max)
+  float *positive = nullptr, *weight = nullptr;  // sums of weight * logit and of the weights of positives
+};
+
+// gradient of the logit = softmax * exp(logit - lse) - target * weight, once along rows and once along columns
+struct Side {
+  const float *lse = nullptr, *softmax = nullptr, *target = nullptr;
+};
+
+}  // namespace mmlm
+
+#if defined(MMLM_ISA)
+
+namespace mmlm::MMLM_ISA {
 namespace {
-
-// Weights of positives at the columns from j on of one row.
-MMLM_INLINE V weights_at(const Pairs& p, int64_t row, int64_t j, int64_t n) {
-  if (p.positives == Positives::weights) return load_part(p.weights + row * p.weights_stride + j, n);
-  V w = {};
-  const int64_t id = p.row_ids[row];
-  for (int64_t k = 0; k < n; ++k) w[k] = p.column_ids[j + k] == id ? 1.f : 0.f;
-  return w;
-}
-
-// Column of the row's positive on the diagonal, -1 where it lies outside the tile.
-MMLM_INLINE int64_t diagonal_of(const Pairs& p, int64_t row) {
-  const int64_t j = row + p.offset;
-  return p.positives == Positives::diagonal && j >= 0 && j < p.columns ? j : -1;
-}
-
-MMLM_INLINE float logit_of(const Pairs& p, float dot) { return p.scale * dot + p.bias; }
 
 MMLM_INLINE void update(float* max_at, float* sum_at, float top, float shift, double sum) {
   const float before = *max_at;
@@ -111,41 +115,13 @@ void clip_gradients_row(const Pairs& p, const Side& rows, const Side& columns, i
   sums[1] += gradient_sum;
 }
 
-void siglip_row(const Pairs& p, bool gradients, int64_t row, double* sums) {
-  float* dots = p.dots + row * p.stride;
-  const int64_t diagonal = diagonal_of(p, row);
-  const bool dense = p.positives != Positives::diagonal;
-  double along = 0, gradient_sum = 0;
-  // softplus(l) - w l, with the cancelling part first; where the positive is on the diagonal it follows.
-  sums[0] += sum_long(p.columns, [&](int64_t j, int64_t n) {
-    const V dot = load_part(dots + j, n), l = p.scale * dot + p.bias;
-    V w = {};
-    if (dense) {
-      w = weights_at(p, row, j, n);
-    } else if (diagonal >= j && diagonal < j + n) {
-      w[diagonal - j] = 1.f;
-    }
-    const V e = exp_of(-max(l, -l));
-    if (gradients) {
-      const V small = e / (1.f + e), g = select(l < 0.f, small, 1.f / (1.f + e)) - w;
-      // where w is 1 and l > 0: 1/(1+e) - 1 without its rounding
-      const V exact = select((l >= 0.f) & (w == 1.f), -small, g);
-      along += sum_of(first_lanes(exact * dot, n));
-      gradient_sum += sum_of(first_lanes(exact, n));
-      store_part(dots + j, p.scale * exact, n);
-    }
-    return log1p_of(e) + (max(V{}, l) - w * l);
-  });
-  sums[1] += along, sums[2] += gradient_sum;
-}
-
 }  // namespace
 
-void MMLM_JOIN(clip_rows, MMLM_ISA)(const Pairs& p, const Running& running, int64_t first, int64_t last) {
+void clip_loss_statistics_of_rows(const Pairs& p, const Running& running, int64_t first, int64_t last) {
   for (int64_t row = first; row < last; ++row) clip_row(p, running, row);
 }
 
-void MMLM_JOIN(clip_columns, MMLM_ISA)(const Pairs& p, const Running& running, int64_t first, int64_t last) {
+void clip_loss_statistics_of_columns(const Pairs& p, const Running& running, int64_t first, int64_t last) {
   for (int64_t j = first; j < last; j += kLanes) {
     clip_columns_at(p, running, j, std::min<int64_t>(kLanes, last - j));
   }
@@ -156,13 +132,43 @@ void MMLM_JOIN(clip_columns, MMLM_ISA)(const Pairs& p, const Running& running, i
   }
 }
 
-void MMLM_JOIN(clip_gradients, MMLM_ISA)(const Pairs& p, const Side& rows, const Side& columns, int64_t first,
-                                         int64_t last, double* sums) {
+void clip_loss_gradients(const Pairs& p, const Side& rows, const Side& columns, int64_t first, int64_t last,
+                         double* sums) {
   for (int64_t row = first; row < last; ++row) clip_gradients_row(p, rows, columns, row, sums);
 }
 
-void MMLM_JOIN(siglip_pairs, MMLM_ISA)(const Pairs& p, bool gradients, int64_t first, int64_t last, double* sums) {
-  for (int64_t row = first; row < last; ++row) siglip_row(p, gradients, row, sums);
+}  // namespace mmlm::MMLM_ISA
+#else
+
+namespace mmlm {
+
+MMLM_KERNEL(void, clip_loss_statistics_of_rows, const Pairs&, const Running&, int64_t, int64_t)
+MMLM_KERNEL(void, clip_loss_statistics_of_columns, const Pairs&, const Running&, int64_t, int64_t)
+MMLM_KERNEL(void, clip_loss_gradients, const Pairs&, const Side&, const Side&, int64_t, int64_t, double*)
+
+inline void clip_loss_statistics(int64_t rows, int64_t columns, Rows dots, float scale, float bias,
+                                 const PositivesTuple& positives, const std::array<Address, 4>& row,
+                                 const std::array<Address, 4>& column, int num_threads) {
+  const auto along_rows = MMLM_PICK(clip_loss_statistics_of_rows);
+  const auto along_columns = MMLM_PICK(clip_loss_statistics_of_columns);
+  const Pairs p = pairs_of(rows, columns, dots, scale, bias, positives);
+  const Running of_rows{row[0], row[1], row[2], row[3]}, of_columns{column[0], column[1], column[2], column[3]};
+  in_tasks(rows, kTaskRows, rows * columns, num_threads,
+           [&](int64_t, int64_t first, int64_t last) { along_rows(p, of_rows, first, last); });
+  in_tasks(columns, kTaskColumns, rows * columns, num_threads,
+           [&](int64_t, int64_t first, int64_t last) { along_columns(p, of_columns, first, last); });
+}
+
+// sums [2], added to: of gradient * dot and of the gradients.
+inline void clip_loss_gradients(int64_t rows, int64_t columns, Rows dots, float scale, float bias,
+                                const PositivesTuple& positives, const std::array<Address, 3>& row,
+                                const std::array<Address, 3>& column, Address sums, int num_threads) {
+  const auto run = MMLM_PICK(clip_loss_gradients);
+  const Pairs p = pairs_of(rows, columns, dots, scale, bias, positives);
+  const Side of_row{row[0], row[1], row[2]}, of_column{column[0], column[1], column[2]};
+  sum_tasks<2>(p, sums, num_threads,
+               [&](int64_t first, int64_t last, double* part) { run(p, of_row, of_column, first, last, part); });
 }
 
 }  // namespace mmlm
+#endif
