@@ -99,9 +99,21 @@ def main(argv: list[str] | None = None) -> int:
         help="versions, instruction set, CUDA, and which path each op takes here and why",
         description="Print versions, instruction set, CUDA, and which path each op takes on this machine and why.",
     )
-    told.set_defaults(run=lambda args: print(doctor()) or 0)
+    told.add_argument("op", nargs="?", metavar="OP", help="one op, such as glu: what it takes and why")
+    told.add_argument("--dtype", help="of its tensors, such as bfloat16")
+    told.add_argument("--size", type=int, help="of its tensors: numbers, or scores, logits or pairs")
+    told.add_argument("--device", default="cpu", help="of its tensors: cpu or cuda")
+    told.set_defaults(run=_doctor, parser=told)
     args = parser.parse_args(argv)
     return args.run(args)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    try:
+        print(doctor(args.op, dtype=args.dtype, size=args.size, device=args.device))
+    except ValueError as error:
+        args.parser.error(str(error))
+    return 0
 
 
 def _report(args: argparse.Namespace) -> int:

@@ -107,9 +107,20 @@ def test_doctor_names_every_op(capsys):
     text = capsys.readouterr().out
     assert text.strip() == mmlm_fast.doctor()
     for name in set(ops.__all__) - {"rope_tables"}:
-        assert f"  {name}: CPU " in text
+        assert f"    {name}: " in text
+    assert "ops on CPU tensors, by path:\n  the native core:\n    add_norm: float32, bfloat16 from " in text
     assert f"torch {torch.__version__.split('+')[0]}" in text
     assert "instruction set" in text
+
+
+def test_doctor_explains_an_op(capsys):
+    assert main(["doctor", "glu", "--dtype", "float16", "--size", "7"]) == 0
+    assert capsys.readouterr().out == (
+        "glu, float16 on CPU, 7 numbers: the PyTorch formula: the native core takes float32, bfloat16\n"
+    )
+    with pytest.raises(SystemExit):
+        main(["doctor", "gul"])
+    assert "op must be one of add_norm" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [[], ["report"], ["doctor"]])

@@ -210,12 +210,13 @@ def test_a_driver_too_old_is_said_once_and_plain_pytorch_runs(core, monkeypatch)
     ]
 
 
-@pytest.mark.parametrize(("status", "path"), [(FINE, "CUDA kernel of the native core"), (OLD_DRIVER, "driver version")])
+@pytest.mark.parametrize(("status", "path"), [(FINE, "its CUDA kernel"), (OLD_DRIVER, "driver version")])
 def test_doctor_says_so(core, monkeypatch, status, path):
     core(status | {"driver_version": 12080, "runtime_version": 13000})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
-    line = next(x for x in doctor().splitlines() if x.startswith("  audio.log_mel:"))
+    on_cuda = doctor().partition("ops on CUDA tensors")[2]
+    line = next(x for x in on_cuda.splitlines() if x.startswith("    audio.log_mel:"))
     assert path in line
     assert ("kernel" in line) == (status is FINE)

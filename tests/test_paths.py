@@ -17,20 +17,20 @@ X = torch.randn(3, 8)
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Calls of the native core and of launchers, by name."""
+    """Which of the native core and the launcher was called, in turn."""
     import mmlm_kernels.glu as kernels
     from mmlm_fast import _C
 
     seen = []
-    for module, name in ((_C, "glu_forward"), (kernels, "glu_fwd")):
-        original = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *args, f=original, n=name: seen.append(n) or f(*args))
+    for module, name in ((_C, "core"), (kernels, "kernel")):
+        original = module.glu_fwd
+        monkeypatch.setattr(module, "glu_fwd", lambda *args, f=original, n=name: seen.append(n) or f(*args))
     return seen
 
 
 @pytest.mark.parametrize(
     ("path", "expected"),
-    [(None, []), (Path.REFERENCE, []), (Path.NATIVE, ["glu_forward"]), (Path.KERNEL, ["glu_fwd"]), (Path.TORCH, [])],
+    [(None, []), (Path.REFERENCE, []), (Path.NATIVE, ["core"]), (Path.KERNEL, ["kernel"]), (Path.TORCH, [])],
 )
 def test_small_inputs_take_what_is_forced(path, expected, launched):
     with forced(path):
@@ -48,7 +48,7 @@ def test_large_inputs_take_the_native_core_unless_forced(launched):
         with forced(None):
             ops.glu(x, x)
         ops.glu(x, x)
-    assert launched == ["glu_forward"] * 2
+    assert launched == ["core"] * 2
 
 
 def test_what_has_no_such_path_goes_on(launched):
@@ -89,15 +89,13 @@ def test_a_compiled_graph_is_made_anew_for_another_path(path, launched):
     launched.clear()
     with forced(path):
         compiled(X, X)
-    assert launched == (
-        [] if path is Path.REFERENCE else ["glu_forward"]
-    )  # compiled, the native core is always worth it
+    assert launched == ([] if path is Path.REFERENCE else ["core"])  # compiled, the native core is always worth it
 
 
-def test_a_dynamic_graph_knows_no_least_size(monkeypatch):
+@torch._dynamo.config.patch(error_on_recompile=True)
+def test_a_dynamic_graph_knows_no_least_size():
     """One graph for inputs of any size: what decides eagerly must not become a guard."""
     torch.compiler.reset()
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
     compiled = torch.compile(ops.glu, fullgraph=True, dynamic=True, backend="aot_eager")
     for rows in (3, 2**15):  # 24 and 2**18 numbers
         x = torch.randn(rows, 8)
@@ -143,8 +141,47 @@ def test_the_path_of_a_tensor(monkeypatch):
     assert op.path(On("meta", torch.float32, 99), kind="a") == paths.REFERENCE
     monkeypatch.setattr("mmlm_fast.ops._op.HAS_TRITON", False)
     assert op.path(On("cuda", torch.float16), kind="a") == paths.REFERENCE
-    assert op.on_cuda() == "the PyTorch formula: Triton is not installed"
-    assert op.on_cpu() == "the native core for float32, bfloat16 from 10 or 20 numbers on, else the PyTorch formula"
+    assert op.on("cuda") == (Path.REFERENCE, "Triton is not installed")
+    assert op.on("cpu") == (Path.NATIVE, "float32, bfloat16 from 10 (a), 20 (b) numbers on, else the PyTorch formula")
+
+
+def test_what_is_explained_is_what_is_taken(launched):
+    """doctor's words come from the record by which calls are decided, forced ones too."""
+    told = [mmlm_fast.doctor("glu", dtype="bfloat16", size=size) for size in (2**18 - 1, 2**18)]
+    assert told == [
+        "glu, bfloat16 on CPU, 262,143 numbers: the PyTorch formula: "
+        "for fewer than 262,144 numbers a call of the native core costs more than it saves",
+        "glu, bfloat16 on CPU, 262,144 numbers: the native core: from 262,144 numbers on it is the faster one",
+    ]
+    for numbers, taken in ((2**18 - 1, []), (2**18, ["core"])):
+        launched.clear()
+        x = torch.zeros(numbers, dtype=torch.bfloat16)
+        ops.glu(x, x)
+        assert launched == taken
+    assert mmlm_fast.doctor("glu", dtype=torch.float64).endswith(
+        "any numbers: the PyTorch formula: the native core takes float32, bfloat16"
+    )
+    for path, why in ((Path.REFERENCE, "the PyTorch formula: it is forced"), (Path.NATIVE, "the native core: ")):
+        with forced(path):
+            assert why in mmlm_fast.doctor("glu", dtype="float32", size=1)
+    assert "from 524,288 numbers" in mmlm_fast.doctor("add_norm", dtype="float32", size=2**19)
+    assert "a Triton kernel: it takes float32, float16, bfloat16" in mmlm_fast.doctor("glu", device="cuda")
+    assert "audio.log_mel, int16" in mmlm_fast.doctor("audio.log_mel")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"op": "gul"}, "op must be one of add_norm, .*, got 'gul'"),
+        ({"op": "glu", "dtype": "wide"}, "dtype must be a torch.dtype or the name of one, got 'wide'"),
+        ({"op": "glu", "device": "tpu"}, "device must be cpu or cuda, got 'tpu'"),
+        ({"op": "glu", "size": -1}, "size must not be negative, got -1"),
+        ({"size": 1}, "are of an op"),
+    ],
+)
+def test_doctor_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        mmlm_fast.doctor(**options)
 
 
 def test_every_op_has_a_record():

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,28 +78,72 @@ class Op:
             return KERNEL
         return self.otherwise
 
-    def on_cpu(self) -> str:
-        """What a CPU tensor takes, in words."""
-        other = Path[self.otherwise].value
-        if not self.native:
-            return other
-        sizes = [self.smallest] if isinstance(self.smallest, int) else sorted(set(self.smallest.values()))
-        floor = f" from {' or '.join(f'{n:,}' for n in sizes)} {self.counts} on" if sizes[-1] else ""
-        return f"{Path.NATIVE.value} for {_names(self.native)}{floor}, else {other}{self._torch()}"
+    def on(self, device: str, why_no_core: str = "") -> tuple[Path, str]:
+        """The path that it is made for on "cpu" or "cuda" tensors, and which of them take it, in words.
 
-    def on_cuda(self, why_no_core: str = "") -> str:
-        """What a CUDA tensor takes, in words; `why_no_core`: why the native core's CUDA code does not run."""
+        Args:
+            why_no_core: Why the native core's CUDA code does not run, where it does not.
+        """
+        path, dtypes, why_not = self._made_for(device, why_no_core)
+        if why_not:
+            return path, why_not
+        other = Path[self.otherwise].value
+        if path is Path.NATIVE and device == "cuda":
+            return path, f"its CUDA kernel, for {_names(dtypes)}"
+        floor = self._floor() if path is Path.NATIVE else ""
+        where = f" {self.kernel_where}" if path is Path.KERNEL and self.kernel_where else ""
+        return path, f"{_names(dtypes)}{floor}{where}, else {other}{self._torch()}"
+
+    def explain(
+        self, device: str, dtype: torch.dtype, size: int, kind: str | None = None, why_no_core: str = ""
+    ) -> tuple[Path, str]:
+        """The path of `size` of what counts, in `dtype` on "cpu" or "cuda", and why that one, in words."""
+        made_for, dtypes, why_not = self._made_for(device, why_no_core)
+        if self.has_cuda_core and device == "cuda":  # chosen where the waveforms are read, not by `path`
+            path = made_for if dtype in dtypes and _switch.path != REFERENCE else Path.REFERENCE
+        else:
+            path = Path[self.path(_Like(torch.device(device), dtype), size, kind=kind)]  # type: ignore[arg-type]
+        floor = self.least(kind)
+        if _switch.path == path.name:
+            why = "it is forced"
+        elif path is Path.NATIVE and device == "cpu" and floor:
+            why = f"from {floor:,} {self.counts} on it is the faster one"
+        elif path is made_for and not why_not:
+            where = f", {self.kernel_where}; else {Path[self.otherwise].value}" if self.kernel_where else ""
+            why = f"it takes {_names(dtypes)}{where}"
+        elif why_not:
+            why = why_not
+        elif dtype not in dtypes:
+            why = f"{made_for.value} takes {_names(dtypes)}"
+        else:
+            why = f"for fewer than {floor:,} {self.counts} a call of {made_for.value} costs more than it saves"
+        return path, why + self._torch()
+
+    def _made_for(self, device: str, why_no_core: str) -> tuple[Path, tuple[torch.dtype, ...], str]:
+        """The path that it is made for on a device, its dtypes, and why there is none, in words."""
+        other = Path[self.otherwise]
+        if device == "cpu":
+            return (Path.NATIVE, self.native, "") if self.native else (other, (), "the native core has none for a CPU")
         if self.has_cuda_core:
-            return f"{Path[self.otherwise].value}: {why_no_core}" if why_no_core else "a CUDA kernel of the native core"
+            return (other, (), why_no_core) if why_no_core else (Path.NATIVE, self.native, "")
         if not self.kernel:
-            return Path[self.otherwise].value
-        if not HAS_TRITON:
-            return f"{Path[self.otherwise].value}: Triton is not installed"
-        where = f" {self.kernel_where}" if self.kernel_where else ""
-        return f"{Path.KERNEL.value} for {_names(self.kernel)}{where}, else {Path[self.otherwise].value}{self._torch()}"
+            return other, (), "there is no kernel for CUDA"
+        return (Path.KERNEL, self.kernel, "") if HAS_TRITON else (other, (), "Triton is not installed")
+
+    def _floor(self) -> str:
+        if isinstance(self.smallest, int):
+            return f" from {self.smallest:,} {self.counts} on" if self.smallest else ""
+        return " from " + ", ".join(f"{n:,} ({kind})" for kind, n in self.smallest.items()) + f" {self.counts} on"
 
     def _torch(self) -> str:
         return f"; {Path.TORCH.value} {self.torch_where}" if self.torch_where else ""
+
+
+class _Like(NamedTuple):
+    """As much of a tensor as decides about its path, beside its size."""
+
+    device: torch.device
+    dtype: torch.dtype
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
