@@ -34,7 +34,7 @@ gpu-carry: gpu-env
 
 # The GPU suite from end to end without a GPU, with an op that crashes, one that hangs, and a kill.
 gpu-rehearsal: gpu-carry
-	@PYTHONSAFEPATH=1 .venv-gpu/bin/python -P tests/gpu_rehearsal.py $(ARGS)
+	@PYTHONSAFEPATH=1 .venv-gpu/bin/python -P tests/support/gpu_rehearsal.py $(ARGS)
 
 report: env
 	@$(RUN) mmlm_fast.cli report $(ARGS)
@@ -63,7 +63,7 @@ bench: env
 # tests/aot_tables: registers and spills of every kernel under both Tritons, which the tests take for what has not changed.
 aot-tables: env
 	for arch in 80 90 100; do for triton in "" "$(MMLM_FAST_VENV)/triton-3.6"; do for all in "" all; do \
-	  PYTHONPATH=$$triton $(BIN)/python -P tests/aot.py $$arch $$all --write >/dev/null || exit 1; done; done; done
+	  PYTHONPATH=$$triton $(BIN)/python -P tests/support/aot.py $$arch $$all --write >/dev/null || exit 1; done; done; done
 
 wheel: env
 	$(BIN)/pip wheel --no-deps --no-build-isolation -w dist .

@@ -185,7 +185,7 @@ class Environment:
             report = Path(folder, "tests.xml")
             commands: dict[str, list[object]] = {}
             if self.is_gpu and not arguments:
-                commands["kernels for sm_90"] = [self.python, "-P", "tests/aot.py", "90"]
+                commands["kernels for sm_90"] = [self.python, "-P", "tests/support/aot.py", "90"]
             commands["tests"] = [self.python, "-P", "-m", "pytest", "-q", "-m", "not slow and not aot"]
             commands["tests"] += [f"--junitxml={report}", *spread, *wanted]
             for what, command in commands.items():

@@ -12,13 +12,13 @@ if "MMLM_FAST_SANITIZED" in os.environ:  # `make sanitize`: this build of the na
     sys.modules["mmlm_fast._C"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["mmlm_fast._C"])
 
-sys.path.append(str(Path(__file__).parent))  # helpers of the tests; spawned workers get this path too
+sys.path.append(str(Path(__file__).parent))  # for the package `support`; spawned workers get this path too
 
 # Without a GPU the Triton kernels run in Triton's interpreter, on CPU tensors. Set before any kernel is imported.
 INTERPRETED = not torch.cuda.is_available()
 if INTERPRETED:
     os.environ["TRITON_INTERPRET"] = "1"
-    import interpreter
+    from support import interpreter
 
     interpreter.install()
 

@@ -4,11 +4,11 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_path import PATHS, PATHS_AND_DTYPES, saved_numbers
 
 from mmlm_fast import testing
 from mmlm_fast.ops import add_norm
 from mmlm_fast.ops.add_norm import add_norm_ref
+from support.kernel_path import PATHS, PATHS_AND_DTYPES, saved_numbers
 
 DTYPES = [torch.float32, torch.bfloat16]
 # Empty, one number, a prime, one block and one more, more rows than a part of the sums over rows.

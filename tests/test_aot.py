@@ -1,4 +1,4 @@
-"""Every kernel compiles ahead of time for every shipped architecture; see aot.py, which runs in its own process."""
+"""Every kernel compiles ahead of time for every shipped architecture; support/aot.py runs in a process of its own."""
 
 import importlib.metadata
 import json
@@ -20,7 +20,7 @@ def compile_all(*arguments: object, triton: Path | None = None, where: Path = HE
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     if triton is not None:
         environment["PYTHONPATH"] = os.pathsep.join([str(triton), environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    command = [sys.executable, "-P", where / "aot.py", *map(str, arguments)]
+    command = [sys.executable, "-P", where / "support/aot.py", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=3600)
     return done.returncode, done.stdout + (done.stderr[-4000:] if done.returncode else "")
 
@@ -68,8 +68,9 @@ def test_a_table_that_does_not_reproduce_is_noticed(tmp_path):
         pytest.skip(f"no {table}")
     tests = tmp_path / "tests"
     (tests / "aot_tables").mkdir(parents=True)
+    (tests / "support").mkdir()
     (tmp_path / "kernels").symlink_to(HERE.parent / "kernels")
-    shutil.copy(HERE / "aot.py", tests)
+    shutil.copy(HERE / "support/aot.py", tests / "support")
     ops = json.loads((HERE / "aot_tables" / table).read_text())
     for registers in (0, 1):
         ops["gated_add"]["kernels"][0][1] += registers

@@ -7,11 +7,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from speech import WAVEFORMS
 
 from mmlm_fast import audio
 from mmlm_fast.audio.arguments import whole
 from mmlm_fast.audio.tables import ByteCache
+from support.speech import WAVEFORMS
 
 SPEECH = torch.from_numpy(WAVEFORMS[0][20000:28000])
 FUNCTIONS = {

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from speech import WAVEFORMS
 
 import mmlm_fast.audio as audio
 from mmlm_fast import _C
@@ -12,6 +11,7 @@ from mmlm_fast.audio.cuda import device_plan, is_covered
 from mmlm_fast.audio.log_mel import checked_key
 from mmlm_fast.audio.mel_spectrogram import _key
 from mmlm_fast.audio.spectral import spec_of, spectral_ref
+from support.speech import WAVEFORMS
 
 SPEECH = [torch.from_numpy(w) for w in WAVEFORMS]
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from speech import WAVEFORMS
 from transformers.utils import import_utils, is_torchaudio_available, requires_backends
 
 import mmlm_fast.audio
 from mmlm_fast import reference
 from mmlm_fast.audio.extractors import EXTRACTORS, NOT_REPLACED, drop_in
+from support.speech import WAVEFORMS
 
 RATES = {"ClapFeatureExtractor": 48000, "ClvpFeatureExtractor": 22050, "UnivNetFeatureExtractor": 24000,
          "Pop2PianoFeatureExtractor": 22050}  # fmt: skip

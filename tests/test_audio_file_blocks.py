@@ -6,12 +6,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from peers import need
-from speech import WAVEFORMS
 
 from mmlm_fast.audio import decoders, read_audio, resample
 from mmlm_fast.audio.collect import Collector
 from mmlm_fast.audio.decoders import HEADROOM, Block
+from support.peers import need
+from support.speech import WAVEFORMS
 
 soundfile = pytest.importorskip("soundfile")
 RNG = np.random.default_rng(0)

@@ -10,11 +10,11 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from audio_files import by_av, by_soundfile, pcm_format, wav
-from peers import need
-from speech import WAVEFORMS
 
 from mmlm_fast.audio import AudioFileError, audio_info, decoders, read_audio, read_audio_files
+from support.audio_files import by_av, by_soundfile, pcm_format, wav
+from support.peers import need
+from support.speech import WAVEFORMS
 
 soundfile = pytest.importorskip("soundfile")
 RNG = np.random.default_rng(0)

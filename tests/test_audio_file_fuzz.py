@@ -7,9 +7,9 @@ import warnings
 
 import numpy as np
 import pytest
-from audio_files import by_av, by_soundfile
 
 from mmlm_fast.audio import AudioFileError, audio_info, read_audio
+from support.audio_files import by_av, by_soundfile
 
 soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("av")

@@ -6,10 +6,10 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from audio_files import by_av, by_soundfile, pcm_format, wav
-from peers import need
 
 from mmlm_fast.audio import AudioFileError, audio_info, read_audio
+from support.audio_files import by_av, by_soundfile, pcm_format, wav
+from support.peers import need
 
 soundfile = pytest.importorskip("soundfile")
 RNG = np.random.default_rng(0)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peers import need
-from speech import WAVEFORMS
 
 from mmlm_fast.audio import AudioFileError, audio_info, log_mel, read_audio, read_audio_files, resample
+from support.peers import need
+from support.speech import WAVEFORMS
 
 soundfile = pytest.importorskip("soundfile")
 SPEECH = WAVEFORMS[0][:32000]

@@ -5,11 +5,11 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from peers import assert_no_worse, errors, need, signals
 
 from mmlm_fast import _C, reference
 from mmlm_fast.audio import kaldi_fbank, mfcc
 from mmlm_fast.audio.kaldi import checked_key
+from support.peers import assert_no_worse, errors, need, signals
 
 SIGNALS = signals()
 FBANK = {

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from speech import ARE_RECORDINGS, SPEECH, WAVEFORMS
 
 from mmlm_fast import _C, reference
 from mmlm_fast.audio import log_mel, log_mel_ref
 from mmlm_fast.audio.filters import mel_filters
 from mmlm_fast.audio.log_mel import checked_key
+from support.speech import ARE_RECORDINGS, SPEECH, WAVEFORMS
 
 ISAS = _C.isas()
 

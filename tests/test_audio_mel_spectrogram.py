@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from peers import assert_no_worse, errors, need, signals
 
 from mmlm_fast import _C, reference
 from mmlm_fast.audio import mel_mfcc, mel_spectrogram, spectrogram
+from support.peers import assert_no_worse, errors, need, signals
 
 SIGNALS = signals()
 OPTIONS = {

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from peers import need, signals
 
 from mmlm_fast import reference
 from mmlm_fast.audio import nemo_log_mel, resample, standardize
 from mmlm_fast.audio.spectral import SpectralSpec, run_native, spectral_ref
+from support.peers import need, signals
 
 SIGNALS = signals()
 

@@ -4,13 +4,13 @@ import re
 
 import numpy as np
 import pytest
-import real_whisper
 import torch
 import transformers
-from peers import need
-from speech import SPEECH, need_recordings
 
 from mmlm_fast.audio import WhisperFeatureExtractor
+from support import real_whisper
+from support.peers import need
+from support.speech import SPEECH, need_recordings
 
 need_recordings()
 

@@ -7,11 +7,11 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from peers import errors, need, signals
 
 from mmlm_fast import reference
 from mmlm_fast.audio import StreamingResample, kaldi_fbank, log_mel, mel_spectrogram, resample
 from mmlm_fast.audio.resample import MAX_RATE, _filter, _native, _taps_at
+from support.peers import errors, need, signals
 
 SIGNALS = signals()
 RATES = [(48000, 16000), (44100, 16000), (8000, 16000), (16000, 44100), (22050, 16000), (16000, 8000), (11025, 48000)]

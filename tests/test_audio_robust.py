@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from front_end import CALLS, TAPE, Clips
 
 from mmlm_fast.audio import kaldi_fbank, log_mel
+from support.front_end import CALLS, TAPE, Clips
 
 
 @pytest.mark.parametrize("start_method", ["fork", "spawn"])

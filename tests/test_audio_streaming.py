@@ -10,9 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from speech import WAVEFORMS
 
 from mmlm_fast.audio import StreamingFbank, StreamingLogMel, StreamingMfcc, kaldi_fbank, log_mel, mfcc
+from support.speech import WAVEFORMS
 
 SPEECH = torch.from_numpy(WAVEFORMS[0])
 

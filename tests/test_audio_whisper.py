@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from speech import WAVEFORMS
 
 from mmlm_fast import reference
 from mmlm_fast.audio import WhisperFeatureExtractor
+from support.speech import WAVEFORMS
 
 CLIPS = {
     "one": WAVEFORMS[0],

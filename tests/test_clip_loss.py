@@ -3,14 +3,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_path import PATHS, PATHS_AND_DTYPES
-from losses import assert_loss_close
-from peers import open_clip_losses
 
 from mmlm_fast import testing
 from mmlm_fast.ops import clip_loss, contrastive
 from mmlm_fast.ops.clip_loss import clip_loss_ref
 from mmlm_fast.ops.contrastive import IDS, WEIGHTS, Positives
+from support.kernel_path import PATHS, PATHS_AND_DTYPES
+from support.losses import assert_loss_close
+from support.peers import open_clip_losses
 
 POSITIVES = ["diagonal", "offset", "ids", "targets"]
 

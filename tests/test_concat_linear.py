@@ -2,13 +2,13 @@ from importlib import import_module
 
 import pytest
 import torch
-from kernel_path import saved_numbers
 from torch import nn
 
 from mmlm_fast import reference
 from mmlm_fast.ops import concat_linear
 from mmlm_fast.ops.concat_linear import ACTIVATIONS, concat_linear_ref
 from mmlm_fast.testing import assert_close_to_reference, assert_gradients_close_to_reference
+from support.kernel_path import saved_numbers
 
 module = import_module("mmlm_fast.ops.concat_linear")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -3,7 +3,6 @@
 import threading
 
 import pytest
-import tiny_models
 import torch
 import transformers
 from transformers import masking_utils
@@ -14,6 +13,7 @@ from mmlm_fast.hf import looks
 from mmlm_fast.hf.interval_mask import interval_mask
 from mmlm_fast.hf.looks import Seen, Shape, continued
 from mmlm_fast.masks import IntervalMask
+from support import tiny_models
 
 LOOKS = (
     "tolist", "item", "__bool__", "__int__", "__float__", "__index__", "__contains__", "nonzero", "cpu", "numpy",

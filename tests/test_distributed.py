@@ -12,7 +12,7 @@ import torch
 
 from mmlm_fast import distributed, ops
 
-WORKER = Path(__file__).with_name("contrastive_worker.py")
+WORKER = Path(__file__).with_name("support") / "contrastive_worker.py"
 
 
 def torchrun(count: int, *names: str, **environment: str) -> subprocess.CompletedProcess:

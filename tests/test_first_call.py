@@ -7,11 +7,11 @@ from contextlib import ExitStack
 from functools import cache
 
 import pytest
-import tiny_models
 import torch
 
 import mmlm_fast.hf  # noqa: F401  registers the implementation
 from mmlm_fast.testing import difference
+from support import tiny_models
 
 WAYS = ["checkpoint", "reentrant checkpoint", "no_grad", "inference_mode", "autocast"]
 

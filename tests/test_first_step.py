@@ -3,7 +3,6 @@
 from functools import cache
 
 import pytest
-import tiny_models
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -13,6 +12,7 @@ import mmlm_fast
 import mmlm_fast.hf  # registers the attention
 from mmlm_fast.nn import LazyLogits, lazy_logits
 from mmlm_fast.testing import difference
+from support import tiny_models
 
 FAMILIES = ["llava", "gemma3", "paligemma", "qwen2_5_vl", "qwen3_vl", "mllama", "whisper"]
 WAYS = [

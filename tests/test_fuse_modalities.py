@@ -1,10 +1,10 @@
 import pytest
 import torch
-from kernel_path import saved_numbers
 
 from mmlm_fast.ops import fuse_modalities
 from mmlm_fast.ops.fuse_modalities import MODES, fuse_modalities_ref
 from mmlm_fast.testing import assert_close_to_reference, assert_gradients_close_to_reference
+from support.kernel_path import saved_numbers
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # batch shape, tokens of each modality (1 broadcasts), hidden size: empty, one element, a prime, over one block of

@@ -1,10 +1,10 @@
 import pytest
 import torch
-from kernel_path import PATHS, PATHS_AND_DTYPES, saved_numbers
 
 from mmlm_fast import testing
 from mmlm_fast.ops import gated_add
 from mmlm_fast.ops.gated_add import gated_add_ref
+from support.kernel_path import PATHS, PATHS_AND_DTYPES, saved_numbers
 
 
 @pytest.mark.parametrize(("path", "dtype"), PATHS_AND_DTYPES)

@@ -1,7 +1,8 @@
 """A default device or dtype, modes, transforms and numpy's error state change no result, and nothing of them stays.
 
-Every function in every state, see `global_state.py`: the result is that without the state, bit for bit, and it is after
-it; where torch refuses the input in that state (a real tensor among fake ones), an exception comes, never a crash.
+Every function in every state, see `support/global_state.py`: the result is that without the state, bit for bit, and it
+is after it; where torch refuses the input in that state (a real tensor among fake ones), an exception comes, never a
+crash.
 """
 
 import functools
@@ -11,7 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from global_state import ALL_STATES, ORDERS
+
+from support.global_state import ALL_STATES, ORDERS
 
 # Casting is what ops do under autocast.
 STATES_OF = {"audio": ALL_STATES, "ops": tuple(s for s in ALL_STATES if s != "autocast")}
@@ -19,7 +21,7 @@ STATES_OF = {"audio": ALL_STATES, "ops": tuple(s for s in ALL_STATES if s != "au
 
 @functools.cache
 def found(what):
-    script = Path(__file__).parent / "global_state.py"
+    script = Path(__file__).parent / "support/global_state.py"
     command = [sys.executable, "-P", str(script), what, *STATES_OF[what]]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -3,11 +3,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_path import PATHS, PATHS_AND_DTYPES, saved_numbers
 
 from mmlm_fast import testing
 from mmlm_fast.ops import bias_act, glu
 from mmlm_fast.ops.glu import ACTIVATIONS, bias_act_ref, glu_ref
+from support.kernel_path import PATHS, PATHS_AND_DTYPES, saved_numbers
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(0, 4), (2, 3, 67), (2, 1030)]

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from speech import WAVEFORMS
 
 import mmlm_fast
 from mmlm_fast.audio import SeamlessM4TFeatureExtractor, WhisperFeatureExtractor
+from support.speech import WAVEFORMS
 
 CLIP = WAVEFORMS[0]
 

@@ -6,11 +6,9 @@ import warnings
 
 import numpy as np
 import pytest
-import tiny_models
 import torch
 import transformers
 from packaging.version import Version
-from speech import need_recordings
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import LlamaConfig, masking_utils
 from transformers.cache_utils import DynamicCache, StaticCache
@@ -20,6 +18,8 @@ from mmlm_fast.hf import attention as attention_module
 from mmlm_fast.hf.interval_mask import interval_mask, say_once
 from mmlm_fast.masks import IntervalMask
 from mmlm_fast.testing import difference
+from support import tiny_models
+from support.speech import need_recordings
 
 STATIC_MLLAMA = Version(transformers.__version__) >= Version("5.18")
 

@@ -3,7 +3,6 @@
 import copy
 
 import pytest
-import tiny_models
 import torch
 import transformers
 from torch import nn
@@ -12,6 +11,7 @@ import mmlm_fast
 from mmlm_fast.nn import LazyLinear, LazyLogits
 from mmlm_fast.nn import lazy_logits as module
 from mmlm_fast.testing import difference
+from support import tiny_models
 
 DECODERS = ("llava", "gemma3", "paligemma", "qwen2_5_vl", "qwen3_vl", "mllama", "whisper")
 
@@ -152,10 +152,8 @@ def test_trainer_in_bfloat16(checkpointing, computed, tmp_path):
 
 def test_a_real_whisper_on_real_speech(computed):
     """51,864 classes, tied to the embedding: the loss of the words it writes, and what it would learn from them."""
-    import real_whisper
-    import speech
-
     from mmlm_fast.audio import WhisperFeatureExtractor
+    from support import real_whisper, speech
 
     speech.need_recordings()
 

@@ -11,8 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from op_calls import EVERY_OP, Fence, calls
-from speech import WAVEFORMS
 from torch.utils import _pytree as pytree
 
 from mmlm_fast import _C, reference
@@ -30,6 +28,8 @@ from mmlm_fast.audio import (
     spectrogram,
 )
 from mmlm_fast.ops import contrastive
+from support.op_calls import EVERY_OP, Fence, calls
+from support.speech import WAVEFORMS
 
 SIZES = (1, 7, 8, 9, 15, 16, 17, 31, 33)
 # Of an error's norm, in units of the last place of the result's norm.

@@ -284,9 +284,10 @@ def counted(launcher, name, most):
 
 def main():
     sys.path.insert(0, str(HERE))
-    import aot
     import triton
     from triton.runtime.jit import JITFunction
+
+    from support import aot
 
     seen, launch = set(), JITFunction.run
     op = ""

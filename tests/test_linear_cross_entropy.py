@@ -3,12 +3,12 @@ from importlib import import_module
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_path import PATHS, PATHS_AND_DTYPES, saved_numbers
-from losses import assert_loss_close
 
 from mmlm_fast import testing
 from mmlm_fast.ops import linear_cross_entropy
 from mmlm_fast.ops.linear_cross_entropy import chunks_of, linear_cross_entropy_ref
+from support.kernel_path import PATHS, PATHS_AND_DTYPES, saved_numbers
+from support.losses import assert_loss_close
 
 OPTIONS = {
     "plain": {},

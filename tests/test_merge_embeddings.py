@@ -2,12 +2,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_path import PATHS, PATHS_AND_DTYPES, saved_numbers
 
 from mmlm_fast import testing
 from mmlm_fast.ops import merge_embeddings, scatter_features
 from mmlm_fast.ops.merge_embeddings import merge_embeddings_ref, scatter_features_ref
 from mmlm_fast.ops.paths import Path, forced
+from support.kernel_path import PATHS, PATHS_AND_DTYPES, saved_numbers
 
 IMAGE, AUDIO = 17, -200  # one placeholder in the vocabulary, one outside, as LLaVA's
 

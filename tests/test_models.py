@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from speech import WAVEFORMS
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
 from mmlm_fast import reference
@@ -13,6 +12,7 @@ from mmlm_fast.models import MMLMConfig, MMLMForConditionalGeneration, presets
 from mmlm_fast.models.configuration import DECODER_FUSIONS
 from mmlm_fast.models.fusion import merge_tokens
 from mmlm_fast.testing import difference
+from support.speech import WAVEFORMS
 
 SPEECH = [w[:160000] for w in WAVEFORMS]  # one chunk each
 IMAGE = load_image()[0]

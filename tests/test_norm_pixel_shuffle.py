@@ -2,11 +2,11 @@ from importlib import import_module
 
 import pytest
 import torch
-from kernel_path import PATHS, PATHS_AND_DTYPES, saved_numbers
 
 from mmlm_fast import testing
 from mmlm_fast.ops import norm_pixel_shuffle, patch_merge
 from mmlm_fast.ops.norm_pixel_shuffle import gather_ref, grid_index, norm_pixel_shuffle_ref
+from support.kernel_path import PATHS, PATHS_AND_DTYPES, saved_numbers
 
 NORMS = [(None, "before"), ("layer", "before"), ("rms", "before"), ("layer", "after"), ("rms", "after")]
 

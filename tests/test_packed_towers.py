@@ -6,13 +6,13 @@ import threading
 import warnings
 
 import pytest
-import tiny_models
 import torch
 import transformers
 from torch.utils import _pytree as pytree
 
 from mmlm_fast.hf import attention as attention_module
 from mmlm_fast.testing import difference
+from support import tiny_models
 
 QWEN = tiny_models.QWEN_TOWER
 GRID = torch.tensor([[1, 8, 8], [2, 4, 8]])

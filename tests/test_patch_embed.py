@@ -1,11 +1,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_path import PATHS, PATHS_AND_DTYPES
 
 from mmlm_fast import testing
 from mmlm_fast.ops import patch_embed, patchify
 from mmlm_fast.ops.patch_embed import patch_embed_ref, patchify_ref
+from support.kernel_path import PATHS, PATHS_AND_DTYPES
 
 MEAN, STD = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
 

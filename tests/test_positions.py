@@ -3,13 +3,13 @@
 import random
 
 import pytest
-import tiny_models
 import torch
 import transformers
 from packaging.version import Version
 from transformers.vision_utils import get_vision_position_ids
 
 from mmlm_fast.positions import mrope_positions, vision_positions
+from support import tiny_models
 
 # Before 5.18 transformers cut second_per_grid_ts to whole seconds, and half a second to none: there only whole ones are
 # compared.

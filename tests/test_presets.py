@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 import transformers
-from speech import WAVEFORMS
 from transformers import AutoConfig, Trainer, TrainingArguments
 
 from mmlm_fast import models, reference
@@ -13,6 +12,7 @@ from mmlm_fast.data import load_image
 from mmlm_fast.models import presets
 from mmlm_fast.models.configuration import CLASSIFICATION_FUSIONS, SEQ2SEQ_FUSIONS
 from mmlm_fast.testing import difference
+from support.speech import WAVEFORMS
 
 IMAGE = load_image()[0]
 MIRRORED = IMAGE.transpose(0)

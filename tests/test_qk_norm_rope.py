@@ -2,11 +2,11 @@ from importlib import import_module
 
 import pytest
 import torch
-from kernel_path import PATHS, PATHS_AND_DTYPES, saved_numbers
 
 from mmlm_fast import testing
 from mmlm_fast.ops import qk_norm_rope, rope_tables
 from mmlm_fast.ops.qk_norm_rope import qk_norm_rope_ref
+from support.kernel_path import PATHS, PATHS_AND_DTYPES, saved_numbers
 
 # head size, rotating pairs: all of a head, a head of 80, a part of one, less than a vector
 SIZES = [(64, 32), (80, 40), (96, 16), (66, 3)]

@@ -8,13 +8,13 @@ import peft
 import pytest
 import torch
 import transformers
-from speech import WAVEFORMS
 from transformers import DynamicCache, StaticCache
 
 from mmlm_fast.data import load_image
 from mmlm_fast.models import MMLMForConditionalGeneration, MMLMForSeq2SeqLM, presets
 from mmlm_fast.models.configuration import DECODER_FUSIONS, SEQ2SEQ_FUSIONS
 from mmlm_fast.models.turns import keep_context, turn_context
+from support.speech import WAVEFORMS
 
 IMAGE = load_image()[0]
 MIRRORED = IMAGE.transpose(0)

@@ -1,13 +1,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_path import PATHS, PATHS_AND_DTYPES
-from losses import assert_loss_close
-from peers import open_clip_losses
 from test_clip_loss import POSITIVES, features, positives, tiny_dual_encoder
 
 from mmlm_fast.ops import contrastive, siglip_loss
 from mmlm_fast.ops.siglip_loss import siglip_loss_ref
+from support.kernel_path import PATHS, PATHS_AND_DTYPES
+from support.losses import assert_loss_close
+from support.peers import open_clip_losses
 
 
 @pytest.mark.parametrize(("path", "dtype"), PATHS_AND_DTYPES)

@@ -11,7 +11,6 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from speech import SPEECH, need_recordings
 
 from mmlm_fast.cli import main
 from mmlm_fast.data import load_image, load_spoken_digits
@@ -34,6 +33,7 @@ from mmlm_fast.training import (
 )
 from mmlm_fast.training.builtin import digits, stamps, stamps_folder
 from mmlm_fast.training.samples import augmented, usable
+from support.speech import SPEECH, need_recordings
 
 IMAGE = load_image()[0]
 LABELS = [str(i) for i in range(10)]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from mmlm_benchmarks.gpu.summary import tests_of
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CRASHES, HANGS = "norm_pixel_shuffle", "gated_add"
 JOB_SECONDS = 40  # of one job here, where eight of them share two cores
 
@@ -37,7 +37,8 @@ def without_network() -> list[str]:
 
 def suite(out: Path, *arguments: str, **environment: str) -> subprocess.Popen:
     command = [*without_network(), "bash", "benchmarks/gpu_suite.sh", "--device", "cpu"]
-    command += ["--stand-in", "tests/gpu_stand_in.py", "--width", "2", "--job-seconds", str(JOB_SECONDS), *arguments]
+    command += ["--stand-in", "tests/support/gpu_stand_in.py", "--width", "2"]
+    command += ["--job-seconds", str(JOB_SECONDS), *arguments]
     surroundings = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
     surroundings |= {"OUT": str(out), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.Popen(command, cwd=ROOT, env=surroundings, start_new_session=True)

@@ -1,10 +1,10 @@
 """Compile every kernel, at every configuration its launchers ship, for one architecture; no GPU needed.
 
-    python tests/aot.py 90                    # every op, at the configurations that need most
-    python tests/aot.py 90 all                # every head size and option as well
-    python tests/aot.py 90 concat_linear glu  # these ops
-    python tests/aot.py 90 --table            # what CI runs: compile what changed, read the rest from aot_tables/
-    python tests/aot.py 90 all --write        # compile, and write the table
+    python tests/support/aot.py 90                    # every op, at the configurations that need most
+    python tests/support/aot.py 90 all                # every head size and option as well
+    python tests/support/aot.py 90 concat_linear glu  # these ops
+    python tests/support/aot.py 90 --table            # what CI runs: compile what changed, read the rest of aot_tables/
+    python tests/support/aot.py 90 all --write        # compile, and write the table
 
 The launchers run on CPU tensors with Triton's launch replaced by a compilation for the target, so what is checked is
 what would be launched. Prints registers, stack, spills and shared memory; exits 1 on a kernel that does not compile, on
@@ -32,8 +32,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.jit import JITFunction
 
-HERE = Path(__file__).parent
-TABLES = HERE / "aot_tables"
+TESTS = Path(__file__).resolve().parents[1]
+TABLES = TESTS / "aot_tables"
 SHARED_MEMORY_LIMIT_KIB = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
 KINDS_OF_INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "cp.async")
 CHECKED = "gated_add"  # compiled even where the table has it: few binaries, quick
@@ -357,7 +357,7 @@ def _kernel_modules(name: str, seen: set[str]) -> set[str]:
     for module in re.findall(r"mmlm_kernels[.\s]+(?:import\s+)?(\w+)", name):
         if module not in seen:
             seen.add(module)
-            _kernel_modules((HERE.parent / "kernels" / f"{module}.py").read_text(), seen)
+            _kernel_modules((TESTS.parent / "kernels" / f"{module}.py").read_text(), seen)
     return seen
 
 
@@ -378,7 +378,7 @@ def fingerprint(case, every: bool) -> str:
     source = _case_source(case, set())
     digest = hashlib.sha256(f"{triton.__version__} {every} {KINDS_OF_INSTRUCTIONS}\n{source}".encode())
     for module in sorted(_kernel_modules(source, set())):
-        digest.update((HERE.parent / "kernels" / f"{module}.py").read_bytes())
+        digest.update((TESTS.parent / "kernels" / f"{module}.py").read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from speech import WAVEFORMS
 
 from mmlm_fast.audio import (
     SeamlessM4TFeatureExtractor,
@@ -13,6 +12,7 @@ from mmlm_fast.audio import (
     mfcc,
     resample,
 )
+from support.speech import WAVEFORMS
 
 TAPE = torch.from_numpy(np.concatenate(WAVEFORMS))
 CALLS = {

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -298,10 +299,9 @@ def audio_functions(folder: str) -> dict[str, Function]:
 
 
 def op_functions(folder: str) -> dict[str, Function]:
-    from op_calls import calls
-
     from mmlm_fast.masks import IntervalMask
     from mmlm_fast.ops import rope_tables
+    from support.op_calls import calls
 
     functions: dict[str, Function] = {}
     for call in calls(17, torch.float32):
@@ -347,7 +347,7 @@ def op_functions(folder: str) -> dict[str, Function]:
 
 
 if __name__ == "__main__":
-    sys.path.append(os.path.dirname(os.path.abspath(__file__)))
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
     if "MMLM_FAST_SANITIZED" in os.environ:
         import conftest  # noqa: F401
     with tempfile.TemporaryDirectory() as folder:

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from speech import SPEECH
+
+from support.speech import SPEECH
 
 
 def need(name: str):

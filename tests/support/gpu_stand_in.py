@@ -26,8 +26,8 @@ def stand_in(stage: str, job: str) -> None:
 def launch_kernels_on_the_cpu() -> None:
     """Let every op of ours take its Triton launcher where the dispatcher has its portable path."""
     os.environ["TRITON_INTERPRET"] = "1"
-    sys.path.append(str(Path(__file__).parent))
-    import interpreter
+    sys.path.append(str(Path(__file__).parents[1]))
+    from support import interpreter
 
     interpreter.install()
     from mmlm_fast.ops import paths
