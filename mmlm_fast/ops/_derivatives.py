@@ -54,11 +54,41 @@ def differentiable(
     return decorate
 
 
-def distinct(tensors: Sequence[Any]) -> list[Any]:
-    """The same, under another name where one comes twice: Dynamo takes no tensor twice into an autograd function."""
+def recorded(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """Call ``function.apply``; where nothing is differentiated its forward pass alone, which costs 20 µs less."""
+    if torch.compiler.is_compiling():
+        return function.apply(*_distinct(args))
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+        return function.apply(*args)
+    return function.forward(_NOT_RECORDED, *args)
+
+
+class _NotRecorded:
+    """The context of a forward pass that has no backward pass: it keeps nothing."""
+
+    __slots__ = ()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        pass
+
+    def save_for_backward(self, *tensors: Any) -> None:
+        pass
+
+    def mark_non_differentiable(self, *tensors: Any) -> None:
+        pass
+
+    def set_materialize_grads(self, value: bool) -> None:
+        pass
+
+
+_NOT_RECORDED = _NotRecorded()
+
+
+def _distinct(args: Sequence[Any]) -> list[Any]:
+    """The same, tensors under another name where one comes twice: Dynamo takes no tensor twice into a function."""
     found: list[Any] = []
-    for x in tensors:
-        twice = x is not None and torch.compiler.is_compiling() and any(x is other for other in found)
+    for x in args:
+        twice = isinstance(x, Tensor) and any(x is other for other in found)
         found.append(x.view_as(x) if twice else x)
     return found
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmlm_fast.ops._derivatives import is_seen_through, refused
+from mmlm_fast.ops._derivatives import is_seen_through, recorded, refused
 from mmlm_fast.ops._registry import register_op
 
 # Private in torch: without it gradients are scaled out of place.
@@ -36,7 +36,7 @@ def with_formed_gradients(name: str, forward: Callable, *inputs: Tensor | None) 
     """
     # Not asked of the context: that says what requires a gradient, also where none is wanted.
     needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
-    return _FormedGradients.apply(name, forward, needed, *inputs)[0]
+    return recorded(_FormedGradients, name, forward, needed, *inputs)[0]
 
 
 class _FormedGradients(torch.autograd.Function):

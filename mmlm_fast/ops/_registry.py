@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mmlm_fast.ops.paths import KERNEL, forced_path
 
+FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _LIB = torch.library.Library("mmlm_fast", "FRAGMENT")
 
 
@@ -153,11 +154,12 @@ def _unless_forced(kernel: str, on_cpu: Callable, kernel_takes: Callable[..., bo
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Cast floating-point tensors to autocast's dtype where autocast is on, as torch's own linear does."""
-    given = [t for t in tensors if t is not None]
-    for tensor in given:
-        if not isinstance(tensor, Tensor):
+    device = "cpu"
+    for tensor in tensors:
+        if isinstance(tensor, Tensor):
+            device = tensor.device.type
+        elif tensor is not None:
             raise ValueError(f"tensors expected, got {type(tensor).__name__}")
-    device = given[0].device.type if given else "cpu"
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
@@ -167,7 +169,7 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 def check_floating(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+    if tensor.dtype not in FLOATING:
         raise ValueError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
 
 

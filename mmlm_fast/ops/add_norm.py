@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmlm_fast.ops._derivatives import differentiable, distinct, unseen
+from mmlm_fast.ops._derivatives import differentiable, recorded, unseen
 from mmlm_fast.ops._native import address, as_rows, core, floats, num_rows, number_type, rows
 from mmlm_fast.ops._op import REFERENCE, Op
 from mmlm_fast.ops._registry import check_floating, plain_float, register_op
@@ -89,8 +89,8 @@ def add_norm(
         return add_norm_ref(x, residual, weight, bias, kind, eps, offset)
     arguments = (weight, bias, kind == "layer", plain_float(eps), plain_float(offset))
     if residual is None:
-        return _AddNorm.apply(x, None, *arguments)[0], x
-    return _AddNorm.apply(*distinct([x, residual]), *arguments)
+        return recorded(_AddNorm, x, None, *arguments)[0], x
+    return recorded(_AddNorm, x, residual, *arguments)
 
 
 def check_parameters(like: Tensor, size: int, **parameters: Tensor | None) -> None:

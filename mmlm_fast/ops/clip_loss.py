@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from mmlm_fast.ops._derivatives import distinct
 from mmlm_fast.ops._formed import formed_dtype, wide, with_formed_gradients
 from mmlm_fast.ops._native import core
 from mmlm_fast.ops._op import LOSS_TYPES, REFERENCE, Op
@@ -99,7 +98,7 @@ def clip_loss(
         loss, *formed = _fwd(*inputs, *positives.arguments(), rows_only, needed)
         return loss, formed
 
-    return with_formed_gradients("clip_loss", forward, *distinct([x, y]), scale)
+    return with_formed_gradients("clip_loss", forward, x, y, scale)
 
 
 def clip_over(

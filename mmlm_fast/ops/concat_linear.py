@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmlm_fast.ops._activations import activate
-from mmlm_fast.ops._derivatives import differentiable, distinct, unseen
+from mmlm_fast.ops._derivatives import differentiable, recorded, unseen
 from mmlm_fast.ops._op import REFERENCE, Op
 from mmlm_fast.ops._registry import autocast, check_like, check_tokens, num_tokens, register_op
 from mmlm_fast.ops.paths import TORCH
@@ -78,7 +78,7 @@ def concat_linear(
         return concat_linear_ref(inputs, weight, bias, activation)
     # Not asked of the context in forward: Dynamo gives it none where nothing needs a gradient.
     keeps = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (weight, bias, *inputs))
-    return _ConcatLinear.apply(activation, keeps, weight, bias, *distinct(inputs))
+    return recorded(_ConcatLinear, activation, keeps, weight, bias, *inputs)
 
 
 def _segments(inputs: Sequence[Tensor], tokens: int) -> tuple[list[tuple[Tensor, int]], list[tuple[Tensor, int]]]:

@@ -6,7 +6,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from mmlm_fast.ops._derivatives import differentiable, distinct
+from mmlm_fast.ops._derivatives import differentiable, recorded
 from mmlm_fast.ops._native import address, as_rows, core, floats, num_rows, number_type, rows
 from mmlm_fast.ops._op import REFERENCE, Op
 from mmlm_fast.ops._registry import autocast, check_like, check_tokens, num_tokens, register_op
@@ -145,7 +145,7 @@ def fuse_modalities(
     elif mode == "gated":
         out, weights = _gated(features, weight, bias, present)
     else:
-        out, weights = _FuseModalities.apply(mode, weight, present, *distinct(features))
+        out, weights = recorded(_FuseModalities, mode, weight, present, *features)
     return (out, weights.detach()) if return_weights else out
 
 
@@ -325,8 +325,8 @@ def _gated(
         features = [x.expand(*x.shape[:-2], tokens, x.shape[-1]) for x in features]
         features = [torch.where(present[..., i, None], x, 0) for i, x in enumerate(features)]
     logits = concat_linear(features, weight, bias)
-    first, second = distinct([x.expand(logits.shape) for x in features])
-    return _GatedMix.apply(first, second, logits, present)
+    first, second = (x.expand(logits.shape) for x in features)
+    return recorded(_GatedMix, first, second, logits, present)
 
 
 def _effective_gate(logits: Tensor, present: Tensor | None) -> Tensor:

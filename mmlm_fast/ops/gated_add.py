@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mmlm_fast.ops._derivatives import differentiable, distinct, unseen
+from mmlm_fast.ops._derivatives import differentiable, recorded, unseen
 from mmlm_fast.ops._native import address, as_rows, core, num_rows, number_type, rows
 from mmlm_fast.ops._op import REFERENCE, Op
 from mmlm_fast.ops._registry import check_floating, register_op
@@ -56,7 +56,7 @@ def gated_add(x: Tensor, residual: Tensor, gate: Tensor, *, keep: Tensor | None 
         )
     if OP.path(x) == REFERENCE:
         return gated_add_ref(x, residual, gate, keep)
-    return _GatedAdd.apply(*distinct([x, residual]), gate, keep)
+    return recorded(_GatedAdd, x, residual, gate, keep)
 
 
 def wide_gate(gate: Tensor, size: int) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from mmlm_fast.ops._activations import activate
-from mmlm_fast.ops._derivatives import differentiable, distinct
+from mmlm_fast.ops._derivatives import differentiable, recorded
 from mmlm_fast.ops._native import address, as_rows, core, floats, num_rows, number_type, rows
 from mmlm_fast.ops._op import REFERENCE, Op
 from mmlm_fast.ops._registry import check_floating, register_op
@@ -55,7 +55,7 @@ def glu(gate: Tensor, up: Tensor | None = None, *, activation: str = "silu") -> 
             )
     if OP.path(gate) == REFERENCE:
         return glu_ref(gate, up, activation)
-    return _Glu.apply(*distinct([gate, up]), None, activation, up is None)
+    return recorded(_Glu, gate, up, None, activation, up is None)
 
 
 def bias_act(x: Tensor, bias: Tensor | None = None, *, activation: str = "gelu") -> Tensor:
@@ -78,7 +78,7 @@ def bias_act(x: Tensor, bias: Tensor | None = None, *, activation: str = "gelu")
     check_parameters(x, x.shape[-1], bias=bias)
     if OP.path(x) == REFERENCE:
         return bias_act_ref(x, bias, activation)
-    return _Glu.apply(x, None, bias, activation, False)
+    return recorded(_Glu, x, None, bias, activation, False)
 
 
 def _check(x: Tensor, activation: str, name: str) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mmlm_fast.masks import IntervalMask
-from mmlm_fast.ops._derivatives import differentiable, distinct, refuse_twice
+from mmlm_fast.ops._derivatives import differentiable, recorded, refuse_twice
 from mmlm_fast.ops._interval_chunked import chunked_bwd, chunked_fwd, heads_last, lse_dtype
 from mmlm_fast.ops._native import NATIVE_TYPES, core
 from mmlm_fast.ops._op import Op
@@ -215,7 +215,7 @@ def interval_attention(
     sees_all = mask is None or mask.kind_for(key.shape[2]) == "full"
     lo, hi = (None, None) if mask is None or sees_all else (mask.lo, mask.hi)
     softcap = 0.0 if softcap is None else plain_float(softcap)
-    out, lse = _IntervalAttention.apply(*distinct([query, key, value]), sinks, lo, hi, scale, softcap, return_lse)
+    out, lse = recorded(_IntervalAttention, query, key, value, sinks, lo, hi, scale, softcap, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -273,18 +273,20 @@ def _check_inputs(query: Tensor, key: Tensor, value: Tensor, mask: IntervalMask 
         check_floating(name, tensor)
         if tensor.dim() != 4:
             raise ValueError(f"{name} must be [B, heads, tokens, size], got {tuple(tensor.shape)}")
-        if tensor.dtype != query.dtype or tensor.device != query.device:
+        if tensor is not query and (tensor.dtype != query.dtype or tensor.device != query.device):
             raise ValueError(f"{name} must be {query.dtype} on {query.device}, got {tensor.dtype} on {tensor.device}")
     batch, heads, q_len, size = query.shape
-    if key.shape[0] != batch or key.shape[3] != size or value.shape[:3] != key.shape[:3]:
+    kv_batch, kv_heads, kv_len, key_size = key.shape
+    *of_keys, value_size = value.shape
+    if kv_batch != batch or key_size != size or of_keys != [kv_batch, kv_heads, kv_len]:
         raise ValueError(
             f"key must be [{batch}, Hkv, Skv, {size}] and value [{batch}, Hkv, Skv, Dv], got {tuple(key.shape)} and "
             f"{tuple(value.shape)}"
         )
-    if key.shape[1] == 0 or heads % key.shape[1]:
-        raise ValueError(f"heads of key must divide those of query, got {key.shape[1]} for {heads}")
-    if size == 0 or value.shape[3] == 0:
-        raise ValueError(f"head size must be at least 1, got {size} and {value.shape[3]}")
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"heads of key must divide those of query, got {kv_heads} for {heads}")
+    if size == 0 or value_size == 0:
+        raise ValueError(f"head size must be at least 1, got {size} and {value_size}")
     if mask is None:
         return
     if not isinstance(mask, IntervalMask):

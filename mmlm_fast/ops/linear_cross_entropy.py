@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmlm_fast.ops._derivatives import differentiable
+from mmlm_fast.ops._derivatives import differentiable, recorded
 from mmlm_fast.ops._formed import formed_dtype, wide, with_formed_gradients
 from mmlm_fast.ops._native import core, rows
 from mmlm_fast.ops._op import LOSS_TYPES, REFERENCE, Op
@@ -134,7 +134,7 @@ def linear_cross_entropy(
     mib = chunk_mib if chunk_mib is not None else CHUNK_MIB.get(x.device.type, 96)
     budget = max(1, int(mib * 2**20)) if mib else 0
     if reduction == "none":
-        return _Rows.apply(x, weight, bias, target, skip, numbers, budget).view(shape)
+        return recorded(_Rows, x, weight, bias, target, skip, numbers, budget).view(shape)
     factor = _denominator(ignored, reduction, num_items_in_batch).reciprocal()
 
     def forward(inputs: tuple, needed: list[bool]) -> tuple[Tensor, list[Tensor]]:

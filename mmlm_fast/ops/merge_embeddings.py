@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmlm_fast.ops._derivatives import differentiable, distinct, unseen
+from mmlm_fast.ops._derivatives import differentiable, recorded, unseen
 from mmlm_fast.ops._native import core, number_type, rows
 from mmlm_fast.ops._op import REFERENCE, Op
 from mmlm_fast.ops._registry import check_floating, looked_at, plain_float, register_op
@@ -108,7 +108,7 @@ def merge_embeddings(
     elif OP.path(table, input_ids.numel() * table.shape[1]) == REFERENCE:
         return merge_embeddings_ref(input_ids, table, features, scale, padding_idx)
     else:
-        out = _MergeEmbeddings.apply(EMBED, plain_float(scale), unused, source, *distinct([table, *features.values()]))
+        out = recorded(_MergeEmbeddings, EMBED, plain_float(scale), unused, source, table, *features.values())
     return out.view(*input_ids.shape, table.shape[1])
 
 
@@ -148,7 +148,7 @@ def scatter_features(
     elif OP.path(inputs_embeds) == REFERENCE:
         return scatter_features_ref(inputs_embeds, input_ids, features, add)
     else:
-        out = _MergeEmbeddings.apply(mode, 1.0, -1, source, *distinct([base, *features.values()]))
+        out = recorded(_MergeEmbeddings, mode, 1.0, -1, source, base, *features.values())
     return out.view(inputs_embeds.shape)
 
 

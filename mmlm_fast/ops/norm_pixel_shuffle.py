@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mmlm_fast.ops._derivatives import differentiable, unseen
+from mmlm_fast.ops._derivatives import differentiable, recorded, unseen
 from mmlm_fast.ops._native import address, core, floats, number_type, rows
 from mmlm_fast.ops._op import REFERENCE, Op
 from mmlm_fast.ops._registry import check_floating, plain_float, register_op
@@ -190,7 +190,7 @@ def grid_index(height: int, width: int, factor: int, device: torch.device) -> Te
 
 def _gather(x, index, weight, bias, norm, norm_at, channels_first, eps):
     at = "none" if norm is None else norm_at
-    return _NormPixelShuffle.apply(x, weight, bias, index, at, norm == "layer", channels_first, plain_float(eps))
+    return recorded(_NormPixelShuffle, x, weight, bias, index, at, norm == "layer", channels_first, plain_float(eps))
 
 
 def _native_fwd(

@@ -22,6 +22,8 @@ class Path(enum.Enum):
 # Names, for what runs in a graph: Dynamo of torch 2.11 has no guard for an enumeration's members.
 REFERENCE, TORCH, NATIVE, KERNEL = (path.name for path in Path)
 
+_functorch_is_active = torch._C._are_functorch_transforms_active
+
 
 class _Switch(threading.local):
     path: str | None = None
@@ -84,4 +86,4 @@ def using_reference() -> bool:
 
 def is_transformed() -> bool:
     """Whether a transform of torch.func or a level of forward-mode differentiation is at work."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return _functorch_is_active() or forward_ad._current_level >= 0

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mmlm_fast.ops._derivatives import differentiable, distinct, unseen
+from mmlm_fast.ops._derivatives import differentiable, recorded, unseen
 from mmlm_fast.ops._native import address, core, number_type
 from mmlm_fast.ops._op import REFERENCE, Op
 from mmlm_fast.ops._registry import check_floating, plain_float, register_op
@@ -163,8 +163,8 @@ def qk_norm_rope(
     check_parameters(query, query.shape[-1], query_weight=query_weight, key_weight=key_weight)
     if OP.path(query) == REFERENCE:
         return qk_norm_rope_ref(query, key, cos, sin, query_weight, key_weight, eps, offset, interleaved)
-    tensors = distinct([query, key, query_weight, key_weight, cos, sin])
-    out, out_key = _QkNormRope.apply(*tensors, plain_float(eps), plain_float(offset), interleaved)
+    tensors = (query, key, query_weight, key_weight, cos, sin)
+    out, out_key = recorded(_QkNormRope, *tensors, plain_float(eps), plain_float(offset), interleaved)
     return out, None if key is None else out_key
 
 

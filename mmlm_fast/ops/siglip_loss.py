@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmlm_fast.ops._derivatives import distinct
 from mmlm_fast.ops._formed import formed_dtype, wide, with_formed_gradients
 from mmlm_fast.ops._native import core
 from mmlm_fast.ops._op import LOSS_TYPES, REFERENCE, Op
@@ -88,7 +87,7 @@ def siglip_loss(
         loss, *formed = _fwd(*inputs, *positives.arguments(), needed)
         return loss, formed
 
-    return with_formed_gradients("siglip_loss", forward, *distinct([x, y]), scale, bias)
+    return with_formed_gradients("siglip_loss", forward, x, y, scale, bias)
 
 
 def siglip_over(
