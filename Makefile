@@ -9,9 +9,9 @@ BIN    := $(MMLM_FAST_VENV)/bin
 RUN    := $(BIN)/python -P -m
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu')
 
-.PHONY: help env gpu-env gpu-env-test test-versions gpu-carry gpu-rehearsal report test lint format bench aot-tables wheel sanitize clean
+.PHONY: help env gpu-env gpu-env-test test-versions gpu-carry gpu-rehearsal report test lint format bench aot-tables schemas mutations wheel sanitize clean
 help:
-	@sed -n 's/^# make/make/p' Makefile; echo "more: lint format bench aot-tables wheel sanitize test-versions gpu-env gpu-env-test gpu-carry gpu-rehearsal clean"
+	@sed -n 's/^# make/make/p' Makefile; echo "more: lint format bench aot-tables schemas mutations wheel sanitize test-versions gpu-env gpu-env-test gpu-carry gpu-rehearsal clean"
 
 env:
 	@$(PYTHON) .ci/bootstrap.py
@@ -64,6 +64,14 @@ bench: env
 aot-tables: env
 	for arch in 80 90 100; do for triton in "" "$(MMLM_FAST_VENV)/triton-3.6"; do for all in "" all; do \
 	  PYTHONPATH=$$triton $(BIN)/python -P tests/support/aot.py $$arch $$all --write >/dev/null || exit 1; done; done; done
+
+# tests/schemas.txt: with the lines of new ops.
+schemas: env
+	$(BIN)/python -P tests/test_schemas.py
+
+# The code broken on purpose, one line of tests/mutations.toml at a time, each in a copy: what no test sees is reported.
+mutations: env
+	PYTHONPATH=tests $(RUN) support.mutations $(ARGS)
 
 wheel: env
 	$(BIN)/pip wheel --no-deps --no-build-isolation -w dist .

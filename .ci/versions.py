@@ -43,9 +43,9 @@ SHOWN = ("torch", "triton", "transformers", "numpy")
 OPTIONAL = ("librosa", "soundfile", "av", "scipy", "scikit-learn", "jiwer", "torchvision")
 
 # What the suite runs on the GPU, and what depends on versions and on what a machine lacks.
-TESTS = """
-interval_attention concat_linear fuse_modalities add_norm glu gated_add qk_norm_rope merge_embeddings norm_pixel_shuffle
-patch_embed linear_cross_entropy clip_loss siglip_loss audio_log_mel audio_cuda models
+TESTS = f"""
+{" ".join(sorted(path.stem for path in (ROOT / "benchmarks/ops").glob("[a-z]*.py")))}
+audio_log_mel audio_cuda models
 audio_extractors audio_files audio_kaldi audio_mel_spectrogram audio_nemo audio_resample audio_robust audio_streaming
 audio_whisper audio_file_blocks audio_file_decoders audio_file_ends audio_file_lengths
 cli hf_accelerate hf_attention hf_loss masks nn_attention nn_layers nn_losses objectives positions towers

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch.utils import _pytree as pytree
 
 from mmlm_fast.testing import Difference
 
@@ -20,6 +21,26 @@ Call = Callable[..., Any]
 # wait for the device, and what Python and the driver need for them stays out of the number.
 SHORTEST_LEAD, LONGEST_LEAD = 1e-3, 0.05  # seconds
 LEAD_CLOCK_HZ = 2.0e9  # of the counter that `torch.cuda._sleep` waits on: not below that of any card
+
+
+class Example(NamedTuple):
+    """A call of an op: what the sweeps of the tests and of the GPU suite run where nothing more is written for it."""
+
+    name: str
+    draw: Callable[[torch.dtype], tuple]
+    fast: Callable
+    reference: Callable
+
+    def of_floats(self, dtype: torch.dtype) -> tuple[Callable, list[torch.Tensor]]:
+        """The op as a function of the floating-point tensors among what is drawn, and these."""
+        leaves, form = pytree.tree_flatten(self.draw(dtype))
+        floats = [i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+
+        def call(*given: torch.Tensor) -> Any:
+            args = dict(enumerate(leaves)) | dict(zip(floats, given, strict=True))
+            return self.fast(*pytree.tree_unflatten([*args.values()], form))
+
+        return call, [leaves[i] for i in floats]
 
 
 @dataclass(frozen=True)
@@ -36,6 +57,7 @@ class Case:
     bytes_moved: int = 0  # each input read once, each output written once; 0: not stated
     flops: int = 0
     ours: str = "mmlm_fast"
+    example: "Example | None" = None  # of an op's cases: the op and its formula as functions of what is drawn
 
 
 @dataclass(frozen=True)

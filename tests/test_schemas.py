@@ -1,4 +1,7 @@
-"""What exported graphs and saved programs name: every op, with its schema, as it was released."""
+"""What exported graphs and saved programs name: every op, with its schema, as it was released.
+
+`make schemas` adds the lines of new ops to the list; it changes and drops none.
+"""
 
 import subprocess
 import sys
@@ -20,5 +23,17 @@ def registered() -> list[str]:
 
 
 def test_schemas_are_those_of_the_list():
-    """A change here breaks who has exported a model: add an op of another name instead, and its line."""
+    """A change here breaks who has exported a model: add an op of another name instead, and `make schemas`."""
     assert registered() == SCHEMAS.read_text(encoding="utf-8").splitlines()
+
+
+def main() -> None:
+    known = SCHEMAS.read_text(encoding="utf-8").splitlines()
+    names = {line.partition("(")[0] for line in known}
+    new = [line for line in registered() if line.partition("(")[0] not in names]
+    SCHEMAS.write_text("".join(f"{line}\n" for line in sorted([*known, *new])), encoding="utf-8")
+    print("\n".join(new) or "no new op")
+
+
+if __name__ == "__main__":
+    main()

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmlm_benchmarks.ops import OPS, examples
 from mmlm_benchmarks.ops.interval_attention import image_ids
 from mmlm_fast import ops
 from mmlm_fast.masks import IntervalMask
@@ -397,6 +398,12 @@ def _settled(device: str) -> Check:
     return replace(check, fast=fast, has_kernel=False, dtypes=DTYPES[:2])
 
 
+def of_cases(device: str, tiny: bool, op: str) -> Checks:
+    """What is timed of an op for which nothing more is written here."""
+    for example in examples(op, device, "tiny" if tiny else None):
+        yield Check(example.name, example.draw, example.fast, example.reference, modes=True)
+
+
 ATTENTION_SIZES = (128, 64, 256, 80, 72, 88, 96, 104, 192)
 JOBS: dict[str, Callable[[str, bool], Checks]] = {
     **{f"attention_{size}": partial(attention, size=size) for size in ATTENTION_SIZES},
@@ -417,3 +424,4 @@ JOBS: dict[str, Callable[[str, bool], Checks]] = {
     "norm_pixel_shuffle": norm_pixel_shuffle,
     "patch_embed": patch_embed,
 }
+JOBS |= {op: partial(of_cases, op=op) for op in OPS if op not in JOBS and op != "interval_attention"}

@@ -1,5 +1,7 @@
 """Names and limits of everything the suite runs, in the order of its value. Imports nothing that could be broken."""
 
+from pathlib import Path
+
 STAGES = ("probe", "check", "time", "tests", "candidates", "inspect")
 # Stage -> seconds of the stage, and of one job in it (None: the stage's). What a stage leaves the next ones have; they
 # sum to more than there is, as not all of them need theirs.
@@ -44,6 +46,12 @@ TEST_FILES = (
     "add_norm", "glu", "gated_add", "concat_linear", "fuse_modalities", "norm_pixel_shuffle", "patch_embed",
     "formed_gradients", "audio_cuda", "audio_log_mel", "models",
 )  # fmt: skip
+
+# Ops of which nothing is said above: their cases are checked, timed and tested like all others', last.
+OPS = sorted(p.stem for p in (Path(__file__).parents[1] / "ops").glob("[a-z]*.py"))
+CHECKS = (*CHECKS, *(op for op in OPS if op not in TEST_FILES))
+TIMES |= {op: (f"ops.{op}", 1, 10.0) for op in OPS if op not in TIMES}
+TEST_FILES = (*TEST_FILES, *(op for op in OPS if op not in TEST_FILES))
 
 # Attention's kernels and head sizes whose rows of tile tables are tried.
 KERNELS = ("fwd", "dkv", "dq")

@@ -1,30 +1,24 @@
 """One module of cases per op, of the op's stem. `op_case` makes forward and forward + backward from one op."""
 
 from collections.abc import Callable, Mapping
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from mmlm_benchmarks.harness import Case
+from mmlm_benchmarks.harness import Case, Example
 from mmlm_fast.testing import difference, gradients
 
-OPS = (
-    "add_norm",
-    "clip_loss",
-    "concat_linear",
-    "fuse_modalities",
-    "gated_add",
-    "glu",
-    "interval_attention",
-    "linear_cross_entropy",
-    "merge_embeddings",
-    "norm_pixel_shuffle",
-    "patch_embed",
-    "qk_norm_rope",
-    "siglip_loss",
-)
+OPS = tuple(sorted(module.name for module in iter_modules(__path__)))
+
+
+def examples(op: str, device: str = "cpu", sizes: str | None = "tiny") -> list[Example]:
+    """Calls of an op, one for each of its cases' shapes."""
+    cases = import_module(f"{__name__}.{op}").cases(device, sizes)
+    return list({case.example.name: case.example for case in cases if case.example is not None}.values())
 
 
 def op_case(
@@ -120,7 +114,11 @@ def op_case(
         return call
 
     functions = {"eager": reference, "torch.compile": compiled, **(peers or {}), "mmlm_fast": fast}
-    shared = {"group": group, "shape_from": f"{shape_from}, {str(dtype).removeprefix('torch.')}"}
+    shared = {
+        "group": group,
+        "shape_from": f"{shape_from}, {str(dtype).removeprefix('torch.')}",
+        "example": Example(name, draw, fast, reference),
+    }
     made = [
         Case(
             name=f"{name}, forward",

@@ -3,9 +3,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from mmlm_benchmarks.contrastive import MOST_CHECKED, ceiling_case, draw_features
 from mmlm_benchmarks.harness import Case
 from mmlm_benchmarks.ops import op_case
-from mmlm_benchmarks.ops.contrastive import MOST_CHECKED, ceiling_case, draw_features
 from mmlm_fast.ops import clip_loss
 
 SIZES = {"cpu": [(4096, 512)], "tiny": [(9, 16)], "cuda": [(16384, 768), (32768, 768)]}

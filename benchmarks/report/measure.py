@@ -14,11 +14,11 @@ import transformers
 from tqdm import tqdm
 
 import mmlm_fast.ops
-from mmlm_benchmarks import harness, learning
+from mmlm_benchmarks import contrastive, harness, learning
 from mmlm_benchmarks.audio import AUDIO, log_mel
 from mmlm_benchmarks.audio.speech import RATE, speech
 from mmlm_benchmarks.models import thin
-from mmlm_benchmarks.ops import OPS, contrastive
+from mmlm_benchmarks.ops import OPS
 from mmlm_fast.audio import WhisperFeatureExtractor
 
 JOBS = (*OPS, *AUDIO, "model", "learning")

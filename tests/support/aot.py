@@ -28,6 +28,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 import triton
+from torch.utils import _pytree as pytree
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.jit import JITFunction
@@ -300,6 +301,34 @@ CASES = [
 ]
 
 
+class OfCases:
+    """An op for which nothing is written here: what is timed of it, forward and backward, at its tiny sizes."""
+
+    def __init__(self, op: str) -> None:
+        self.__name__ = op
+
+    def __call__(self, dtype):
+        from mmlm_benchmarks.ops import examples
+        from mmlm_fast.ops import paths
+
+        paths._switch.path = paths.KERNEL  # `forced` asks for a device or the interpreter
+        try:
+            for example in examples(self.__name__):
+                call, floats = example.of_floats(dtype)
+                outs = pytree.tree_leaves(call(*(x.requires_grad_() for x in floats)))
+                torch.autograd.grad(outs, floats, outs, allow_unused=True)
+        finally:
+            paths._switch.path = None
+
+    def source(self) -> str:
+        text = (TESTS.parent / f"benchmarks/ops/{self.__name__}.py").read_text()
+        return f"{text}\nimport mmlm_kernels.{self.__name__}"
+
+
+NAMED = {case.__name__ for case in CASES}
+CASES += [OfCases(p.stem) for p in sorted((TESTS.parent / "benchmarks/ops").glob("[a-z]*.py")) if p.stem not in NAMED]
+
+
 def resources(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -375,7 +404,7 @@ def _case_source(thing, seen: set[str]) -> str:
 
 
 def fingerprint(case, every: bool) -> str:
-    source = _case_source(case, set())
+    source = case.source() if isinstance(case, OfCases) else _case_source(case, set())
     digest = hashlib.sha256(f"{triton.__version__} {every} {KINDS_OF_INSTRUCTIONS}\n{source}".encode())
     for module in sorted(_kernel_modules(source, set())):
         digest.update((TESTS.parent / "kernels" / f"{module}.py").read_bytes())

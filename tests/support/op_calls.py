@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmlm_benchmarks.ops import OPS, examples
 from mmlm_fast import ops
 from mmlm_fast.masks import IntervalMask
 
@@ -23,6 +24,15 @@ class Call(NamedTuple):
 
 
 def calls(width: int, dtype: torch.dtype, rows: int = 5) -> Iterator[Call]:
+    """Those written below, and of other ops what is timed, whatever the width."""
+    yield from written(width, dtype, rows)
+    named = {call.op for call in written(8, dtype, 1)}
+    for op in OPS:
+        for example in examples(op) if op not in named else ():
+            yield Call(op, example.name, *example.of_floats(dtype))
+
+
+def written(width: int, dtype: torch.dtype, rows: int) -> Iterator[Call]:
     """Rows of `width` numbers for what works row by row; as many keys, pairs or classes for what works on these."""
     torch.manual_seed(width)
 
