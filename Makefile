@@ -9,9 +9,9 @@ BIN    := $(MMLM_FAST_VENV)/bin
 RUN    := $(BIN)/python -P -m
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu')
 
-.PHONY: help env gpu-env gpu-env-test test-versions gpu-carry gpu-rehearsal report test lint format bench aot-tables schemas mutations wheel sanitize clean
+.PHONY: help env gpu-env gpu-env-test test-versions gpu-carry gpu-rehearsal report test lint format bench aot-tables schemas arrows mutations wheel sanitize clean
 help:
-	@sed -n 's/^# make/make/p' Makefile; echo "more: lint format bench aot-tables schemas mutations wheel sanitize test-versions gpu-env gpu-env-test gpu-carry gpu-rehearsal clean"
+	@sed -n 's/^# make/make/p' Makefile; echo "more: lint format bench aot-tables schemas arrows mutations wheel sanitize test-versions gpu-env gpu-env-test gpu-carry gpu-rehearsal clean"
 
 env:
 	@$(PYTHON) .ci/bootstrap.py
@@ -68,6 +68,10 @@ aot-tables: env
 # tests/schemas.txt: with the lines of new ops.
 schemas: env
 	$(BIN)/python -P tests/test_schemas.py
+
+# What imports what, drawn from the imports: CONTRIBUTING holds it.
+arrows: env
+	@PYTHONPATH=tests $(RUN) support.arrows
 
 # The code broken on purpose, one line of tests/mutations.toml at a time, each in a copy: what no test sees is reported.
 mutations: env

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-FOLDERS = {"mmlm_fast": "mmlm_fast", "kernels": "mmlm_kernels", "benchmarks": "mmlm_benchmarks"}
+from support.arrows import FOLDERS, ROOT, drawn, imported
+
 # Folder or file -> what of ours, and which big third parties, it may import.
 MAY_IMPORT = {
     "kernels": {"torch", "triton", "mmlm_kernels"},
@@ -86,15 +86,6 @@ MAY_IMPORT = {
 }
 
 
-def imported(path: Path):
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path.name}: relative import"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-
-
 def files(folder: str):
     path = ROOT / folder
     return [path] if path.suffix else sorted(path.rglob("*.py"))
@@ -109,6 +100,12 @@ def test_imports_follow_the_arrows(folder):
                 continue
             allowed = any(name == a or name.startswith(f"{a}.") for a in MAY_IMPORT[folder])
             assert allowed, f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_the_drawing_is_of_the_imports():
+    """`make arrows` prints it."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert text.partition("```mermaid\n")[2].partition("\n```")[0] == drawn()
 
 
 def test_nothing_imports_upwards():
