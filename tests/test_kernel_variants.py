@@ -81,13 +81,14 @@ def qk_norm_rope():
 
 
 def merge_embeddings():
-    from mmlm_kernels.merge_embeddings import merge_embeddings_bwd, merge_embeddings_fwd
+    from mmlm_kernels.merge_embeddings import merge_embeddings_bwd, merge_embeddings_fwd, merge_embeddings_sources
 
     other = sizes(500)[::-1]
     for rows, more in zip(sizes(500), other, strict=True):
         source = torch.zeros(rows + more, dtype=torch.int64)
         merge_embeddings_fwd(source, empty(rows + more, 1024), [empty(rows, 1024), empty(more, 1024)], "replace", 1.0)
         merge_embeddings_bwd(empty(rows + more, 1024), source, [rows, more])
+        merge_embeddings_sources(source, [151_655, 16 * more], [rows, more], 152_064)
 
 
 def norm_pixel_shuffle():
@@ -185,7 +186,7 @@ BINARIES = {
     "glu": {"_fwd_kernel": 1, "_bwd_kernel": 2},  # two activations
     "gated_add": {"_fwd_kernel": 1, "_bwd_kernel": 1},
     "qk_norm_rope": {"_fwd_kernel": 1, "_norm_bwd_kernel": 2},  # query and key: the tile of heads
-    "merge_embeddings": {"_fwd_kernel": 1, "_bwd_kernel": 1},
+    "merge_embeddings": {"_fwd_kernel": 1, "_bwd_kernel": 1, "_count_kernel": 1, "_sources_kernel": 1},
     "norm_pixel_shuffle": {"_move_kernel": 2, "_norm_kernel": 1, "_norm_bwd_kernel": 1},  # both directions
     "patch_embed": {"_patchify_kernel": 2},  # rows of pixels a multiple of 16 bytes, or not
     "fuse_modalities": dict.fromkeys(
@@ -211,6 +212,7 @@ ALLOCATIONS = {
     "gated_add_bwd": 13,
     "qk_norm_rope_fwd": 2,
     "qk_norm_rope_bwd": 8,
+    "merge_embeddings_sources": 3,
     "merge_embeddings_fwd": 1,
     "merge_embeddings_bwd": 2,
     "norm_pixel_shuffle_fwd": 1,

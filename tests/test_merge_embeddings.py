@@ -1,3 +1,5 @@
+import importlib
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from mmlm_fast.ops.merge_embeddings import merge_embeddings_ref, scatter_feature
 from mmlm_fast.ops.paths import Path, forced
 from support.kernel_path import PATHS, PATHS_AND_DTYPES, saved_numbers
 
+merge = importlib.import_module("mmlm_fast.ops.merge_embeddings")
 IMAGE, AUDIO = 17, -200  # one placeholder in the vocabulary, one outside, as LLaVA's
 
 
@@ -77,7 +80,27 @@ def test_features_of_any_shape_and_no_features(path, take, device):
     assert merge_embeddings(text[:, :0], table, {}).shape == (2, 0, 33)
 
 
-def test_counts_that_differ_are_never_silent():
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize("tokens", [[7], [0], [1, -200, 7], [151_655, 3]], ids=str)
+@pytest.mark.parametrize("num_tokens", [1, 5, 1023, 1024, 1025, 3000])
+def test_where_rows_come_from(num_tokens, tokens, dtype, device):
+    """The kernels beside the formula: blocks of tokens, with and without a table, counts too small and too large."""
+    from mmlm_kernels.merge_embeddings import merge_embeddings_sources
+
+    ids = torch.randint(-3, 60, (num_tokens,), device=device).to(dtype)
+    for token in tokens:
+        ids[torch.rand(num_tokens, device=device) < 0.2] = token
+    for num_ids in (-1, 50, 200_000):
+        counts = [max(0, int((ids == t).sum()) + more) for t, more in zip(tokens, (0, 2, -1), strict=False)]
+        found = merge_embeddings_sources(ids, tokens, counts, num_ids)
+        expected = merge._portable_sources(ids, tokens, counts, num_ids)
+        assert found[0].equal(expected[0]), num_ids
+        assert found[1].equal(expected[1]), num_ids
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_counts_that_differ_are_never_silent(path, take):
+    take(path)
     ids, table, features = draw(torch.float32, "cpu")
     short = {IMAGE: features[IMAGE][1:], AUDIO: features[AUDIO]}
     for check in (None, True):

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from mmlm_fast.ops._derivatives import differentiable, recorded, unseen
 from mmlm_fast.ops._native import core, number_type, rows
-from mmlm_fast.ops._op import REFERENCE, Op
+from mmlm_fast.ops._op import Op
 from mmlm_fast.ops._registry import check_floating, looked_at, plain_float, register_op
-from mmlm_fast.ops.paths import is_transformed
+from mmlm_fast.ops.paths import KERNEL, REFERENCE, is_transformed
 
 OP = Op("merge_embeddings", smallest=2**18, functions=("merge_embeddings", "scatter_features"))
 MAX_MODALITIES = 16  # of the native core and the kernel
@@ -99,13 +99,14 @@ def merge_embeddings(
     _check_features(input_ids, table, features)
     if padding_idx is not None and not 0 <= padding_idx < table.shape[0]:
         raise ValueError(f"padding_idx must be in [0, {table.shape[0]}), got {padding_idx}")
-    source = _sources(input_ids, features, table.shape[0], check)
+    path = OP.path(table, input_ids.numel() * table.shape[1])
+    source = _sources(input_ids, features, table.shape[0], check, path)
     # One row of the table for its gradient to leave out; -1 where every row may mean a token.
     free = [token_id for token_id in features if 0 <= token_id < table.shape[0]]
     unused = padding_idx if padding_idx is not None else free[0] if free else -1
     if is_transformed():
         out = gather_ref(source, table, list(features.values()), EMBED, scale, unused)
-    elif OP.path(table, input_ids.numel() * table.shape[1]) == REFERENCE:
+    elif path == REFERENCE:
         return merge_embeddings_ref(input_ids, table, features, scale, padding_idx)
     else:
         out = recorded(_MergeEmbeddings, EMBED, plain_float(scale), unused, source, table, *features.values())
@@ -141,11 +142,12 @@ def scatter_features(
         got = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
         raise ValueError(f"input_ids must be {tuple(inputs_embeds.shape[:-1])}, got {got}")
     _check_features(input_ids, inputs_embeds, features)
-    source = _sources(input_ids, features, None, check)
+    path = OP.path(inputs_embeds)
+    source = _sources(input_ids, features, None, check, path)
     base, mode = inputs_embeds.reshape(-1, inputs_embeds.shape[-1]), ADD if add else REPLACE
     if is_transformed():
         out = gather_ref(source, base, list(features.values()), mode)
-    elif OP.path(inputs_embeds) == REFERENCE:
+    elif path == REFERENCE:
         return scatter_features_ref(inputs_embeds, input_ids, features, add)
     else:
         out = recorded(_MergeEmbeddings, mode, 1.0, -1, source, base, *features.values())
@@ -181,39 +183,67 @@ def _num_rows(feature: Tensor) -> int:
     return count
 
 
-def _sources(input_ids: Tensor, features: Mapping[int, Tensor], num_ids: int | None, check: bool | None) -> Tensor:
+def _sources(
+    input_ids: Tensor, features: Mapping[int, Tensor], num_ids: int | None, check: bool | None, path: str
+) -> Tensor:
     """``[tokens]`` int64: the row of the table, or −1 − the row of all features one after the other."""
-    ids = input_ids.reshape(-1)
-    source, first = ids.long(), 0
-    problems: list[tuple[Tensor, str, Tensor]] = []  # (whether all is well, message, what was found)
+    ids, tokens, counts = input_ids.reshape(-1), list(features), [_num_rows(f) for f in features.values()]
+    rows = -1 if num_ids is None else num_ids  # of the table
+    if path == KERNEL and tokens:
+        source, all_wrong = _find(ids, tokens, counts, rows)
+        wrong = all_wrong.unbind()
+    else:
+        source, wrong = _found(ids, tokens, counts, rows)
+    messages = [
+        f"features of token {token}: {count} rows for {{}} placeholders in input_ids"
+        for token, count in zip(tokens, counts, strict=True)
+    ]
+    if num_ids is not None:
+        messages.append(f"input_ids must be in [0, {num_ids}) or placeholders, got {{}} outside")
+    if check is None:
+        check = input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
+    for count, message, far in zip([*counts, 0], messages, wrong, strict=False):
+        fine = far == 0
+        if not check:
+            torch._assert_async(fine, message.format("another number of"))
+        elif not (well := looked_at(fine)).all():
+            raise ValueError(message.format(count + int(looked_at(far)[~well][0])))
+    return source
+
+
+def _found(ids: Tensor, tokens: list[int], counts: list[int], num_ids: int) -> tuple[Tensor, list[Tensor]]:
+    """`_sources`, and by how many there are more placeholders than rows of each modality, and ids that are no row.
+
+    Text has row 0 where there is no table: `num_ids` of −1.
+    """
+    source, first, wrong = ids.long(), 0, []
     text = torch.ones_like(ids, dtype=torch.bool)
-    for token_id, feature in features.items():
-        count, here = _num_rows(feature), ids == token_id
+    for token, count in zip(tokens, counts, strict=True):
+        here = ids == token
         rank = here.cumsum(0)
-        found = rank[-1] if ids.shape[0] else rank.new_zeros(())
-        problems.append(
-            (found == count, f"features of token {token_id}: {count} rows for {{}} placeholders in input_ids", found)
-        )
+        wrong.append((rank[-1] if ids.shape[0] else rank.new_zeros(())) - count)
         # Never out of range, also where the counts differ and the assertion has not come yet.
         source = torch.where(here, -first - rank.clamp(min=1, max=max(count, 1)), source)
         text = text & ~here
         first = first + count
-    if num_ids is not None:
-        bad = text & ((ids < 0) | (ids >= num_ids))
-        problems.append(
-            (~bad.any(), f"input_ids must be in [0, {num_ids}) or placeholders, got {{}} outside", bad.sum())
-        )
-        source = torch.where(bad, 0, source)
-    else:
-        source = torch.where(text, 0, source)
-    if check is None:
-        check = input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
-    for fine, message, found in problems:
-        if not check:
-            torch._assert_async(fine, message.format("another number of"))
-        elif not (well := looked_at(fine)).all():
-            raise ValueError(message.format(int(looked_at(found)[~well][0])))
-    return source
+    if num_ids < 0:
+        return torch.where(text, 0, source), wrong
+    bad = text & ((ids < 0) | (ids >= num_ids))
+    return torch.where(bad, 0, source), [*wrong, bad.sum()]
+
+
+def _portable_sources(ids: Tensor, tokens: list[int], counts: list[int], num_ids: int) -> tuple[Tensor, Tensor]:
+    source, wrong = _found(ids, tokens, counts, num_ids)
+    return source, torch.stack(wrong if num_ids >= 0 else [*wrong, source.new_zeros(())])
+
+
+_find = register_op(
+    "merge_embeddings_sources",
+    portable=_portable_sources,
+    fake=lambda ids, tokens, counts, num_ids: (
+        ids.new_empty(ids.shape[0], dtype=torch.int64), ids.new_empty(len(tokens) + 1, dtype=torch.int64)
+    ),
+)  # fmt: skip
 
 
 def flat_features(features: Sequence[Tensor]) -> list[Tensor]:

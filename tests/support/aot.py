@@ -163,12 +163,13 @@ def qk_norm_rope(dtype):
 
 
 def merge_embeddings(dtype):
-    from mmlm_kernels.merge_embeddings import merge_embeddings_bwd, merge_embeddings_fwd
+    from mmlm_kernels.merge_embeddings import merge_embeddings_bwd, merge_embeddings_fwd, merge_embeddings_sources
 
     source, rows = torch.zeros(64, dtype=torch.int64), torch.empty(16, 4096, dtype=dtype)
     for mode in ("embed", "replace", "add"):
         merge_embeddings_fwd(source, torch.empty(64, 4096, dtype=dtype), [rows, rows], mode, 1.0)
     merge_embeddings_bwd(torch.empty(64, 4096, dtype=dtype), source, [16, 16])
+    merge_embeddings_sources(source, [7, 9], [16, 16], 64)
 
 
 def norm_pixel_shuffle(dtype):
