@@ -164,7 +164,7 @@ out = torch.empty_like(x)
 pid = os.fork()
 if pid == 0:
     rows = [(x.data_ptr(), 1024), (0, 0), (0, 0), (out.data_ptr(), 1024)]
-    _C.add_norm_forward(0, 2048, 1024, False, 0, 0, 1e-6, *rows, 2)
+    _C.add_norm_fwd(0, 2048, 1024, False, 0, 0, 1e-6, *rows, 2)
     os._exit(0)
 assert os.waitpid(pid, 0)[1] == 0
 """

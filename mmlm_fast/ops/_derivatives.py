@@ -60,16 +60,11 @@ def recorded(function: type[torch.autograd.Function], *args: Any) -> Any:
         return function.apply(*_distinct(args))
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
         return function.apply(*args)
-    return function.forward(_NOT_RECORDED, *args)
+    return function.forward(_NotRecorded(), *args)
 
 
 class _NotRecorded:
-    """The context of a forward pass that has no backward pass: it keeps nothing."""
-
-    __slots__ = ()
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        pass
+    """The context of a forward pass that has no backward pass: no tensor outlives the call."""
 
     def save_for_backward(self, *tensors: Any) -> None:
         pass
@@ -79,9 +74,6 @@ class _NotRecorded:
 
     def set_materialize_grads(self, value: bool) -> None:
         pass
-
-
-_NOT_RECORDED = _NotRecorded()
 
 
 def _distinct(args: Sequence[Any]) -> list[Any]:
