@@ -171,6 +171,36 @@ assert os.waitpid(pid, 0)[1] == 0
     subprocess.run([sys.executable, "-P", "-c", script], check=True, timeout=60)
 
 
+def test_forked_with_threads_of_our_own():
+    """Without OpenMP in the process the core has a pool; in the child its threads are not there, and must not be waited
+    for.
+    """
+    from mmlm_fast import _C
+
+    script = """
+import importlib.util, os, sys
+import numpy as np
+spec = importlib.util.spec_from_file_location("_C", sys.argv[1])
+core = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(core)
+x = np.ones((2048, 1024), np.float32)
+def call():
+    out = np.zeros_like(x)
+    rows = [(x.ctypes.data, 1024), (0, 0), (0, 0), (out.ctypes.data, 1024)]
+    core.add_norm_fwd(0, 2048, 1024, False, 0, 0, 0.0, *rows, 2)
+    assert (out == 1).all()
+call()
+assert "torch" not in sys.modules
+pid = os.fork()
+if pid == 0:
+    call()
+    os._exit(0)
+assert os.waitpid(pid, 0)[1] == 0
+call()
+"""
+    subprocess.run([sys.executable, "-P", "-c", script, _C.__file__], check=True, timeout=60)
+
+
 def test_registration(monkeypatch):
     x, weight = torch.randn(3, 8), torch.randn(8)
     ops = torch.ops.mmlm_fast

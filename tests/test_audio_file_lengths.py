@@ -161,6 +161,21 @@ def test_a_file_behind_a_file(tmp_path, kind):
     assert torch.equal(leniently(path)[: len(CLIP)], torch.from_numpy(CLIP).float())
 
 
+def test_a_stream_behind_a_stream(tmp_path):
+    """Headers with placeholders: all that is there is sound, but for another file's header."""
+    streamed = {
+        "a.wav": wav(pcm_format()) + b"data\xff\xff\xff\xff" + PCM,
+        "a.au": by_soundfile(CLIP, format="AU", subtype="PCM_16"),
+    }
+    streamed["a.au"] = streamed["a.au"][:8] + b"\xff\xff\xff\xff" + streamed["a.au"][12:]
+    for name, content in streamed.items():
+        assert torch.equal(read_audio(write(tmp_path, name, content))[0], torch.from_numpy(CLIP).float())
+        path = write(tmp_path, name, 2 * content)
+        for function in (read_audio, audio_info):
+            with pytest.raises(AudioFileError, match=f"another file follows behind its end, at byte {len(content)}"):
+                function(path)
+
+
 def flac(samples, total=None):
     content = bytearray(by_soundfile(samples, format="FLAC", subtype="PCM_16"))
     if total is not None:

@@ -183,7 +183,7 @@ def test_lines_end_at_line_feeds_alone(tmp_path, separator):
 
 def test_byte_order_marks(tmp_path):
     """Also inside, where files were put together; UTF-16 is refused by name."""
-    (tmp_path / "data.jsonl").write_bytes(2 * (b"\xef\xbb\xbf" + line() + b"\n"))
+    (tmp_path / "data.jsonl").write_bytes(2 * (b"\xef\xbb\xbf" + line() + b"\n") + b"\xef\xbb\xbf\n\xef\xbb\xbf \r\n")
     assert [sample.name for sample in read_samples(tmp_path / "data.jsonl")] == ["data.jsonl:1", "data.jsonl:2"]
     (tmp_path / "data.jsonl").write_bytes(line().decode().encode("utf-16"))
     with pytest.raises(ValueError, match=r"data.jsonl must be UTF-8, got UTF-16"):

@@ -25,6 +25,9 @@ def stated(file: BinaryIO, start: int, end: int) -> Stated:
     facts = _stated(data)
     if facts.problem is None and 0 < facts.end < data.size and _follows(data, facts.end):
         return another(facts.end)
+    if facts.patch is not None and facts.problem is None:  # all that is there is sound, unless a header is among it
+        place = magic.repeated(data, data.at(0, 24))
+        return another(place) if place > 0 else facts
     return facts
 
 

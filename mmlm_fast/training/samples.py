@@ -134,8 +134,9 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
             for number, line in enumerate(file, 1):
                 if number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
                     raise ValueError(f"{path} must be UTF-8, got UTF-16 or UTF-32")
+                line = line.strip(b" \t\r\n").removeprefix(b"\xef\xbb\xbf")  # files put together have some inside
                 if line := line.strip(b" \t\r\n"):
-                    yield number, line.removeprefix(b"\xef\xbb\xbf")  # files that were put together have some inside
+                    yield number, line
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
 
