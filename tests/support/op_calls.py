@@ -1,5 +1,6 @@
 """Every public op of `mmlm_fast.ops` on inputs of a given width, and a fence around what they allocate."""
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -26,10 +27,14 @@ class Call(NamedTuple):
 def calls(width: int, dtype: torch.dtype, rows: int = 5) -> Iterator[Call]:
     """Those written below, and of other ops what is timed, whatever the width."""
     yield from written(width, dtype, rows)
-    named = {call.op for call in written(8, dtype, 1)}
     for op in OPS:
-        for example in examples(op) if op not in named else ():
+        for example in examples(op) if op not in named() else ():
             yield Call(op, example.name, *example.of_floats(dtype))
+
+
+@functools.cache
+def named() -> set[str]:
+    return {call.op for call in written(8, torch.float32, 5)}
 
 
 def written(width: int, dtype: torch.dtype, rows: int) -> Iterator[Call]:
