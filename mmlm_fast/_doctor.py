@@ -4,6 +4,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -123,6 +124,8 @@ def _ops() -> dict[str, "Op"]:
     """Public name -> record."""
     from mmlm_fast.ops.parts import RECORDS
 
+    import_module("mmlm_fast.audio")  # an op is known when its module has been imported
+    import_module("mmlm_fast.ops")
     return {name: op for op in RECORDS.values() for name in op.functions or (op.name,)}
 
 

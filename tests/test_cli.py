@@ -113,6 +113,13 @@ def test_doctor_names_every_op(capsys):
     assert "instruction set" in text
 
 
+def test_doctor_knows_all_ops_in_a_fresh_process():
+    command = [sys.executable, "-P", "-m", "mmlm_fast.cli", "doctor"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    for name in {*ops.__all__, "audio.log_mel", "audio.resample"} - {"rope_tables"}:
+        assert f"    {name}: " in done.stdout
+
+
 def test_doctor_explains_an_op(capsys):
     assert main(["doctor", "glu", "--dtype", "float16", "--size", "7"]) == 0
     assert capsys.readouterr().out == (

@@ -47,7 +47,7 @@ TEST_FILES = (
     "formed_gradients", "audio_cuda", "audio_log_mel", "models",
 )  # fmt: skip
 
-# Ops of which nothing is said above: their cases are checked, timed and tested like all others', last.
+# Ops of which nothing is said above: their cases are checked, timed and tested like all others, last.
 OPS = sorted(p.stem for p in (Path(__file__).parents[1] / "ops").glob("[a-z]*.py"))
 CHECKS = (*CHECKS, *(op for op in OPS if op not in TEST_FILES))
 TIMES |= {op: (f"ops.{op}", 1, 10.0) for op in OPS if op not in TIMES}
