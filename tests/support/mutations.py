@@ -81,7 +81,7 @@ class Copy:
     """The working tree in a folder of its own, whose packages a test imports in place of the installed ones."""
 
     def __init__(self, folder: Path) -> None:
-        self.tree, self.site, self.is_built = folder / "tree", folder / "site", False
+        self.tree, self.site, self.is_built = folder / "tree", folder / "site", True
         self.tree.mkdir(parents=True)
         self.site.mkdir()
         leave = shutil.ignore_patterns("__pycache__", ".pytest_cache")
@@ -98,18 +98,24 @@ class Copy:
     def write(self, file: str, text: str) -> None:
         (self.tree / file).write_text(text, encoding="utf-8")
         if file.startswith("csrc/"):
-            self.build()
+            self.is_built = False
 
     def build(self) -> None:
-        """The native core anew, without CUDA; ninja leaves out what has not changed."""
+        """The native core anew, without CUDA; ninja leaves out what has not changed.
+
+        Done when a test asks for it: what one mutation leaves behind is built together with the next.
+        """
         command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--build-temp", str(self.tree / "build")]
         environment = os.environ | {"MMLM_FAST_CUDA": "0", "MMLM_FAST_WIDE": "1"}
         done = subprocess.run(command, cwd=self.tree, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"the native core was not built: {(done.stdout + done.stderr)[-2000:]}")
+        self.is_built = True
 
     def test(self, mutation: Mutation) -> tuple[int, str]:
         """pytest's exit status (negative: a crash; 1000: time is up) and the end of what it printed."""
+        if not self.is_built:
+            self.build()
         environment = self.environment | mutation.environment
         command = [sys.executable, "-P", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *mutation.test.split()]
         try:
