@@ -55,10 +55,16 @@ def errors(ours, theirs, exact) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def assert_no_worse(pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Mean and 99.9th percentile over all signals no larger than the peer's: both compute in float32, and the single
-    largest error sits in whichever bin cancels most. Relative to each signal's largest exact value by the caller."""
+    """Mean error over all signals no larger than the peer's, and no more than chance beyond its 99.9th percentile.
+
+    Both compute in float32, and the single largest error sits in whichever bin cancels most. Two transforms that err
+    alike have 0.1 % of their errors beyond that percentile, give or take the square root of their number: three of
+    these are allowed (of 90,000 numbers, errors 5 % larger there are always seen). The caller divides errors by each
+    signal's largest exact value.
+    """
     ours, theirs = (torch.cat(part) for part in zip(*pairs.values(), strict=True))
     summary = {name: (f"{a.mean():.2e}", f"{b.mean():.2e}") for name, (a, b) in pairs.items()}
     assert ours.mean() <= theirs.mean(), summary
     most = max(1, int(0.999 * len(ours)))
-    assert ours.kthvalue(most).values <= theirs.kthvalue(most).values, summary
+    beyond, expected = (ours > theirs.kthvalue(most).values).sum().item(), len(ours) - most
+    assert beyond <= expected + 3 * expected**0.5, (beyond, expected, summary)
