@@ -33,6 +33,7 @@ KEYS = {
     "mfcc_energy": lambda: kaldi.checked_key(num_ceps=13, use_energy=True, htk_compat=True, scale=32768.0),
     "mel_1024": lambda: mel_key(n_fft=1024, hop_length=256, log="dB", top_db=80.0),
     "mel_2048": lambda: mel_key(n_fft=2048, hop_length=512, power=1.0, pad_mode="constant"),
+    "mel_8192": lambda: mel_key(n_fft=8192, hop_length=2048, n_mels=256),
     "mel_odd": lambda: mel_key(n_fft=405, hop_length=100, center=False, log="log"),
     "mel_prime": lambda: mel_key(n_fft=2 * 37, hop_length=20, n_mels=8, power=1.5),
     "spectrogram": lambda: _key("torchaudio", False, audio.spectrogram.__kwdefaults__ | dict(n_fft=480)),
@@ -79,6 +80,14 @@ def test_kernel_on_the_host(name):
         reference = spectral_ref(spec, padded, frames)
         error, allowed = ((x.double() - exact).norm() for x in (out, reference))
         assert error <= max(2 * allowed, 2e-7 * exact.norm()), (error, allowed)
+
+
+def test_blocks_of_every_kind():
+    """Frames of a warp and of two to eight warps; the two transforms that are laid out in advance, and others."""
+    lengths = {name: spec_of(key()).n_fft for name, key in KEYS.items()}
+    per_frame = {name: device_plan(key()).device_bytes() for name, key in KEYS.items()}
+    assert {400, 512, 1024, 2048, 8192, 405} <= set(lengths.values())
+    assert per_frame["mel_8192"] > 48 * 1024 > per_frame["mel_2048"]
 
 
 def test_kernel_on_the_host_reads_int16_and_strides():

@@ -10,50 +10,80 @@
 namespace mmlm {
 namespace {
 
-__global__ void __launch_bounds__(kDeviceThreads) features_kernel(const __grid_constant__ SpectralCudaArgs args) {
+// A frame's lanes wait for each other: one warp for itself, more of them for the block.
+template <int kLanes>
+__device__ __forceinline__ void wait() {
+  if (kLanes == 32) {
+    __syncwarp();
+  } else {
+    __syncthreads();
+  }
+}
+
+// Blocks of a multiprocessor: with nothing said ptxas stops at the registers of six, and spills.
+template <int kLanes, int kLength>
+__global__ void __launch_bounds__(kDeviceThreads, is_known(kLength) ? 5 : 4)
+    features_kernel(const __grid_constant__ SpectralCudaArgs args) {
   extern __shared__ float shared[];
   __shared__ uint32_t block_max;
   const DeviceClip& clip = args.clips[blockIdx.y];
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * args.frames_per_block;
+  constexpr int kFrames = kDeviceThreads / kLanes;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kFrames;
   if (first >= clip.num_frames) return;
   const int64_t left = clip.num_frames - first;
-  const Tile t = {args, clip, shared, first,
-                  static_cast<int>(left < args.frames_per_block ? left : args.frames_per_block)};
-  const int i = threadIdx.x, n = kDeviceThreads;
-  if (i == 0) block_max = 0;
-  stage_samples(t, i, n);
-  __syncthreads();
-  if (args.remove_dc_offset) partial_means(t, i, n);
-  __syncthreads();
-  means(t, i, n);
-  __syncthreads();
-  if (args.energy != Energy::none) {
-    partial_energies(t, i, n);
-    __syncthreads();
-    energies(t, i, n);
-    __syncthreads();
+  const int num_frames = static_cast<int>(left < kFrames ? left : kFrames), frame = threadIdx.x / kLanes;
+  const Frame f = {
+      args,  clip, shared + frame * args.floats_per_frame(), first + frame, static_cast<int>(threadIdx.x) % kLanes,
+      kLanes};
+  const bool is_there = frame < num_frames;
+  if (threadIdx.x == 0) block_max = 0;
+  if (is_there) stage_samples(f);
+  wait<kLanes>();
+  if (!args.is_plain()) {
+    if (is_there) partial_means(f);
+    wait<kLanes>();
+    if (is_there) partial_energies(f);
+    wait<kLanes>();
+    if (is_there) apply_window(f);
+    wait<kLanes>();
   }
-  apply_window(t, i, n);
-  __syncthreads();
-  for (int pass = 0; pass < args.num_passes; ++pass) {
-    dft_pass(t, pass, i, n);
-    __syncthreads();
+#pragma unroll
+  for (int pass = 0; pass < num_passes<kLength>(args); ++pass) {
+    if (is_there) dft_pass<kLength>(f, pass);
+    wait<kLanes>();
   }
-  powers(t, i, n);
+  if (is_there) powers<kLength>(f);
+  wait<kLanes>();
+  if (is_there) filters(f);
   __syncthreads();
-  filters(t, i, n);
-  __syncthreads();
-  const float largest = write_outputs(t, i, n);
+  const float largest = write_outputs({args, clip, shared, first, 0, kLanes}, num_frames, threadIdx.x);
   if (args.dynamic_range <= 0) return;
-  atomicMax(&block_max, ordered(largest));
+  const uint32_t warp_max = __reduce_max_sync(0xffffffffu, ordered(largest));
+  if (threadIdx.x % 32 == 0) atomicMax(&block_max, warp_max);
   __syncthreads();
-  if (i == 0) atomicMax(args.clip_max + blockIdx.y, block_max);
+  if (threadIdx.x == 0) atomicMax(args.clip_max + blockIdx.y, block_max);
 }
 
 __global__ void __launch_bounds__(kDeviceThreads) clip_kernel(const __grid_constant__ SpectralCudaArgs args) {
-  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kDeviceThreads + threadIdx.x;
-  clip_outputs(args, args.clips[blockIdx.y], args.clip_max[blockIdx.y], thread,
-               static_cast<int64_t>(gridDim.x) * kDeviceThreads);
+  clip_outputs(args, args.clips[blockIdx.y], args.clip_max[blockIdx.y],
+               static_cast<int64_t>(blockIdx.x) * kDeviceThreads + threadIdx.x, blockIdx.z, gridDim.z);
+}
+
+using FeaturesKernel = void (*)(SpectralCudaArgs);
+
+FeaturesKernel kernel_for(const SpectralCudaArgs& args) {
+  switch (args.frames_per_block) {
+    case 8:
+      return args.dft_length == 200   ? features_kernel<32, 200>
+             : args.dft_length == 256 ? features_kernel<32, 256>
+                                      : features_kernel<32, 0>;
+    case 4:
+      return features_kernel<64, 0>;
+    case 2:
+      return features_kernel<128, 0>;
+    default:
+      return features_kernel<256, 0>;
+  }
 }
 
 cudaError_t launch(const SpectralCudaArgs& args, int num_clips, cudaStream_t stream) {
@@ -61,18 +91,22 @@ cudaError_t launch(const SpectralCudaArgs& args, int num_clips, cudaStream_t str
   for (int c = 0; c < num_clips; ++c) most = args.clips[c].num_frames > most ? args.clips[c].num_frames : most;
   if (most == 0) return cudaSuccess;
   const size_t bytes = sizeof(float) * args.frames_per_block * args.floats_per_frame();
+  const FeaturesKernel kernel = kernel_for(args);
   cudaError_t error = cudaSuccess;
   if (bytes > 48 * 1024) {
-    error = cudaFuncSetAttribute(features_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
     if (error != cudaSuccess) return error;
   }
   if (args.dynamic_range > 0) error = cudaMemsetAsync(args.clip_max, 0, num_clips * sizeof(uint32_t), stream);
   if (error != cudaSuccess) return error;
   const int64_t tiles = (most + args.frames_per_block - 1) / args.frames_per_block;
-  features_kernel<<<dim3(static_cast<unsigned>(tiles), num_clips), kDeviceThreads, bytes, stream>>>(args);
+  kernel<<<dim3(static_cast<unsigned>(tiles), num_clips), kDeviceThreads, bytes, stream>>>(args);
   if (args.dynamic_range > 0) {
-    const int64_t blocks = (args.num_out * most + 4 * kDeviceThreads - 1) / (4 * kDeviceThreads);
-    const dim3 grid(static_cast<unsigned>(blocks < 1024 ? blocks : 1024), num_clips);
+    const int64_t outer = args.bins_first ? args.num_out : most, inner = args.bins_first ? most : args.num_out;
+    const int64_t columns = (inner + kDeviceThreads - 1) / kDeviceThreads;
+    constexpr int64_t kBlocksWanted = 1024;  // eight for each multiprocessor of a large GPU
+    const int64_t wanted = (kBlocksWanted + columns * num_clips - 1) / (columns * num_clips);
+    const dim3 grid(static_cast<unsigned>(columns), num_clips, static_cast<unsigned>(wanted < outer ? wanted : outer));
     clip_kernel<<<grid, kDeviceThreads, 0, stream>>>(args);
   }
   return cudaPeekAtLastError();

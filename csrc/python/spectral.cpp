@@ -321,6 +321,10 @@ SpectralCudaArgs device_args(const SpectralPlan& plan, const std::vector<uintptr
   a.dft_length = plan.dft_length;
   a.num_passes = static_cast<int>(plan.passes.size());
   std::copy(plan.passes.begin(), plan.passes.end(), a.passes);
+  for (int i = 0; i < a.num_passes; ++i) {
+    const auto stride = static_cast<uint64_t>(a.passes[i].stride);
+    a.stride_inverse[i] = stride == 1 ? 0 : static_cast<uint32_t>((uint64_t{1} << 32) / stride + 1);
+  }
   a.window = reinterpret_cast<const float*>(tables[0]);
   a.twiddles = reinterpret_cast<const float*>(tables[1]);
   a.roots = reinterpret_cast<const float*>(tables[2]);
@@ -332,7 +336,8 @@ SpectralCudaArgs device_args(const SpectralPlan& plan, const std::vector<uintptr
   a.weight_offset = reinterpret_cast<const int32_t*>(tables[8]);
   // Several frames a block keep its threads busy; 48 KB is what every device gives without being asked.
   constexpr int kSharedFloats = 48 * 1024 / 4 - 64;
-  a.frames_per_block = std::clamp(kSharedFloats / a.floats_per_frame(), 1, 8);
+  a.frames_per_block = kMostFrames;
+  while (a.frames_per_block > 1 && a.frames_per_block * a.floats_per_frame() > kSharedFloats) a.frames_per_block /= 2;
   return a;
 }
 
