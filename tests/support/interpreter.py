@@ -2,9 +2,12 @@
 
 The interpreter keeps bf16 as uint16: casts truncate, `tl.dot` and arithmetic work on the bit patterns (triton-lang
 issues 10945 and 11585). Here casts round to nearest even, dots widen first, and bf16 arithmetic raises, so that a
-kernel that forgets `.to(tl.float32)` fails instead of passing by luck. And Triton 3.6 with a numpy of after it is
+kernel that forgets `.to(tl.float32)` fails instead of passing by luck. Loads and stores outside the tensors of a
+launch raise: on a GPU they read what lies there, or end the process. And Triton 3.6 with a numpy of after it is
 repaired, which is what a machine with a GPU may have.
 """
+
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -53,7 +56,68 @@ def _patch_lang_tensor(tensor, *scope, _original=interpreter._patch_lang_tensor)
     set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
 
+def _tensors(arguments: Iterable) -> Iterator[torch.Tensor]:
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            yield argument
+        elif isinstance(argument, tuple):
+            yield from _tensors(argument)
+
+
+class _Memory:
+    """The addresses that the launch under way may touch: from the first to the last number of each of its tensors."""
+
+    ranges = np.empty((0, 2), np.int64)
+
+    @classmethod
+    def of_launch(cls, arguments: Iterable) -> None:
+        found = []
+        for x in _tensors(arguments):
+            if x.numel():
+                last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+                found.append((x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()))
+        cls.ranges = np.array(found, np.int64).reshape(-1, 2)
+
+    @classmethod
+    def check(cls, what: str, pointers, mask) -> None:
+        addresses = np.atleast_1d(pointers.data).astype(np.int64)
+        addresses = addresses[np.broadcast_to(mask.data, addresses.shape).astype(bool)]
+        if not addresses.size:
+            return
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        starts, ends = cls.ranges[:, 0], cls.ranges[:, 1] - size
+        if ((starts <= addresses.min()) & (addresses.max() <= ends)).any():  # of one tensor, as they nearly always are
+            return
+        outside = ~((starts <= addresses[:, None]) & (addresses[:, None] <= ends)).any(1)
+        if outside.any():
+            nearest = addresses[outside][0] - starts
+            nearest = nearest[np.abs(nearest).argmin()] if nearest.size else 0
+            raise IndexError(
+                f"{what} of {outside.sum()} of {addresses.size} numbers of {size} bytes outside the tensors of the "
+                f"launch, the first {nearest} bytes from the start of the nearest one"
+            )
+
+
+def _init_args_hst(self, args, kwargs, _original=interpreter.GridExecutor._init_args_hst):
+    on_host, named = _original(self, args, kwargs)
+    _Memory.of_launch([*on_host, *named.values()])
+    return on_host, named
+
+
+def _masked_load(self, ptrs, mask, *rest, _original=interpreter.InterpreterBuilder.create_masked_load):
+    _Memory.check("load", ptrs, mask)
+    return _original(self, ptrs, mask, *rest)
+
+
+def _masked_store(self, ptrs, value, mask, *rest, _original=interpreter.InterpreterBuilder.create_masked_store):
+    _Memory.check("store", ptrs, mask)
+    return _original(self, ptrs, value, mask, *rest)
+
+
 def install() -> None:
+    interpreter.GridExecutor._init_args_hst = _init_args_hst
+    interpreter.InterpreterBuilder.create_masked_load = _masked_load
+    interpreter.InterpreterBuilder.create_masked_store = _masked_store
     interpreter._patch_lang_tensor = _patch_lang_tensor
     interpreter._convert_float = _convert_float
     interpreter.InterpreterBuilder.create_dot = _dot
