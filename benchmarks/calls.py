@@ -3,7 +3,8 @@
     python -m mmlm_benchmarks.calls                     microseconds of each call
     python -m mmlm_benchmarks.calls --against HEAD~1    of both trees in turns, and how much this one takes of the other
 
-Small inputs take the PyTorch formula; "native" forces the native core where the tree knows how to.
+Small inputs take the PyTorch formula; "native" forces the native core where the tree knows how to. Launchers of kernels
+run on CPU tensors: all that happens on the host but for the last step, the driver's.
 """
 
 import argparse
@@ -39,8 +40,46 @@ def cases() -> dict[str, Callable]:
     }
 
 
+def launchers() -> dict[str, Callable]:
+    """At sizes of Qwen2.5-VL-7B, compiled for an H100 and launched nowhere."""
+    import torch
+    import triton
+
+    from mmlm_kernels.add_norm import add_norm_bwd, add_norm_fwd
+    from mmlm_kernels.interval_attention import interval_attention_bwd, interval_attention_fwd
+    from mmlm_kernels.qk_norm_rope import qk_norm_rope_fwd
+
+    try:
+        from mmlm_no_gpu import NoGpu  # of this tree, also beside another one's packages
+    except ImportError:
+        from mmlm_benchmarks.no_gpu import NoGpu
+
+    triton.runtime.driver.set_active(NoGpu(90))
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(*shape, dtype=torch.bfloat16)
+
+    length, size = 1024, 128
+    q, kv = (empty(1, length, heads, size).transpose(1, 2) for heads in (28, 4))
+    one, cache, x, weight = empty(1, 28, 1, size), empty(1, 4, 4096, size), empty(64, 3584), empty(3584)
+    lo, hi = torch.zeros(1, length, dtype=torch.int32), torch.full((1, length), length, dtype=torch.int32)
+    first, last = lo[:, :1].contiguous(), hi[:, :1].contiguous()
+    table, scale = empty(1, length, size // 2), size**-0.5
+    out, largest, total = interval_attention_fwd(q, kv, kv, lo, hi, None, scale, 0.0)
+    return {
+        "attention": lambda: interval_attention_fwd(q, kv, kv, lo, hi, None, scale, 0.0),
+        "attention, backward": lambda: interval_attention_bwd(
+            out, None, q, kv, kv, lo, hi, out, largest, total, scale, 0.0
+        ),
+        "attention, decoding": lambda: interval_attention_fwd(one, cache, cache, first, last, None, scale, 0.0),
+        "rope": lambda: qk_norm_rope_fwd(q, kv, table, table, None, None, 1e-6, 0.0, False),
+        "norm": lambda: add_norm_fwd(x, x, weight, None, False, 1e-6, 0.0),
+        "norm, backward": lambda: add_norm_bwd(x, x, x, weight, None, False, 1e-6, 0.0),
+    }
+
+
 def microseconds() -> dict[str, float]:
-    """Of each case, and of each in the native core."""
+    """Of each case, of each in the native core, and of each launcher."""
     try:
         from mmlm_fast.ops.paths import Path as Way
         from mmlm_fast.ops.paths import forced
@@ -52,16 +91,20 @@ def microseconds() -> dict[str, float]:
     for name, call in cases().items():
         for way, context in ways.items():
             with context():
-                for _ in range(20):
-                    call()
-                times = []
-                for _ in range(REPEATS):
-                    begin = time.perf_counter()
-                    for _ in range(CALLS):
-                        call()
-                    times.append(time.perf_counter() - begin)
-            found[name + way] = min(times) / CALLS * 1e6
-    return found
+                found[name + way] = _quickest(call)
+    return found | {f"launcher of {name}": _quickest(call) for name, call in launchers().items()}
+
+
+def _quickest(call: Callable) -> float:
+    for _ in range(20):
+        call()
+    times = []
+    for _ in range(REPEATS):
+        begin = time.perf_counter()
+        for _ in range(CALLS):
+            call()
+        times.append(time.perf_counter() - begin)
+    return min(times) / CALLS * 1e6
 
 
 def in_tree(tree: Path) -> dict[str, float]:
@@ -71,7 +114,8 @@ def in_tree(tree: Path) -> dict[str, float]:
             (Path(site) / package).symlink_to(tree / folder)
         environment = os.environ | {"PYTHONPATH": site}
         code = "import json; from mmlm_calls import microseconds; print(json.dumps(microseconds()))"
-        (Path(site) / "mmlm_calls.py").symlink_to(Path(__file__).resolve())  # what measures is the same in both
+        for name in ("calls", "no_gpu"):  # what measures is the same in both
+            (Path(site) / f"mmlm_{name}.py").symlink_to(Path(__file__).resolve().with_name(f"{name}.py"))
         done = subprocess.run(
             [sys.executable, "-P", "-c", code], capture_output=True, text=True, env=environment, check=False
         )

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmlm_kernels.launch import ceil_div, kernel, next_power_of_2
 from mmlm_kernels.tiles import architecture
 
 TILE_VALUES = 2048  # values a program holds of short rows
@@ -31,7 +32,7 @@ def _statistics(r, mask, H, eps, LAYER: tl.constexpr):
     return mean, tl.rsqrt(tl.sum(centred * centred, axis=1) / H + eps)
 
 
-@triton.jit(do_not_specialize=["R"])
+@kernel(do_not_specialize=["R"])
 def _fwd_kernel(x_ptr, residual_ptr, weight_ptr, bias_ptr, out_ptr, total_ptr, R, H, eps, offset,
                 LAYER: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
                 ROWS: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
@@ -54,7 +55,7 @@ def _fwd_kernel(x_ptr, residual_ptr, weight_ptr, bias_ptr, out_ptr, total_ptr, R
     tl.store(out_ptr + offsets, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["R", "rows_per_program"])
+@kernel(do_not_specialize=["R", "rows_per_program"])
 def _bwd_kernel(grad_ptr, grad_total_ptr, total_ptr, weight_ptr, dx_ptr, dweight_ptr, dbias_ptr, R, H,
                 rows_per_program, eps, offset, LAYER: tl.constexpr, HAS_GRAD_TOTAL: tl.constexpr,
                 HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr,
@@ -92,7 +93,7 @@ def _bwd_kernel(grad_ptr, grad_total_ptr, total_ptr, weight_ptr, dx_ptr, dweight
 
 
 def _tile(hidden_size: int) -> dict:
-    block_h = triton.next_power_of_2(hidden_size)
+    block_h = next_power_of_2(hidden_size)
     warps = 4 if block_h <= 2048 else 8 if block_h <= 4096 else 16
     return {"ROWS": max(1, TILE_VALUES // block_h), "BLOCK_H": block_h, "num_warps": warps}
 
@@ -115,7 +116,7 @@ def add_norm_fwd(
     hidden_size = x.shape[-1]
     rows, tile = x.numel() // hidden_size, _tile(hidden_size)
     if rows:
-        _fwd_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
+        _fwd_kernel[(ceil_div(rows, tile["ROWS"]),)](
             x, x if residual is None else residual, x if weight is None else weight, x if bias is None else bias,
             out, out if residual is None else total, rows, hidden_size, eps, offset, LAYER=is_layer,
             HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, **tile,
@@ -142,8 +143,8 @@ def add_norm_bwd(
     if total.dtype == torch.float32 and hidden_size > 4096:  # what a thread of 16 warps holds spills
         tile["num_warps"] = 32
     tile["maxnreg"] = min(MAX_REGISTERS, 2**16 // (32 * tile["num_warps"]))
-    rows_per_program = max(tile["ROWS"], triton.cdiv(rows, MAX_PROGRAMS))
-    programs = triton.cdiv(rows, rows_per_program)
+    rows_per_program = max(tile["ROWS"], ceil_div(rows, MAX_PROGRAMS))
+    programs = ceil_div(rows, rows_per_program)
     shape = (programs, hidden_size)
     dweight = None if weight is None else total.new_empty(shape, dtype=torch.float32)
     dbias = None if bias_dtype is None else total.new_empty(shape, dtype=torch.float32)

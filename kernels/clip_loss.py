@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmlm_kernels.launch import ceil_div, kernel
+
 BLOCK = 1024  # columns of one step along a row
 MAX_REGISTERS = 128  # unless told so, ptxas stops earlier for sm_100 and spills
 COLUMNS, ROWS = 32, 64  # of a step along columns: few columns a program, or a tile would occupy too few processors
@@ -28,7 +30,7 @@ def _weight(row, columns, mask, row_ids_ptr, column_ids_ptr, weights_ptr, stride
     return tl.load(weights_ptr + row.to(tl.int64) * stride_w + columns, mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["M", "stride_d", "stride_r", "stride_w", "offset"])
+@kernel(do_not_specialize=["M", "stride_d", "stride_r", "stride_w", "offset"])
 def _rows_kernel(dots_ptr, scale_ptr, running_ptr, row_ids_ptr, column_ids_ptr, weights_ptr, M, stride_d, stride_r,
                  stride_w, offset, UNIT: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     M, stride_d, stride_w = M * UNIT, stride_d * UNIT, stride_w * UNIT
@@ -66,7 +68,7 @@ def _rows_kernel(dots_ptr, scale_ptr, running_ptr, row_ids_ptr, column_ids_ptr, 
     tl.store(place + stride_r, tl.load(place + stride_r) + tl.sum(weight, axis=0))
 
 
-@triton.jit(do_not_specialize=["N", "M", "stride_d", "stride_r", "stride_w", "offset"])
+@kernel(do_not_specialize=["N", "M", "stride_d", "stride_r", "stride_w", "offset"])
 def _columns_kernel(dots_ptr, scale_ptr, running_ptr, row_ids_ptr, column_ids_ptr, weights_ptr, N, M, stride_d,
                     stride_r, stride_w, offset, UNIT: tl.constexpr, KIND: tl.constexpr,
                     ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
@@ -107,7 +109,7 @@ def _columns_kernel(dots_ptr, scale_ptr, running_ptr, row_ids_ptr, column_ids_pt
     tl.store(place, tl.load(place, mask=inside, other=0.0) + tl.sum(weight, axis=0), mask=inside)
 
 
-@triton.jit(do_not_specialize=["M", "stride_d", "stride_rows", "stride_columns", "stride_w", "offset"])
+@kernel(do_not_specialize=["M", "stride_d", "stride_rows", "stride_columns", "stride_w", "offset"])
 def _gradients_kernel(dots_ptr, scale_ptr, rows_ptr, columns_ptr, sums_ptr, row_ids_ptr, column_ids_ptr, weights_ptr, M,
                       stride_d, stride_rows, stride_columns, stride_w, offset, UNIT: tl.constexpr, KIND: tl.constexpr,
                       BLOCK: tl.constexpr):  # fmt: skip
@@ -166,7 +168,7 @@ def clip_loss_statistics(
         dots, scale, rows, *pointers, num_columns_, stride_d, rows.stride(0), stride_w, offset, UNIT=unit, KIND=kind,
         BLOCK=BLOCK, num_warps=4, maxnreg=MAX_REGISTERS,
     )  # fmt: skip
-    _columns_kernel[(triton.cdiv(num_columns, COLUMNS),)](
+    _columns_kernel[(ceil_div(num_columns, COLUMNS),)](
         dots, scale, columns, *pointers, num_rows, num_columns_, stride_d, columns.stride(0) // unit, stride_w, offset,
         UNIT=unit, KIND=kind, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
     )  # fmt: skip

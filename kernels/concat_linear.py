@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmlm_kernels.launch import ceil_div, kernel
 from mmlm_kernels.tiles import precision, product_tiles
 
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
@@ -60,7 +61,7 @@ def _accumulate(acc, a_ptr, stride_am, stride_ak, b_ptr, stride_bk, stride_bn, r
     return acc
 
 
-@triton.jit(do_not_specialize=["M", "tokens"])
+@kernel(do_not_specialize=["M", "tokens"])
 def _fwd_kernel(xs, sizes, offsets, weight_ptr, bias_ptr, addend_ptr, out_ptr, z_ptr, M, N, stride_wn, tokens,
                 NUM: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ADDEND: tl.constexpr, SAVE_Z: tl.constexpr,
                 ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
@@ -91,7 +92,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _grid(num_rows: int, num_columns: int, tiles: dict[str, int]) -> int:
-    return triton.cdiv(num_rows, tiles["BLOCK_M"]) * triton.cdiv(num_columns, tiles["BLOCK_N"])
+    return ceil_div(num_rows, tiles["BLOCK_M"]) * ceil_div(num_columns, tiles["BLOCK_N"])
 
 
 def _gemm_segments(segments, weight, bias, addend, tokens, out, z, activation):

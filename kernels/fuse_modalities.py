@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmlm_kernels.launch import ceil_div, kernel, next_power_of_2
+
 MODES = {"mean": 0, "weighted": 1, "attention": 2}
 MAX_BLOCK_H = 1024
 TILE_VALUES = 2048  # values of one modality a program holds
@@ -39,7 +41,7 @@ def _load_present(present_ptr, rows, row_mask, m: tl.constexpr, K: tl.constexpr,
         return row_mask.to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["R", "tokens"])
+@kernel(do_not_specialize=["R", "tokens"])
 def _fwd_kernel(xs, weight_ptr, present_ptr, out_ptr, weights_ptr, R, H, tokens, scale,
                 MODE: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BROADCAST: tl.constexpr,
                 HAS_PRESENT: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
@@ -84,7 +86,7 @@ def _fwd_kernel(xs, weight_ptr, present_ptr, out_ptr, weights_ptr, R, H, tokens,
         tl.store(out_ptr + rows[:, None] * H + columns[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["R", "tokens"])
+@kernel(do_not_specialize=["R", "tokens"])
 def _bwd_kernel(grad_ptr, xs, weight_ptr, weights_ptr, present_ptr,
                 dxs, dscores_ptr, R, H, tokens, scale,
                 MODE: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BROADCAST: tl.constexpr,
@@ -123,7 +125,7 @@ def _bwd_kernel(grad_ptr, xs, weight_ptr, weights_ptr, present_ptr,
             tl.store(dxs[m] + rows[:, None] * H + columns[None, :], dx.to(dxs[m].dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["R", "tokens", "rows_per_split"])
+@kernel(do_not_specialize=["R", "tokens", "rows_per_split"])
 def _query_grad_kernel(xs, dscores_ptr, present_ptr, partial_ptr, R, H, tokens,
                        rows_per_split, scale, K: tl.constexpr, BROADCAST: tl.constexpr, HAS_PRESENT: tl.constexpr,
                        ROWS: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
@@ -157,7 +159,7 @@ def _gate(logits_ptr, present_ptr, offsets, mask, H, HAS_PRESENT: tl.constexpr):
     return gate
 
 
-@triton.jit(do_not_specialize=["units"])
+@kernel(do_not_specialize=["units"])
 def _mix_fwd_kernel(first_ptr, second_ptr, logits_ptr, present_ptr, out_ptr, gate_ptr, units, H,
                     UNIT: tl.constexpr, HAS_PRESENT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """There are `units` times UNIT numbers, so that the mask is known to end where wide loads do."""
@@ -171,7 +173,7 @@ def _mix_fwd_kernel(first_ptr, second_ptr, logits_ptr, present_ptr, out_ptr, gat
     tl.store(gate_ptr + offsets, gate.to(gate_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["units"])
+@kernel(do_not_specialize=["units"])
 def _mix_bwd_kernel(grad_ptr, first_ptr, second_ptr, logits_ptr, present_ptr, dfirst_ptr, dsecond_ptr, dlogits_ptr,
                     units, H, UNIT: tl.constexpr, HAS_PRESENT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -198,7 +200,7 @@ class _Plan:
         self.broadcast = sum(1 << m for m, x in enumerate(features) if x.shape[-2] != self.tokens)
         self.features = [x.reshape(-1, self.hidden_size).contiguous() for x in features]
         self.present = None if present is None else present.reshape(-1, len(features)).contiguous().view(torch.uint8)
-        self.block_h = min(MAX_BLOCK_H, triton.next_power_of_2(self.hidden_size))
+        self.block_h = min(MAX_BLOCK_H, next_power_of_2(self.hidden_size))
         self.rows = max(1, TILE_VALUES // self.block_h)
         self.options = {
             "K": len(features),
@@ -220,7 +222,7 @@ def fuse_modalities_fwd(
     weights = torch.empty(*p.shape[:-1], len(features), dtype=torch.float32, device=out.device)
     if p.num_rows and p.hidden_size:
         anything = p.features[0]
-        _fwd_kernel[(triton.cdiv(p.num_rows, p.rows),)](
+        _fwd_kernel[(ceil_div(p.num_rows, p.rows),)](
             tuple(p.features),
             anything if weight is None else weight.contiguous(),
             anything if p.present is None else p.present,
@@ -231,7 +233,7 @@ def fuse_modalities_fwd(
             p.tokens,
             p.scale,
             MODE=MODES[mode],
-            KP=triton.next_power_of_2(len(features)),
+            KP=next_power_of_2(len(features)),
             ROWS=p.rows,
             maxnreg=MAX_REGISTERS,
             **p.options,
@@ -248,7 +250,7 @@ def fuse_modalities_bwd(
     dscores = torch.empty(p.num_rows, len(features), dtype=torch.float32, device=grad.device)
     anything = p.features[0]
     if p.num_rows and p.hidden_size:
-        _bwd_kernel[(triton.cdiv(p.num_rows, p.rows),)](
+        _bwd_kernel[(ceil_div(p.num_rows, p.rows),)](
             grad,
             tuple(p.features),
             anything if weight is None else weight.contiguous(),
@@ -261,7 +263,7 @@ def fuse_modalities_bwd(
             p.tokens,
             p.scale,
             MODE=MODES[mode],
-            KP=triton.next_power_of_2(len(features)),
+            KP=next_power_of_2(len(features)),
             ROWS=p.rows,
             maxnreg=MAX_REGISTERS,
             **p.options,
@@ -281,11 +283,11 @@ def fuse_modalities_bwd(
 def _query_grad(p: _Plan, dscores: Tensor) -> Tensor:
     if not p.num_rows:
         return torch.zeros(p.hidden_size, dtype=torch.float32, device=dscores.device)
-    rows_per_split = max(ROWS_QUERY_GRAD, triton.cdiv(p.num_rows, MAX_ROW_SPLITS))
-    splits = triton.cdiv(p.num_rows, rows_per_split)
+    rows_per_split = max(ROWS_QUERY_GRAD, ceil_div(p.num_rows, MAX_ROW_SPLITS))
+    splits = ceil_div(p.num_rows, rows_per_split)
     block_h = min(64, p.block_h)
     partial = torch.empty(splits, p.hidden_size, dtype=torch.float32, device=dscores.device)
-    _query_grad_kernel[(triton.cdiv(p.hidden_size, block_h), splits)](
+    _query_grad_kernel[(ceil_div(p.hidden_size, block_h), splits)](
         tuple(p.features),
         dscores,
         p.features[0] if p.present is None else p.present,
@@ -310,7 +312,7 @@ def gated_mix_fwd(first: Tensor, second: Tensor, logits: Tensor, present: Tensor
     out, gate = torch.empty_like(logits), torch.empty_like(logits)
     numel, unit = logits.numel(), math.gcd(logits.shape[-1], 16)
     if numel:
-        _mix_fwd_kernel[(triton.cdiv(numel, BLOCK_MIX),)](
+        _mix_fwd_kernel[(ceil_div(numel, BLOCK_MIX),)](
             first, second, logits, _pair_rows(present, logits), out, gate, numel // unit, logits.shape[-1],
             UNIT=unit, HAS_PRESENT=present is not None, BLOCK=BLOCK_MIX,
         )  # fmt: skip
@@ -324,7 +326,7 @@ def gated_mix_bwd(
     dfirst, dsecond, dlogits = (torch.empty_like(logits) for _ in range(3))
     numel, unit = logits.numel(), math.gcd(logits.shape[-1], 16)
     if numel:
-        _mix_bwd_kernel[(triton.cdiv(numel, BLOCK_MIX),)](
+        _mix_bwd_kernel[(ceil_div(numel, BLOCK_MIX),)](
             grad, first, second, logits, _pair_rows(present, logits), dfirst, dsecond, dlogits,
             numel // unit, logits.shape[-1], UNIT=unit, HAS_PRESENT=present is not None, BLOCK=BLOCK_MIX,
         )  # fmt: skip

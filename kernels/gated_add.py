@@ -6,15 +6,16 @@ Legend: R rows, H hidden size.
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
+
+from mmlm_kernels.launch import ceil_div, kernel
 
 BLOCK = 1024
 MAX_SPLITS = 128  # of the rows in the gradient of the gate
 
 
-@triton.jit
+@kernel()
 def _fwd_kernel(x_ptr, residual_ptr, t_ptr, keep_ptr, out_ptr, H, HAS_KEEP: tl.constexpr,
                 BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -29,7 +30,7 @@ def _fwd_kernel(x_ptr, residual_ptr, t_ptr, keep_ptr, out_ptr, H, HAS_KEEP: tl.c
     tl.store(out_ptr + row * H + columns, (residual + t * x).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["R", "rows_per_program"])
+@kernel(do_not_specialize=["R", "rows_per_program"])
 def _bwd_kernel(grad_ptr, x_ptr, t_ptr, keep_ptr, dx_ptr, sums_ptr, R, H, rows_per_program,
                 HAS_KEEP: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
@@ -58,7 +59,7 @@ def gated_add_fwd(x: Tensor, residual: Tensor, gate: Tensor, keep: Tensor | None
     out, size = torch.empty_like(x), x.shape[-1]
     t, there = _arguments(x, gate, keep)
     if x.numel():
-        _fwd_kernel[(x.numel() // size, triton.cdiv(size, BLOCK))](
+        _fwd_kernel[(x.numel() // size, ceil_div(size, BLOCK))](
             x, residual, t, there, out, size, HAS_KEEP=keep is not None, BLOCK=BLOCK
         )
     return out
@@ -69,11 +70,11 @@ def gated_add_bwd(grad: Tensor, x: Tensor, gate: Tensor, keep: Tensor | None) ->
     dx, size = torch.empty_like(x), x.shape[-1]
     t, there = _arguments(x, gate, keep)
     rows = x.numel() // size
-    rows_per_program = max(1, triton.cdiv(rows, MAX_SPLITS))
-    programs = triton.cdiv(rows, rows_per_program)
+    rows_per_program = max(1, ceil_div(rows, MAX_SPLITS))
+    programs = ceil_div(rows, rows_per_program)
     sums = x.new_empty(programs, size, dtype=torch.float32)
     if rows:
-        _bwd_kernel[(programs, triton.cdiv(size, BLOCK))](
+        _bwd_kernel[(programs, ceil_div(size, BLOCK))](
             grad, x, t, there, dx, sums, rows, size, rows_per_program, HAS_KEEP=keep is not None, BLOCK=BLOCK
         )
     total = sums.sum(0)

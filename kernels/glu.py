@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmlm_kernels.launch import ceil_div, kernel
+
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "quick_gelu": 3, "relu": 4}
 BLOCK = 1024
 MAX_SPLITS = 128  # of the rows in the gradient of the bias
@@ -42,7 +44,7 @@ def _activate(x, ACTIVATION: tl.constexpr):
     return y, slope
 
 
-@triton.jit
+@kernel()
 def _fwd_kernel(gate_ptr, up_ptr, bias_ptr, out_ptr, H, stride_gate, stride_up, ACTIVATION: tl.constexpr,
                 HAS_UP: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -59,7 +61,7 @@ def _fwd_kernel(gate_ptr, up_ptr, bias_ptr, out_ptr, H, stride_gate, stride_up, 
     tl.store(out_ptr + row * H + columns, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["R", "rows_per_program"])
+@kernel(do_not_specialize=["R", "rows_per_program"])
 def _bwd_kernel(grad_ptr, gate_ptr, up_ptr, bias_ptr, dgate_ptr, dup_ptr, dbias_ptr, R, H, stride_gate, stride_up,
                 stride_dgate, stride_dup, rows_per_program, ACTIVATION: tl.constexpr, HAS_UP: tl.constexpr,
                 HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
@@ -97,7 +99,7 @@ def glu_fwd(gate: Tensor, up: Tensor | None, bias: Tensor | None, activation: st
     bias = None if bias is None else bias.contiguous()
     rows, size = g.shape
     if rows:
-        _fwd_kernel[(rows, triton.cdiv(size, BLOCK))](
+        _fwd_kernel[(rows, ceil_div(size, BLOCK))](
             g, g if u is None else u, g if bias is None else bias, out, size, g.stride(0),
             0 if u is None else u.stride(0), ACTIVATION=ACTIVATIONS[activation], HAS_UP=u is not None,
             HAS_BIAS=bias is not None, BLOCK=BLOCK,
@@ -116,11 +118,11 @@ def glu_bwd(
     flat = dgate.view(rows, dgate.shape[-1])
     into_gate = flat[:, :size]
     into_up = flat[:, size:] if packed else dup.view(rows, size) if up is not None else flat
-    rows_per_program = 1 if bias is None else max(1, triton.cdiv(rows, MAX_SPLITS))
-    programs = triton.cdiv(rows, rows_per_program)
+    rows_per_program = 1 if bias is None else max(1, ceil_div(rows, MAX_SPLITS))
+    programs = ceil_div(rows, rows_per_program)
     partial = None if bias is None else gate.new_empty(programs, size, dtype=torch.float32)
     if rows:
-        _bwd_kernel[(programs, triton.cdiv(size, BLOCK))](
+        _bwd_kernel[(programs, ceil_div(size, BLOCK))](
             d, g, g if u is None else u, g if bias is None else bias, into_gate, into_up,
             d if partial is None else partial, rows, size, g.stride(0), 0 if u is None else u.stride(0),
             into_gate.stride(0), into_up.stride(0), rows_per_program, ACTIVATION=ACTIVATIONS[activation],

@@ -12,7 +12,6 @@ interval_attention_parts.py, and the blocks they are launched with in interval_a
 """
 
 import torch
-import triton
 from torch import Tensor
 
 from mmlm_kernels.interval_attention_backward import delta_kernel, dkv_kernel, dq_kernel, ranges_kernel
@@ -26,6 +25,7 @@ from mmlm_kernels.interval_attention_tiles import (
     registers,
     sizes,
 )
+from mmlm_kernels.launch import ceil_div, empty_heads_last, next_power_of_2, row_strides
 from mmlm_kernels.tiles import architecture
 
 RANGE_BLOCK = 1024
@@ -33,6 +33,8 @@ DECODE_ROWS = 64  # at most so many rows (queries × heads that share keys) are 
 MIN_SPLIT_KEYS = 256
 MAX_SPLITS = 64
 PROGRAMS_WANTED = 2 * 132  # two for each multiprocessor of a large GPU
+FULL = 132  # programs that keep a large GPU busy, where each takes a multiprocessor
+ROWS_WORTH_PARTS = 4096  # queries × heads of a tile of keys below which two sums cost more than more programs gain
 HEADS_TOGETHER = 8  # whose tiles run side by side (`place` in interval_attention_parts.py)
 
 
@@ -41,25 +43,11 @@ def _rows_aligned(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _unit(*tensors: Tensor) -> int:
-    """8 where all strides are multiples of it, which lets loads be 16 bytes wide."""
-    return 8 if all(s % 8 == 0 for t in tensors for s in t.stride()[:-1]) else 1
-
-
-def _strides(x: Tensor, unit: int = 1) -> tuple[int, int, int]:
-    return x.stride(0) // unit, x.stride(1) // unit, x.stride(2) // unit
-
-
 def _precision(dtype: torch.dtype) -> str:
     """Float32 on tensor cores in three tf32 products, unless one is allowed: IEEE tiles of a whole head size spill."""
     if dtype != torch.float32:
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
-
-
-def _heads_last(batch: int, heads: int, length: int, size: int, like: Tensor) -> Tensor:
-    """``[B, H, S, D]`` whose memory is ``[B, S, H, D]``: what the linear layer after it reads."""
-    return like.new_empty(batch, length, heads, size).transpose(1, 2)
 
 
 def _mask_options(
@@ -84,50 +72,63 @@ def interval_attention_fwd(
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     (batch, heads, q_len, size), (kv_heads, kv_len, value_size) = query.shape, value.shape[1:]
-    out = _heads_last(batch, heads, q_len, value_size, query)
+    out = empty_heads_last(query, batch, heads, q_len, value_size)
     largest, total = (torch.empty(batch, heads, q_len, dtype=torch.float32, device=query.device) for _ in range(2))
     if out.numel() == 0:
         return out, largest, total
-    query, key, value = (_rows_aligned(x) for x in (query, key, value))
-    group, unit = heads // kv_heads, _unit(query, key, value, out)
-    block_m, block_n, warps, stages = blocks("fwd", query, size, value_size)
+    query, key, value = _rows_aligned(query), _rows_aligned(key), _rows_aligned(value)
+    group, arch, dtype = heads // kv_heads, architecture(), query.dtype
+    unit, strides = row_strides(query, key, value, out)
+    block_m, block_n, warps, stages = blocks("fwd", arch, dtype, size, value_size)
     if softcap:  # the polynomial needs registers too
         warps, block_n = 8, min(block_n, 32 if max(size, value_size) > 128 else 64)
-    pack, splits, together, (_, second_piece, third_piece) = 1, 1, HEADS_TOGETHER, pieces(size, query.dtype)
+    pack, splits, together, (_, second_piece, third_piece) = 1, 1, HEADS_TOGETHER, pieces(size, dtype)
     if group * q_len <= DECODE_ROWS:
         pack, together = group, 1
-        block_m = max(16, min(block_m, triton.next_power_of_2(group * q_len)))
-        programs = batch * kv_heads * triton.cdiv(group * q_len, block_m)
-        splits = max(1, min(MAX_SPLITS, kv_len // MIN_SPLIT_KEYS, triton.cdiv(PROGRAMS_WANTED, programs)))
-        splits = triton.next_power_of_2(splits)  # few variants to compile
+        block_m = max(16, min(block_m, next_power_of_2(group * q_len)))
+        programs = batch * kv_heads * ceil_div(group * q_len, block_m)
+        splits = max(1, min(MAX_SPLITS, kv_len // MIN_SPLIT_KEYS, ceil_div(PROGRAMS_WANTED, programs)))
+        splits = next_power_of_2(splits)  # few variants to compile
         warps = 4 if max(size, value_size) <= 128 else 8
-        if OLD_TRITON and architecture() == 100 and query.dtype == torch.float32:  # 4 spill there
+        if OLD_TRITON and arch == 100 and dtype == torch.float32:  # 4 spill there
             warps = 8
         block_n = min(block_n, 16 if third_piece else 32 if second_piece else 64)  # more pieces need more registers
-    num_tiles = triton.cdiv(pack * q_len, block_m)
+    num_tiles = ceil_div(pack * q_len, block_m)
     lo, hi, mask_stride = _mask_options(lo, hi, q_len, kv_len, query)
-    target, statistics = out, (largest, total)
+    target, target_largest, target_total, target_strides = out, largest, total, [0, *strides[9:]]
     if splits > 1:
         target = torch.empty(splits, batch, heads, q_len, value_size, dtype=torch.float32, device=query.device)
-        statistics = torch.empty(2, splits, batch, heads, q_len, dtype=torch.float32, device=query.device).unbind()
+        target_largest, target_total = torch.empty(2, *target.shape[:-1], dtype=torch.float32, device=query.device)
+        target_strides = [stride // unit for stride in target.stride()[:4]]
     has_sinks = sinks is not None
     fwd_kernel[(splits * num_tiles * batch * (heads // pack),)](
-        query, key, value, lo, hi, sinks.contiguous() if has_sinks else query, target, *statistics,
-        *_strides(query, unit), *_strides(key, unit), *_strides(value, unit),
-        *((s // unit for s in target.stride()[:4]) if splits > 1 else (0, *_strides(target, unit))),
+        query, key, value, lo, hi, sinks.contiguous() if has_sinks else query, target, target_largest, target_total,
+        *strides[:9], *target_strides,
         mask_stride, num_tiles, batch, q_len, kv_len, scale, softcap if softcap else 1.0,
         H=heads, GROUP=group, PACK=pack, SPLITS=splits, UNIT=unit, HAS_SINKS=has_sinks,
-        SOFTCAP=bool(softcap), TOGETHER=together, **sizes(size, value_size, query.dtype),
-        PRECISION=_precision(query.dtype), M=block_m, N=block_n, num_warps=warps, num_stages=stages,
-        **registers(query.dtype == torch.float32 or max(size, value_size) > 128 or third_piece > 0),
+        SOFTCAP=bool(softcap), TOGETHER=together, **sizes(size, value_size, dtype),
+        PRECISION=_precision(dtype), M=block_m, N=block_n, num_warps=warps, num_stages=stages,
+        **registers(dtype == torch.float32 or max(size, value_size) > 128 or third_piece > 0),
     )  # fmt: skip
     if splits > 1:
         combine_kernel[(batch * heads * q_len,)](
-            target, *statistics, sinks.contiguous() if has_sinks else query, out, largest, total,
-            *_strides(out, unit), batch * heads * q_len, q_len, H=heads, UNIT=unit, HAS_SINKS=has_sinks, SPLITS=splits,
-            SPLITS_POW2=triton.next_power_of_2(splits), DV=value_size, DV_POW2=triton.next_power_of_2(value_size),
+            target, target_largest, target_total, sinks.contiguous() if has_sinks else query, out, largest, total,
+            *strides[9:], batch * heads * q_len, q_len, H=heads, UNIT=unit, HAS_SINKS=has_sinks, SPLITS=splits,
+            SPLITS_POW2=next_power_of_2(splits), DV=value_size, DV_POW2=next_power_of_2(value_size),
         )  # fmt: skip
     return out, largest, total
+
+
+def _parts_of_heads(group: int, q_len: int, programs: int) -> int:
+    """Programs among which the heads that share a tile of keys are divided: one, but for few tiles of much work."""
+    wanted = ceil_div(FULL, programs) if group * q_len >= ROWS_WORTH_PARTS else 1
+    return next((n for n in range(wanted, group) if group % n == 0), group)
+
+
+def _in_parts(like: Tensor, parts: int) -> Tensor:
+    """``[parts, B, H, S, D]`` in float32, laid out as `like`."""
+    batch, heads, length, size = like.shape
+    return empty_heads_last(like, parts * batch, heads, length, size, torch.float32).unflatten(0, (parts, batch))
 
 
 def interval_attention_bwd(
@@ -145,52 +146,65 @@ def interval_attention_bwd(
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (batch, heads, q_len, size), (kv_heads, kv_len, value_size) = query.shape, value.shape[1:]
-    dq = _heads_last(batch, heads, q_len, size, query)
-    dk = _heads_last(batch, kv_heads, kv_len, size, key)
-    dv = _heads_last(batch, kv_heads, kv_len, value_size, value)
+    dq = empty_heads_last(query, batch, heads, q_len, size)
+    dk = empty_heads_last(key, batch, kv_heads, kv_len, size)
+    dv = empty_heads_last(value, batch, kv_heads, kv_len, value_size)
     delta = torch.empty(batch, heads, q_len, dtype=torch.float32, device=query.device)
     if dq.numel() == 0 or dk.numel() == 0 or dv.numel() == 0:
         delta = delta.zero_() if grad_lse is None else -grad_lse
         return dq.zero_(), dk.zero_(), dv.zero_(), delta
-    grad, query, key, value = (_rows_aligned(x) for x in (grad, query, key, value))
-    group, unit = heads // kv_heads, _unit(grad, query, key, value, out, dq, dk, dv)
+    grad, query, key, value = _rows_aligned(grad), _rows_aligned(query), _rows_aligned(key), _rows_aligned(value)
+    group, arch, dtype = heads // kv_heads, architecture(), query.dtype
+    unit, strides = row_strides(grad, query, key, value, out, dq, dk, dv)
+    inputs, of_out, of_dq, of_keys = strides[:12], strides[12:15], strides[15:18], strides[18:]
     lo, hi, mask_stride = _mask_options(lo, hi, q_len, kv_len, query)
-    exact = query.dtype == torch.float32
+    exact = dtype == torch.float32
     shift = torch.empty_like(delta)
     factor = torch.empty_like(delta) if exact else shift
     num_rows, rows = batch * heads * q_len, 16
-    delta_kernel[(triton.cdiv(num_rows, rows),)](
+    delta_kernel[(ceil_div(num_rows, rows),)](
         grad, out, query if grad_lse is None else grad_lse.contiguous(), largest, total, delta, shift, factor,
-        *_strides(grad, unit), *_strides(out, unit), num_rows, q_len, H=heads, UNIT=unit, DV=value_size,
-        DV_POW2=triton.next_power_of_2(value_size), HAS_GRAD_LSE=grad_lse is not None, EXACT=exact, ROWS=rows,
+        *inputs[:3], *of_out, num_rows, q_len, H=heads, UNIT=unit, DV=value_size,
+        DV_POW2=next_power_of_2(value_size), HAS_GRAD_LSE=grad_lse is not None, EXACT=exact, ROWS=rows,
     )  # fmt: skip
-    shared = {"H": heads, "GROUP": group, "UNIT": unit, "SOFTCAP": bool(softcap), "EXACT": exact}
-    shared |= {"TOGETHER": HEADS_TOGETHER}
-    shared |= {"PRECISION": _precision(query.dtype), **sizes(size, value_size, query.dtype)}
-    shared |= registers(exact or size > 256 or pieces(size, query.dtype)[1] > 16)
-    inputs = (*_strides(grad, unit), *_strides(query, unit), *_strides(key, unit), *_strides(value, unit))
+    has_cap = bool(softcap)
+    shared = {
+        "H": heads, "GROUP": group, "UNIT": unit, "SOFTCAP": has_cap, "EXACT": exact, "TOGETHER": HEADS_TOGETHER,
+        "PRECISION": _precision(dtype), **sizes(size, value_size, dtype),
+        **registers(exact or size > 256 or pieces(size, dtype)[1] > 16),
+    }  # fmt: skip
     softcap = softcap if softcap else 1.0
 
-    for kernel in kernels_of_keys(query, size, value_size):
-        block_m, block_n, warps, stages = blocks(kernel, query, size, value_size, softcap=shared["SOFTCAP"])
-        num_tiles = triton.cdiv(kv_len, block_n)
-        ranges = lo.new_empty(lo.shape[0], num_tiles + triton.cdiv(q_len, block_m), 2, dtype=torch.int32)
-        range_stride = ranges.stride(0)
-        ranges_kernel[(ranges.shape[1], lo.shape[0])](
-            lo, hi, ranges, num_tiles, range_stride, q_len, kv_len, M=block_m, N=block_n, BLOCK=RANGE_BLOCK
+    for gradients in kernels_of_keys(arch, dtype, size, value_size):
+        block_m, block_n, warps, stages = blocks(gradients, arch, dtype, size, value_size, softcap=has_cap)
+        num_tiles = ceil_div(kv_len, block_n)
+        num_ranges = num_tiles + ceil_div(q_len, block_m)
+        ranges = lo.new_empty(lo.shape[0], num_ranges, 2, dtype=torch.int32)
+        ranges_kernel[(num_ranges, lo.shape[0])](
+            lo, hi, ranges, num_tiles, 2 * num_ranges, q_len, kv_len, M=block_m, N=block_n, BLOCK=RANGE_BLOCK
         )
-        dkv_kernel[(num_tiles * batch * kv_heads,)](
-            grad, query, key, value, lo, hi, ranges, shift, factor, delta, dk, dv, *inputs, *_strides(dk, unit),
-            *_strides(dv, unit),
-            mask_stride, range_stride if mask_stride else 0, num_tiles, q_len, kv_len, scale, softcap,
-            **shared, AS_COLUMN=loads_as_columns(stages), WANTS_DK="k" in kernel, WANTS_DV="v" in kernel,
+        programs = num_tiles * batch * kv_heads
+        parts = _parts_of_heads(group, q_len, programs)
+        targets, target_strides = [dk, dv], [0, *of_keys[:3], 0, *of_keys[3:]]
+        if parts > 1:
+            targets = [_in_parts(x, parts) for x in targets]
+            target_strides = [stride // unit for x in targets for stride in x.stride()[:4]]
+        dkv_kernel[(programs * parts,)](
+            grad, query, key, value, lo, hi, ranges, shift, factor, delta, *targets, *inputs, *target_strides,
+            mask_stride, 2 * num_ranges if mask_stride else 0, num_tiles, q_len, kv_len, scale, softcap,
+            **shared, PARTS=parts, AS_COLUMN=loads_as_columns(arch, stages),
+            WANTS_DK="k" in gradients, WANTS_DV="v" in gradients,
             M=block_m, N=block_n, num_warps=warps, num_stages=stages,
         )  # fmt: skip
+        if parts > 1:
+            for name, whole, of_parts in zip("kv", (dk, dv), targets, strict=True):
+                if name in gradients:
+                    whole.copy_(of_parts.sum(0))
 
-    block_m, block_n, warps, stages = blocks("dq", query, size, value_size)
-    num_tiles = triton.cdiv(q_len, block_m)
+    block_m, block_n, warps, stages = blocks("dq", arch, dtype, size, value_size)
+    num_tiles = ceil_div(q_len, block_m)
     dq_kernel[(num_tiles * batch * heads,)](
-        grad, query, key, value, lo, hi, shift, factor, delta, dq, *inputs, *_strides(dq, unit),
+        grad, query, key, value, lo, hi, shift, factor, delta, dq, *inputs, *of_dq,
         mask_stride, num_tiles, q_len, kv_len, scale, softcap,
         **shared, M=block_m, N=block_n, num_warps=warps, num_stages=stages,
     )  # fmt: skip

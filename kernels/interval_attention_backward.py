@@ -21,6 +21,7 @@ from mmlm_kernels.interval_attention_parts import (
     tile_range,
     zeros,
 )
+from mmlm_kernels.launch import kernel
 
 
 @triton.jit
@@ -61,7 +62,7 @@ def _weights(s, shift, factor, EXACT: tl.constexpr):
     return p * factor if EXACT else p
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@kernel(do_not_specialize=INTEGERS)
 def delta_kernel(grad_ptr, out_ptr, grad_lse_ptr, largest_ptr, total_ptr, delta_ptr, shift_ptr, factor_ptr,
                  grad_stride_b, grad_stride_h, grad_stride_s, out_stride_b, out_stride_h, out_stride_s, num_rows, Sq,
                  H: tl.constexpr, UNIT: tl.constexpr, DV: tl.constexpr, DV_POW2: tl.constexpr,
@@ -95,7 +96,7 @@ def delta_kernel(grad_ptr, out_ptr, grad_lse_ptr, largest_ptr, total_ptr, delta_
     tl.store(shift_ptr + rows, tl.where(alive, shift, float("inf")), mask=there)
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@kernel(do_not_specialize=INTEGERS)
 def ranges_kernel(lo_ptr, hi_ptr, ranges_ptr, num_tiles, range_stride, Sq, Skv,
                   M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """For each tile of N keys [first, last), in which all queries are that see some of it; behind them, for each tile
@@ -170,22 +171,27 @@ def _dkv_loop(dk1, dk2, dk3, dv1, dv2, dv3, k1, k2, k3, v1, v2, v3, q_ptr, grad_
     return dk1, dk2, dk3, dv1, dv2, dv3
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@kernel(do_not_specialize=INTEGERS)
 def dkv_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, ranges_ptr, shift_ptr, factor_ptr, delta_ptr,
                dk_ptr, dv_ptr,
                grad_stride_b, grad_stride_h, grad_stride_s, q_stride_b, q_stride_h, q_stride_s,
                k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
-               dk_stride_b, dk_stride_h, dk_stride_s, dv_stride_b, dv_stride_h, dv_stride_s,
+               dk_stride_part, dk_stride_b, dk_stride_h, dk_stride_s,
+               dv_stride_part, dv_stride_b, dv_stride_h, dv_stride_s,
                mask_stride, range_stride, num_tiles, Sq, Skv, scale, softcap,
-               H: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, SOFTCAP: tl.constexpr, EXACT: tl.constexpr,
+               H: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr, SOFTCAP: tl.constexpr,
+               EXACT: tl.constexpr,
                AS_COLUMN: tl.constexpr, TOGETHER: tl.constexpr, WANTS_DK: tl.constexpr, WANTS_DV: tl.constexpr,
                D: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr,
                DV: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr, V3: tl.constexpr,
                PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr):  # fmt: skip
-    """dK, dV or both of a tile of keys, summed over the heads that share it."""
+    """dK, dV or both of a tile of keys, summed over the heads that share it, or over one of PARTS of them."""
     kv_heads: tl.constexpr = H // GROUP
+    heads_of_part: tl.constexpr = GROUP // PARTS
+    part = tl.program_id(0).to(tl.int64) % PARTS
     # under a causal mask the first keys are seen by most queries: they start first
-    tile, pair = place(tl.program_id(0), num_tiles, tl.num_programs(0) // num_tiles, TOGETHER)
+    num_pairs = tl.num_programs(0) // (num_tiles * PARTS)
+    tile, pair = place(tl.program_id(0) // PARTS, num_tiles, num_pairs, TOGETHER)
     b = (pair // kv_heads).to(tl.int64)
     kv_head = (pair % kv_heads).to(tl.int64)
     keys = tile * N + tl.arange(0, N)
@@ -202,8 +208,8 @@ def dkv_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, ranges_ptr, shift_
         v1, v2, v3 = load_pieces(v_ptr, rows, v_stride_s * UNIT, there, V1, V2, V3, DV)
     dk1, dk2, dk3 = zeros(N if WANTS_DK else 1, P1 if WANTS_DK else 1, P2 if WANTS_DK else 0, P3 if WANTS_DK else 0)
     dv1, dv2, dv3 = zeros(N if WANTS_DV else 1, V1 if WANTS_DV else 1, V2 if WANTS_DV else 0, V3 if WANTS_DV else 0)
-    for g in range(GROUP):
-        head = kv_head * GROUP + g
+    for g in range(heads_of_part):
+        head = kv_head * GROUP + part * heads_of_part + g
         row = (b * H + head) * Sq
         dk1, dk2, dk3, dv1, dv2, dv3 = _dkv_loop(
             dk1, dk2, dk3, dv1, dv2, dv3, k1, k2, k3, v1, v2, v3,
@@ -220,10 +226,10 @@ def dkv_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, ranges_ptr, shift_
             dk2 = dk2 * scale
         if P3 > 0:
             dk3 = dk3 * scale
-        dk_ptr += b * dk_stride_b * UNIT + kv_head * dk_stride_h * UNIT
+        dk_ptr += part * dk_stride_part * UNIT + b * dk_stride_b * UNIT + kv_head * dk_stride_h * UNIT
         store_pieces(dk_ptr, rows, dk_stride_s * UNIT, there, dk1, dk2, dk3, P1, P2, P3, D)
     if WANTS_DV:
-        dv_ptr += b * dv_stride_b * UNIT + kv_head * dv_stride_h * UNIT
+        dv_ptr += part * dv_stride_part * UNIT + b * dv_stride_b * UNIT + kv_head * dv_stride_h * UNIT
         store_pieces(dv_ptr, rows, dv_stride_s * UNIT, there, dv1, dv2, dv3, V1, V2, V3, DV)
 
 
@@ -251,7 +257,7 @@ def _dq_loop(dq1, dq2, dq3, q1, q2, q3, g1, g2, g3, k_ptr, v_ptr, shift, factor,
     return dq1, dq2, dq3
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@kernel(do_not_specialize=INTEGERS)
 def dq_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, shift_ptr, factor_ptr, delta_ptr, dq_ptr,
               grad_stride_b, grad_stride_h, grad_stride_s, q_stride_b, q_stride_h, q_stride_s,
               k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,

@@ -20,6 +20,7 @@ from mmlm_kernels.interval_attention_parts import (
     tile_range,
     zeros,
 )
+from mmlm_kernels.launch import kernel
 
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -64,7 +65,7 @@ def _attend(acc1, acc2, acc3, m, denominator, q1, q2, q3, k_ptr, v_ptr, start, s
     return acc1, acc2, acc3, m, denominator
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@kernel(do_not_specialize=INTEGERS)
 def fwd_kernel(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, sinks_ptr, out_ptr, largest_ptr, total_ptr,
                q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s,
                v_stride_b, v_stride_h, v_stride_s, out_stride_split, out_stride_b, out_stride_h, out_stride_s,
@@ -142,7 +143,7 @@ def fwd_kernel(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, sinks_ptr, out_ptr, largest_
     tl.store(total_ptr + row, total, mask=there)
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@kernel(do_not_specialize=INTEGERS)
 def combine_kernel(partial_ptr, partial_largest_ptr, partial_total_ptr, sinks_ptr, out_ptr, largest_ptr, total_ptr,
                    out_stride_b, out_stride_h, out_stride_s, num_rows, Sq,
                    H: tl.constexpr, UNIT: tl.constexpr, HAS_SINKS: tl.constexpr, SPLITS: tl.constexpr,

@@ -14,7 +14,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # No integer is specialised: lengths and strides change with every batch and every token, and UNIT says what they are
 # multiples of (tests/test_kernel_variants.py).
 INTEGERS = [f"{name}_stride_{axis}" for name in ("q", "k", "v", "grad", "out", "dq", "dk", "dv") for axis in "bhs"]
-INTEGERS += ["out_stride_split", "mask_stride", "range_stride", "num_tiles", "num_rows", "B", "Sq", "Skv"]
+INTEGERS += ["out_stride_split", "dk_stride_part", "dv_stride_part", "mask_stride", "range_stride"]
+INTEGERS += ["num_tiles", "num_rows", "B", "Sq", "Skv"]
 
 
 @triton.jit

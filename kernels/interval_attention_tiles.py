@@ -1,10 +1,13 @@
 """Tiles of `interval_attention`: blocks, pieces of a head, warps, stages and registers of each kernel."""
 
+from collections.abc import Mapping
+from functools import cache
+from types import MappingProxyType
+
 import torch
 import triton
-from torch import Tensor
 
-from mmlm_kernels.tiles import architecture
+from mmlm_kernels.launch import next_power_of_2
 
 OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 SPLIT_ABOVE = 128  # head size
@@ -49,13 +52,14 @@ if OLD_TRITON:  # it needs more registers for mma.sync
     TILES["fwd", 2, 80] = [(64, 128, 64, 4, 2), *TILES["fwd", 2, 80][1:]]
 
 
+@cache
 def pieces(size: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """Up to three powers of two, each at least 16, whose sum is the head size or little more.
 
     In float32 one: there pieces spill registers, and a power of two does not.
     """
     if dtype == torch.float32:
-        return max(16, triton.next_power_of_2(size)), 0, 0
+        return max(16, next_power_of_2(size)), 0, 0
     rest, widths = -(-max(size, 16) // 16) * 16, []
     while rest and len(widths) < 3:
         power = 1 << (rest.bit_length() - 1)
@@ -70,24 +74,28 @@ def pieces(size: int, dtype: torch.dtype) -> tuple[int, int, int]:
     return tuple(widths + [0] * (3 - len(widths)))  # type: ignore[return-value]
 
 
-def blocks(kernel: str, x: Tensor, *head_sizes: int, softcap: bool = False) -> tuple[int, int, int, int]:
-    padded, arch, width = max(sum(pieces(size, x.dtype)) for size in head_sizes), architecture(), x.element_size()
+@cache
+def blocks(
+    kernel: str, arch: int, dtype: torch.dtype, *head_sizes: int, softcap: bool = False
+) -> tuple[int, int, int, int]:
+    padded, width = max(sum(pieces(size, dtype)) for size in head_sizes), dtype.itemsize
     # a cap's polynomial takes registers, which some tiles do not have
     keys = [(f"{kernel}, cap", width, arch)] * softcap + [(kernel, width, arch), (kernel, width, 80)]
     rows = next(TILES[key] for key in keys if key in TILES)
     return next((row[1:] for row in rows if padded <= row[0]), rows[-1][1:])
 
 
-def kernels_of_keys(x: Tensor, *head_sizes: int) -> tuple[str, ...]:
+@cache
+def kernels_of_keys(arch: int, dtype: torch.dtype, *head_sizes: int) -> tuple[str, ...]:
     """The kernels that make the gradients of keys and values: two where both sums have no room in registers."""
-    padded = max(sum(pieces(size, x.dtype)) for size in head_sizes)
-    rows = TILES.get(("dk", x.element_size(), architecture()), [])
+    padded = max(sum(pieces(size, dtype)) for size in head_sizes)
+    rows = TILES.get(("dk", dtype.itemsize, arch), [])
     return ("dk", "dv") if any(SPLIT_ABOVE < padded <= row[0] for row in rows) else ("dkv",)
 
 
-def loads_as_columns(stages: int) -> bool:
+def loads_as_columns(arch: int, stages: int) -> bool:
     """See `_load_rows` of the backward kernels."""
-    return stages > 1 if architecture() == 90 else OLD_TRITON
+    return stages > 1 if arch == 90 else OLD_TRITON
 
 
 def registers(is_large: bool) -> dict[str, int]:
@@ -95,7 +103,8 @@ def registers(is_large: bool) -> dict[str, int]:
     return {"maxnreg": 255} if is_large else {}
 
 
-def sizes(head_size: int, value_size: int, dtype: torch.dtype) -> dict[str, int]:
+@cache
+def sizes(head_size: int, value_size: int, dtype: torch.dtype) -> Mapping[str, int]:
     names = ("P1", "P2", "P3", "V1", "V2", "V3")
     values = (*pieces(head_size, dtype), *pieces(value_size, dtype))
-    return {"D": head_size, "DV": value_size, **dict(zip(names, values, strict=True))}
+    return MappingProxyType({"D": head_size, "DV": value_size, **dict(zip(names, values, strict=True))})

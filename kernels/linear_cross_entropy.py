@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmlm_kernels.launch import ceil_div, kernel, next_power_of_2
 from mmlm_kernels.tiles import MAX_REGISTERS, TILES_FLOAT32, precision, product_tiles
 
 BLOCK_V = 4096  # logits of one step along a row
@@ -22,7 +23,7 @@ MIN_CHUNK_BYTES = 512 * 2**20  # of logits: smaller products would not fill a GP
 ROWS, DEPTH = 1, 2  # what of a product the count bounds
 
 
-@triton.jit(do_not_specialize=["first", "M", "K"])
+@kernel(do_not_specialize=["first", "M", "K"])
 def _matmul_kernel(a_ptr, b_ptr, bias_ptr, c_ptr, count_ptr, first, M, N, K, stride_am, stride_ak, stride_bk, stride_bn,
                    stride_cm, UNIT_M: tl.constexpr, UNIT_K: tl.constexpr, BOUNDED: tl.constexpr,
                    HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
@@ -87,7 +88,7 @@ def _logit(z, scale, softcap, SOFTCAP: tl.constexpr):
     return z
 
 
-@triton.jit(do_not_specialize=["first"])
+@kernel(do_not_specialize=["first"])
 def _loss_kernel(logits_ptr, target_ptr, row_factor_ptr, factor_ptr, loss_ptr, count_ptr, first, V, stride, scale,
                  softcap, smoothing, z_loss, HAS_ROW_FACTOR: tl.constexpr, HAS_FACTOR: tl.constexpr,
                  GRADIENTS: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
@@ -166,7 +167,7 @@ def _product(
     (rows, depth), columns = a.shape, b.shape[1]
     tiles = product_tiles(a.dtype, is_plain=not accumulate)
     unit_m, unit_k = (16 if a.stride(i) == 1 and a.shape[i] % 16 == 0 else 1 for i in range(2))
-    grid = (triton.cdiv(rows, tiles["BLOCK_M"]) * triton.cdiv(columns, tiles["BLOCK_N"]),)
+    grid = (ceil_div(rows, tiles["BLOCK_M"]) * ceil_div(columns, tiles["BLOCK_N"]),)
     _matmul_kernel[grid](
         a, b, out if bias is None else bias, out, count, first, rows // unit_m, columns, depth // unit_k, *a.stride(),
         *b.stride(), out.stride(0), UNIT_M=unit_m, UNIT_K=unit_k, BOUNDED=bounded, HAS_BIAS=bias is not None,
@@ -189,8 +190,8 @@ def _rows_of_chunk(x: Tensor, vocab: int, is_summed: bool, budget: int) -> int:
             return max(num_rows, 1)
         budget = max(MIN_CHUNK_BYTES, summed // 2)
     most = max(16, budget // (x.element_size() * vocab) // 128 * 128)
-    chunks = triton.cdiv(num_rows, most)
-    return max(1, min(most, triton.cdiv(triton.cdiv(num_rows, chunks), 16) * 16))
+    chunks = ceil_div(num_rows, most)
+    return max(1, min(most, ceil_div(ceil_div(num_rows, chunks), 16) * 16))
 
 
 def linear_cross_entropy_fwd(
@@ -230,7 +231,7 @@ def linear_cross_entropy_fwd(
             logits, y, loss if row_factors is None else row_factors, factor, loss, all_rows, first, vocab,
             logits.stride(0), scale, softcap, smoothing, z_loss, HAS_ROW_FACTOR=row_factors is not None,
             HAS_FACTOR=not after, GRADIENTS=any(needed), SOFTCAP=softcap != 0,
-            BLOCK=min(BLOCK_V, triton.next_power_of_2(vocab)), num_warps=8, maxnreg=MAX_REGISTERS,
+            BLOCK=min(BLOCK_V, next_power_of_2(vocab)), num_warps=8, maxnreg=MAX_REGISTERS,
         )  # fmt: skip
         _put(losses, where, part, loss)
         if needed[0]:

@@ -10,12 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmlm_kernels.launch import ceil_div, kernel
+
 BLOCK = 1024
 TOKENS = 1024  # of a program that looks for placeholders
 MODES = {"embed": 0, "replace": 1, "add": 2}
 
 
-@triton.jit
+@kernel()
 def _fwd_kernel(source_ptr, base_ptr, features, firsts, out_ptr, H, stride_base, scale, MODE: tl.constexpr,
                 K: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -36,7 +38,7 @@ def _fwd_kernel(source_ptr, base_ptr, features, firsts, out_ptr, H, stride_base,
     tl.store(out_ptr + token * H + columns, x.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel()
 def _bwd_kernel(grad_ptr, source_ptr, gradients, firsts, H, K: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -55,7 +57,7 @@ def _bad(ids, is_text, there, num_ids):
     return there & is_text & ((ids < 0) | (ids >= num_ids)) & (num_ids >= 0)
 
 
-@triton.jit(do_not_specialize=["num_ids", "N", "num_blocks"])
+@kernel(do_not_specialize=["num_ids", "N", "num_blocks"])
 def _count_kernel(ids_ptr, tokens, counts_ptr, num_ids, N, num_blocks, K: tl.constexpr, BLOCK: tl.constexpr):
     """Placeholders of each modality in a block of tokens, and in row K ids that are no row of the table."""
     block = tl.program_id(0)
@@ -80,7 +82,7 @@ def _before(counts_ptr, block, BLOCK: tl.constexpr):
     return tl.sum(total, 0)
 
 
-@triton.jit(do_not_specialize=["num_ids", "N", "num_blocks"])
+@kernel(do_not_specialize=["num_ids", "N", "num_blocks"])
 def _sources_kernel(ids_ptr, tokens, firsts, counts_ptr, source_ptr, wrong_ptr, num_ids, N, num_blocks,
                     K: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     block = tl.program_id(0)
@@ -129,7 +131,7 @@ def merge_embeddings_sources(ids: Tensor, tokens: list[int], counts: list[int], 
     source, wrong = ids.new_empty(size, dtype=torch.int64), ids.new_empty(len(tokens) + 1, dtype=torch.int64)
     if not size:
         return source, wrong.copy_(torch.tensor([*(-count for count in counts), 0]))
-    num_blocks = triton.cdiv(size, TOKENS)
+    num_blocks = ceil_div(size, TOKENS)
     found = ids.new_empty(len(tokens) + 1, num_blocks, dtype=torch.int32)
     shared = dict(K=len(tokens), BLOCK=TOKENS)
     _count_kernel[(num_blocks,)](ids, _odd(tokens), found, num_ids, size, num_blocks, **shared)
@@ -145,7 +147,7 @@ def merge_embeddings_fwd(source: Tensor, base: Tensor, features: list[Tensor], m
     sizes = [f.numel() // base.shape[1] for f in features]
     out = base.new_empty(source.shape[0], base.shape[1])
     if out.numel():
-        _fwd_kernel[(out.shape[0], triton.cdiv(out.shape[1], BLOCK))](
+        _fwd_kernel[(out.shape[0], ceil_div(out.shape[1], BLOCK))](
             source, base, tuple(flat), _firsts(sizes), out, out.shape[1], base.stride(0), scale, MODE=MODES[mode],
             K=len(flat), BLOCK=BLOCK,
         )  # fmt: skip
@@ -156,7 +158,7 @@ def merge_embeddings_bwd(grad: Tensor, source: Tensor, sizes: list[int]) -> list
     grad = grad.contiguous()
     gradients = [grad.new_empty(size, grad.shape[1]) for size in sizes]
     if grad.numel() and sizes:
-        _bwd_kernel[(grad.shape[0], triton.cdiv(grad.shape[1], BLOCK))](
+        _bwd_kernel[(grad.shape[0], ceil_div(grad.shape[1], BLOCK))](
             grad, source, tuple(g if g.numel() else grad for g in gradients), _firsts(sizes), grad.shape[1],
             K=len(sizes), BLOCK=BLOCK,
         )  # fmt: skip

@@ -13,12 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmlm_kernels.launch import ceil_div, kernel, next_power_of_2
+
 BLOCK = 1024
 MAX_PROGRAMS = 256  # of the backward pass of a norm: each makes one row of partial sums
 AT = {"none": 0, "before": 1, "after": 2}
 
 
-@triton.jit
+@kernel()
 def _move_kernel(x_ptr, index_ptr, out_ptr, C, stride_x, K: tl.constexpr, CHANNELS_FIRST: tl.constexpr,
                  BACKWARD: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """out row m from its K input rows; backward: from out (here x) to the rows of dx (here out)."""
@@ -52,7 +54,7 @@ def _rows_of(index_ptr, unit, part, here, BEFORE: tl.constexpr, K: tl.constexpr)
         return tl.load(index_ptr + unit * K + part, mask=here, other=0)
 
 
-@triton.jit
+@kernel()
 def _norm_kernel(x_ptr, index_ptr, weight_ptr, bias_ptr, out_ptr, C, stride_x, eps, K: tl.constexpr,
                  KP: tl.constexpr, BEFORE: tl.constexpr, LAYER: tl.constexpr, CHANNELS_FIRST: tl.constexpr,
                  HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
@@ -82,7 +84,7 @@ def _norm_kernel(x_ptr, index_ptr, weight_ptr, bias_ptr, out_ptr, C, stride_x, e
     tl.store(out_ptr + to, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["units", "units_per_program"])
+@kernel(do_not_specialize=["units", "units_per_program"])
 def _norm_bwd_kernel(grad_ptr, x_ptr, index_ptr, weight_ptr, dx_ptr, dweight_ptr, dbias_ptr, units, C, stride_x,
                      units_per_program, eps, K: tl.constexpr, KP: tl.constexpr, BEFORE: tl.constexpr,
                      LAYER: tl.constexpr, CHANNELS_FIRST: tl.constexpr, HAS_WEIGHT: tl.constexpr,
@@ -132,7 +134,7 @@ def _norm_bwd_kernel(grad_ptr, x_ptr, index_ptr, weight_ptr, dx_ptr, dweight_ptr
 
 def _tile(index: Tensor, size: int, norm_at: str, channels_first: bool, is_layer: bool) -> dict:
     parts = 1 if norm_at == "before" else index.shape[1]
-    block, padded = triton.next_power_of_2(size), triton.next_power_of_2(parts)
+    block, padded = next_power_of_2(size), next_power_of_2(parts)
     return {
         "K": index.shape[1],
         "KP": padded,
@@ -161,7 +163,7 @@ def norm_pixel_shuffle_fwd(
     if not out.numel():
         return out
     if norm_at == "none":
-        _move_kernel[(index.numel(), triton.cdiv(size, BLOCK))](
+        _move_kernel[(index.numel(), ceil_div(size, BLOCK))](
             x, index, out, size, x.stride(0), K=index.shape[1], CHANNELS_FIRST=channels_first, BACKWARD=False,
             BLOCK=BLOCK,
         )  # fmt: skip
@@ -191,14 +193,14 @@ def norm_pixel_shuffle_bwd(
     dx = grad.new_empty(index.numel(), size)
     if norm_at == "none":
         if dx.numel():
-            _move_kernel[(index.numel(), triton.cdiv(size, BLOCK))](
+            _move_kernel[(index.numel(), ceil_div(size, BLOCK))](
                 grad, index, dx, size, 0, K=index.shape[1], CHANNELS_FIRST=channels_first, BACKWARD=True, BLOCK=BLOCK
             )
         return dx, grad.new_empty(0), grad.new_empty(0)
     x = x if x.stride(-1) == 1 else x.contiguous()
     units = index.numel() if norm_at == "before" else index.shape[0]
-    units_per_program = max(1, triton.cdiv(units, MAX_PROGRAMS))
-    programs = triton.cdiv(units, units_per_program)
+    units_per_program = max(1, ceil_div(units, MAX_PROGRAMS))
+    programs = ceil_div(units, units_per_program)
     shape = (programs, size if norm_at == "before" else grad.shape[1])
     dweight = None if weight is None else grad.new_empty(shape, dtype=torch.float32)
     dbias = None if bias_dtype is None else grad.new_empty(shape, dtype=torch.float32)

@@ -6,12 +6,13 @@ Legend: B pictures, C channels, P patch size, m patches a side that a merger joi
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmlm_kernels.launch import kernel, next_power_of_2
 
-@triton.jit(
+
+@kernel(
     do_not_specialize=["patches", "columns_of_patches", "stride_b", "stride_c", "stride_y"],
     do_not_specialize_on_alignment=["stride_x"],
 )
@@ -56,6 +57,6 @@ def patchify(
         _patchify_kernel[(batch * patches,)](
             pixels, tuple(scale), tuple(shift), out, patches, width // patch_size, *(s // unit for s in strides),
             stride_x, UNIT=unit, P=patch_size, M=merge_size, REPEATS=repeats, C=channels,
-            BLOCK_P=triton.next_power_of_2(patch_size),
+            BLOCK_P=next_power_of_2(patch_size),
         )  # fmt: skip
     return out

@@ -6,10 +6,16 @@ take the keys. A head is held as the two halves that rotate and what stays. Grad
 Legend: B batch, S tokens, H heads, D head size, half = number of rotating pairs.
 """
 
+from collections.abc import Mapping
+from functools import cache
+from types import MappingProxyType
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from mmlm_kernels.launch import ceil_div, empty_heads_last, kernel, next_power_of_2, row_strides
 
 HEADS = 8  # of a program, at most
 MAX_SPLITS = 512  # of the tokens in the gradient of the weights
@@ -76,7 +82,7 @@ def _fwd_one(x_ptr, out_ptr, weight_ptr, cos_ptr, sin_ptr, token, table, b, s, f
         _store(out_ptr, out_base, cr, rest_mask, rest)
 
 
-@triton.jit(do_not_specialize=["S", "table_stride", "q_stride_b", "q_stride_h", "q_stride_s", "k_stride_b",
+@kernel(do_not_specialize=["S", "table_stride", "q_stride_b", "q_stride_h", "q_stride_s", "k_stride_b",
                                "k_stride_h", "k_stride_s"])  # fmt: skip
 def _fwd_kernel(q_ptr, k_ptr, q_out_ptr, k_out_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, S,
                 table_stride, q_heads, k_heads, q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h,
@@ -98,7 +104,7 @@ def _fwd_kernel(q_ptr, k_ptr, q_out_ptr, k_out_ptr, q_weight_ptr, k_weight_ptr, 
                  INVERSE, HEADS, BLOCK_HALF, HAS_REST, BLOCK_REST)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["T", "S", "table_stride", "g_stride_b", "g_stride_h", "g_stride_s", "x_stride_b",
+@kernel(do_not_specialize=["T", "S", "table_stride", "g_stride_b", "g_stride_h", "g_stride_s", "x_stride_b",
                                "x_stride_h", "x_stride_s", "tokens_per_program"])  # fmt: skip
 def _norm_bwd_kernel(grad_ptr, x_ptr, dx_ptr, weight_ptr, dweight_ptr, cos_ptr, sin_ptr, T, S, table_stride,
                      H, g_stride_b, g_stride_h, g_stride_s, x_stride_b, x_stride_h, x_stride_s, tokens_per_program,
@@ -157,31 +163,21 @@ def _norm_bwd_kernel(grad_ptr, x_ptr, dx_ptr, weight_ptr, dweight_ptr, cos_ptr, 
         tl.store(dweight_ptr + part + cr, dr, mask=in_rest)
 
 
-def _heads_last(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
-
-
 def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _unit(*tensors: Tensor) -> int:
-    """8 where all strides are multiples of it, which lets loads be 16 bytes wide."""
-    return 8 if all(s % 8 == 0 for t in tensors for s in t.stride()[:-1]) else 1
-
-
-def _strides(x: Tensor, unit: int) -> list[int]:
-    return [stride // unit for stride in x.stride()[:3]]
-
-
-def _tile(size: int, half: int, heads: int, interleaved: bool) -> dict:
-    return {
-        "INTERLEAVED": interleaved,
-        "HEADS": min(HEADS, triton.next_power_of_2(heads)),
-        "BLOCK_HALF": triton.next_power_of_2(max(1, half)),
-        "HAS_REST": 2 * half < size,
-        "BLOCK_REST": triton.next_power_of_2(max(1, size - 2 * half)),
-    }
+@cache
+def _tile(size: int, half: int, heads: int, interleaved: bool) -> Mapping[str, int]:
+    return MappingProxyType(
+        {
+            "INTERLEAVED": interleaved,
+            "HEADS": min(HEADS, next_power_of_2(heads)),
+            "BLOCK_HALF": next_power_of_2(max(1, half)),
+            "HAS_REST": 2 * half < size,
+            "BLOCK_REST": next_power_of_2(max(1, size - 2 * half)),
+        }
+    )
 
 
 def _rotate(
@@ -197,21 +193,21 @@ def _rotate(
     inverse: bool,
 ) -> tuple[Tensor, Tensor]:
     query, cos, sin = _dense(query), cos.contiguous(), sin.contiguous()
-    out = _heads_last(query)
     batch, heads, length, size = query.shape
+    out = empty_heads_last(query, batch, heads, length, size)
     k = query if key is None else _dense(key)
-    out_key = query.new_empty(0) if key is None else _heads_last(key)
     key_heads = 0 if key is None else k.shape[1]
+    out_key = query.new_empty(0) if key is None else empty_heads_last(k, batch, key_heads, length, size)
     half = cos.shape[-1]
     tile = _tile(size, half, max(heads, key_heads), interleaved)
-    blocks = triton.cdiv(heads, tile["HEADS"]) + triton.cdiv(key_heads, tile["HEADS"])
-    has_norm, unit = query_weight is not None, _unit(query, k)
+    blocks = ceil_div(heads, tile["HEADS"]) + ceil_div(key_heads, tile["HEADS"])
+    has_norm, (unit, strides) = query_weight is not None, row_strides(query, k)
     query_weight, key_weight = (None if w is None else w.contiguous() for w in (query_weight, key_weight))
     if batch * length * blocks:
         _fwd_kernel[(batch * length, blocks)](
             query, k, out, out if key is None else out_key, query_weight if has_norm else query,
             query if key_weight is None else key_weight, cos, sin, length,
-            0 if cos.shape[0] == 1 else length, heads, key_heads, *_strides(query, unit), *_strides(k, unit), eps,
+            0 if cos.shape[0] == 1 else length, heads, key_heads, *strides, eps,
             offset, UNIT=unit, D=size, half=half, HAS_NORM=has_norm, INVERSE=inverse,
             maxnreg=MAX_REGISTERS, **tile,
         )  # fmt: skip
@@ -235,19 +231,19 @@ def qk_norm_rope_fwd(
 def _norm_bwd(
     grad: Tensor, x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor, eps: float, offset: float, interleaved: bool
 ) -> tuple[Tensor, Tensor]:
-    grad, x, dx, cos, sin = _dense(grad), _dense(x), _heads_last(grad), cos.contiguous(), sin.contiguous()
-    weight = weight.contiguous()
+    grad, x, cos, sin, weight = _dense(grad), _dense(x), cos.contiguous(), sin.contiguous(), weight.contiguous()
     batch, heads, length, size = grad.shape
-    half, unit = cos.shape[-1], _unit(grad, x)
+    dx = empty_heads_last(grad, batch, heads, length, size)
+    half, (unit, strides) = cos.shape[-1], row_strides(grad, x)
     tile = _tile(size, half, heads, interleaved)
     tokens = batch * length
-    tokens_per_program = max(1, triton.cdiv(tokens, MAX_SPLITS))
-    grid = (triton.cdiv(tokens, tokens_per_program), triton.cdiv(heads, tile["HEADS"]))
+    tokens_per_program = max(1, ceil_div(tokens, MAX_SPLITS))
+    grid = (ceil_div(tokens, tokens_per_program), ceil_div(heads, tile["HEADS"]))
     partial = grad.new_empty(*grid, size, dtype=torch.float32)
     if tokens * heads:
         _norm_bwd_kernel[grid](
             grad, x, dx, weight, partial, cos, sin, tokens, length, 0 if cos.shape[0] == 1 else length, heads,
-            *_strides(grad, unit), *_strides(x, unit), tokens_per_program, eps, offset, UNIT=unit, D=size, half=half,
+            *strides, tokens_per_program, eps, offset, UNIT=unit, D=size, half=half,
             maxnreg=MAX_REGISTERS_BWD, **tile,
         )  # fmt: skip
     return dx, partial.sum((0, 1)).to(weight.dtype)

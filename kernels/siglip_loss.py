@@ -4,14 +4,15 @@ Floor: the tile read and, for gradients, written once; see kernels/clip_loss.py 
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
+
+from mmlm_kernels.launch import kernel
 
 BLOCK = 512  # columns of one step along a row; with 1024 the kernel for sm_100 spills
 
 
-@triton.jit(do_not_specialize=["M", "stride_d", "stride_w", "offset"])
+@kernel(do_not_specialize=["M", "stride_d", "stride_w", "offset"])
 def _pairs_kernel(dots_ptr, scale_ptr, bias_ptr, sums_ptr, row_ids_ptr, column_ids_ptr, weights_ptr, M, stride_d,
                   stride_w, offset, UNIT: tl.constexpr, GRADIENTS: tl.constexpr, KIND: tl.constexpr,
                   BLOCK: tl.constexpr):  # fmt: skip

@@ -1,14 +1,17 @@
 """Tiles of matrix products, and the architectures that their tables tell apart."""
 
 import os
+from functools import cache
 
 import torch
 import triton
 
-# The largest that compile without spills for sm_80, sm_90 and sm_100 (tests/aot.py prints registers and shared memory).
-# Those of 128 × 256 take 197 KB of shared memory, which sm_120 does not have. IEEE float32 has no tensor cores: small
-# tiles, and none with fewer than 16 terms, which Triton 3.6 refuses. Unless told how many registers there are, ptxas
-# stops at 80 and spills.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as for Triton, when its kernels are imported
+
+# The largest that compile without spills for sm_80, sm_90 and sm_100 (tests/support/aot.py prints registers and shared
+# memory). Those of 128 × 256 take 197 KB of shared memory, which sm_120 does not have. IEEE float32 has no tensor
+# cores: small tiles, and none with fewer than 16 terms, which Triton 3.6 refuses. Unless told how many registers there
+# are, ptxas stops at 80 and spills.
 MAX_REGISTERS = 128
 TILES_16_BIT = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
 TILES_16_BIT_WIDE = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}
@@ -19,9 +22,16 @@ TILES_FLOAT32 = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 8, "n
 
 def architecture() -> int:
     """80, 90 or 100: which kind of matrix instructions there is."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if INTERPRETED:
         return 90
-    arch = triton.runtime.driver.active.get_current_target().arch
+    active = triton.runtime.driver.active
+    return _architecture(active, active.get_current_device())
+
+
+@cache
+def _architecture(driver: object, device: int) -> int:
+    """Of a device, which is the current one."""
+    arch = driver.get_current_target().arch  # type: ignore[attr-defined]
     return 90 if arch == 90 else 100 if 100 <= arch < 120 else 80
 
 

@@ -307,13 +307,12 @@ def test_a_candidate_is_what_the_launcher_takes(kernel):
     """On every architecture, and the shipped row comes back."""
     from mmlm_kernels import interval_attention_tiles as tiles
 
-    q = torch.empty(1, 1, 1, 128, dtype=torch.bfloat16)
-    shipped = tiles.blocks(kernel, q, 128)
+    shipped = tiles.blocks(kernel, 90, torch.bfloat16, 128)
     with candidates.chosen(kernel, (16, 16, 4, 7)):
-        assert tiles.blocks(kernel, q, 128) == (16, 16, 4, 7)
+        assert tiles.blocks(kernel, 90, torch.bfloat16, 128) == (16, 16, 4, 7)
         assert {row[-1] for key, rows in tiles.TILES.items() if key[:2] == (kernel, 2) for row in rows} == {7}
     with candidates.chosen(kernel, None):
-        assert tiles.blocks(kernel, q, 128) == shipped
+        assert tiles.blocks(kernel, 90, torch.bfloat16, 128) == shipped
 
 
 # ---- what is made of facts -------------------------------------------------------------------------------------------

@@ -245,6 +245,29 @@ def test_kernel_splits_the_keys_of_few_queries(q_len, kv_len, dtype, device, ker
     assert len(splits) == 3
 
 
+@pytest.mark.parametrize(("size", "dtype"), [(24, torch.float32), (16, torch.float16), (256, torch.bfloat16)])
+def test_kernel_shares_out_heads_of_few_keys(size, dtype, device, kernel, monkeypatch):
+    """Programs of two, three or six of the six heads that share their keys; 256 takes two kernels."""
+    monkeypatch.setattr(kernel, "ROWS_WORTH_PARTS", 1)
+    made = []
+    in_parts = kernel._in_parts
+    monkeypatch.setattr(kernel, "_in_parts", lambda like, parts: made.append(parts) or in_parts(like, parts))
+    for full in (2, 3, 4) if size == 24 else (3,):
+        monkeypatch.setattr(kernel, "FULL", full)
+        inputs = draw(20, 20, size, dtype, 6, 1, device=device, batch=1)
+        check_once(IntervalMask.causal(20), *inputs, sinks=torch.randn(6), lse=True)
+    assert set(made) == ({2, 3, 6} if size == 24 else {3})
+
+
+def test_heads_are_shared_out_where_that_fills_the_device():
+    kernel = importlib.import_module("mmlm_kernels.interval_attention")
+    assert kernel._parts_of_heads(7, 2048, 32) == 7  # Qwen2.5-0.5B
+    assert kernel._parts_of_heads(8, 2048, 40) == 4
+    assert kernel._parts_of_heads(8, 2048, 132) == kernel._parts_of_heads(8, 100, 2) == 1
+    assert kernel._parts_of_heads(1, 8192, 1) == 1
+    assert kernel._parts_of_heads(4, 8192, 3) == 4
+
+
 def test_kernel_gradient_of_few_queries(device, kernel):
     inputs = draw(3, 600, 24, torch.float32, 4, 2, device=device)
     check_once(IntervalMask.causal(3, 600), *inputs, sinks=torch.randn(4))
@@ -276,7 +299,7 @@ def test_rows_loaded_as_columns_give_the_same_bits(dtype, device, kernel, monkey
     mask = IntervalMask.causal(37, 70, device=device) & IntervalMask.sliding_window(37, 70, window=30, device=device)
     results = []
     for as_columns in (False, True):
-        monkeypatch.setattr(kernel, "loads_as_columns", lambda stages, as_columns=as_columns: as_columns)
+        monkeypatch.setattr(kernel, "loads_as_columns", lambda arch, stages, as_columns=as_columns: as_columns)
         results.append(run_with_gradients(interval_attention, mask, *inputs))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert all(x.isfinite().all() for x in results[1])
@@ -485,7 +508,7 @@ def test_kernel_reads_nothing_behind_the_sinks(device, kernel, monkeypatch):
 
 def test_kernel_loads_as_under_an_older_triton(device, kernel, monkeypatch):
     """Rows' numbers as columns, which Triton before 3.9 needs where there is no wgmma."""
-    monkeypatch.setattr(kernel, "loads_as_columns", lambda stages: True)
+    monkeypatch.setattr(kernel, "loads_as_columns", lambda arch, stages: True)
     for dtype in (torch.float32, torch.float16):
         check_once(IntervalMask.sliding_window(40, 70, window=33), *draw(40, 70, 24, dtype, 2, 1, device=device))
 

@@ -289,7 +289,7 @@ def main():
     import triton
     from triton.runtime.jit import JITFunction
 
-    from support import aot
+    from mmlm_benchmarks.no_gpu import NoGpu
 
     seen, launch = set(), JITFunction.run
     op = ""
@@ -301,7 +301,7 @@ def main():
 
     JITFunction._do_compile = note
     JITFunction.run = lambda self, *args, grid, warmup, **kwargs: launch(self, *args, grid=grid, warmup=True, **kwargs)
-    triton.runtime.driver.set_active(aot.CompileOnlyDriver(90))
+    triton.runtime.driver.set_active(NoGpu(90))
     found, most = {}, {}
     for op in BINARIES:
         module = import_module(f"mmlm_kernels.{op.removesuffix('_decoding')}")

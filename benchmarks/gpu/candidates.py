@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -111,11 +112,19 @@ def step(kernel: str, size: int, device: Device) -> tuple[Callable, tuple, int]:
 @contextmanager
 def chosen(kernel: str, row: Row | None) -> Iterator[None]:
     """Give a kernel's tile tables for 16-bit types this row alone; None leaves them."""
-    tiles = import_module("mmlm_kernels.interval_attention_tiles").TILES
+    module = import_module("mmlm_kernels.interval_attention_tiles")
+    tiles = module.TILES
     kept = dict(tiles)
     if row is not None:
         tiles.update({key: [(512, *row)] for key in kept if key[0].split(",")[0] == kernel and key[1] == 2})
+    _look_up_anew(module)
     try:
         yield
     finally:
         tiles.update(kept)
+        _look_up_anew(module)
+
+
+def _look_up_anew(module: ModuleType) -> None:
+    module.blocks.cache_clear()
+    module.kernels_of_keys.cache_clear()

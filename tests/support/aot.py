@@ -29,9 +29,9 @@ os.environ.pop("TRITON_INTERPRET", None)
 import torch
 import triton
 from torch.utils import _pytree as pytree
-from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
 from triton.runtime.jit import JITFunction
+
+from mmlm_benchmarks.no_gpu import NoGpu
 
 TESTS = Path(__file__).resolve().parents[1]
 TABLES = TESTS / "aot_tables"
@@ -41,47 +41,6 @@ CHECKED = "gated_add"  # compiled even where the table has it: few binaries, qui
 label = ""  # of what is being compiled, for the table
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-
-
-class CompileOnlyDriver(DriverBase):
-    def __init__(self, arch: int) -> None:
-        self.target = GPUTarget("cuda", arch, 32)
-        self.utils = None
-        self.launcher_cls = None
-
-    @classmethod
-    def is_active(cls):
-        return True
-
-    def get_current_target(self):
-        return self.target
-
-    def get_current_device(self):
-        return 0
-
-    def set_current_device(self, device):
-        pass
-
-    def get_current_stream(self, device=None):
-        return 0
-
-    def get_active_torch_device(self):
-        return torch.device("cpu")
-
-    def map_python_to_cpp_type(self, ty):
-        return ty
-
-    def get_benchmarker(self):
-        raise RuntimeError("nothing can be timed without a GPU")
-
-    def get_device_interface(self):
-        return torch.cpu
-
-    def get_empty_cache_for_benchmark(self):
-        raise RuntimeError("nothing can be timed without a GPU")
-
-    def clear_cache(self, cache):
-        pass
 
 
 def concat_linear(dtype):
@@ -199,10 +158,11 @@ def interval_attention(dtype, every=False):
     """Forward, backward, and decoding; every head size and option with `every`, else the ones that need most."""
     from mmlm_kernels.interval_attention import interval_attention_bwd, interval_attention_fwd
 
-    def compile_one(size, kv_len=1024, q_len=1024, masked=True, softcap=0.0, sinks=False, backward=True, group=4):
+    def compile_one(size, kv_len=512, q_len=512, masked=True, softcap=0.0, sinks=False, backward=True, group=4):
         global label
         decoding = ", decoding" if q_len == 1 else ""
-        extra = f"{'' if masked else ', no mask'}{', cap and sinks' if sinks and softcap else ''}{decoding}"
+        shared = ", heads shared out" if q_len > 512 else ""
+        extra = f"{shared}{'' if masked else ', no mask'}{', cap and sinks' if sinks and softcap else ''}{decoding}"
         label = f"interval_attention {str(dtype).removeprefix('torch.')} {size}{extra}"
         q = torch.empty(2, 8, q_len, size, dtype=dtype)
         k = torch.empty(2, 8 // group, kv_len, size, dtype=dtype)
@@ -216,6 +176,8 @@ def interval_attention(dtype, every=False):
     sizes = [size for size in HEAD_SIZES if size <= (128 if dtype == torch.float32 else 512)] if every else quick
     for size in sizes:
         compile_one(size)
+    for size in sizes if every else sizes[1:2]:
+        compile_one(size, q_len=1024, kv_len=1024)
     if dtype == torch.bfloat16:
         compile_one(128, q_len=1, kv_len=4096, backward=False)
     if not every:
@@ -430,7 +392,7 @@ def main() -> int:
     arch, options = int(sys.argv[1]), sys.argv[2:]
     every, use_table, write = (option in options for option in ("all", "--table", "--write"))
     wanted = [option for option in options if option != "all" and not option.startswith("-")]
-    triton.runtime.driver.set_active(CompileOnlyDriver(arch))
+    triton.runtime.driver.set_active(NoGpu(arch))
     start, path = time.perf_counter(), table_path(arch, every)
     table = json.loads(path.read_text()) if path.exists() and (use_table or write) else {}
     failures, compiled, total, ops = [], 0, 0, dict(table) if write and wanted else {}
