@@ -4,12 +4,32 @@ Floor: the tile read and, for gradients, written once; see kernels/clip_loss.py 
 """
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
 from mmlm_kernels.launch import kernel
 
 BLOCK = 512  # columns of one step along a row; with 1024 the kernel for sm_100 spills
+
+
+@triton.jit
+def _log1p(e):
+    """ln(1 + e) for e of [0, 1], by ln(1 + e) / e as a polynomial that errs by at most 7·10⁻¹⁰ of it.
+
+    In float32 the mean error is 0.7 times that of a logarithm of 1 + e with what rounding took from the sum given back
+    (Kahan), which costs a logarithm, a division and four selections more.
+    """
+    p = 0.002030228031799197 * e - 0.013407466933131218
+    p = p * e + 0.041478101164102554
+    p = p * e - 0.08244161307811737
+    p = p * e + 0.1241842731833458
+    p = p * e - 0.16105687618255615
+    p = p * e + 0.19890746474266052
+    p = p * e - 0.24987271428108215
+    p = p * e + 0.33332559466362
+    p = p * e - 0.4999998211860657
+    return (p * e + 1.0) * e
 
 
 @kernel(do_not_specialize=["M", "stride_d", "stride_w", "offset"])
@@ -39,15 +59,13 @@ def _pairs_kernel(dots_ptr, scale_ptr, bias_ptr, sums_ptr, row_ids_ptr, column_i
         else:
             w = tl.load(weights_ptr + row.to(tl.int64) * stride_w + columns, mask=mask, other=0.0).to(tl.float32)
         e = tl.exp(tl.where(logits > 0, -logits, logits))
-        up = 1 + e
-        # ln(1 + e): what rounding took from 1 + e is given back by the quotient (Kahan)
-        log1p = tl.where(up == 1, e, tl.log(up) * (e / tl.where(up == 1, 1.0, up - 1)))
         # softplus(logit) - w · logit, with the cancelling part first
-        loss = log1p + (tl.where(logits < 0, 0.0, logits) - w * logits)
+        loss = _log1p(e) + (tl.where(logits < 0, 0.0, logits) - w * logits)
         losses += tl.where(mask, loss, 0.0)
         if GRADIENTS:
-            small = e / up
-            g = tl.where(logits < 0, small, 1 / up) - w
+            large = 1 / (1 + e)
+            small = e * large
+            g = tl.where(logits < 0, small, large) - w
             g = tl.where(logits >= 0, tl.where(w == 1, -small, g), g)  # 1/(1+e) - 1 without its rounding
             g = tl.where(mask, g, 0.0)
             along += g * dots

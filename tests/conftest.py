@@ -18,9 +18,11 @@ sys.path.append(str(Path(__file__).parent))  # for the package `support`; spawne
 INTERPRETED = not torch.cuda.is_available()
 if INTERPRETED:
     os.environ["TRITON_INTERPRET"] = "1"
-    from support import interpreter
+    from support import gpu_rounding, interpreter
 
     interpreter.install()
+    if gpu_rounding.IS_ON:
+        gpu_rounding.install()
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HEAD_SIZES = [16, 64, 72, 80, 88, 96, 104, 128, 256]
 BATCH = 2
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+ROUNDS_AS_A_GPU = not INTERPRETED or os.environ.get("MMLM_FAST_GPU_ROUNDING") == "1"
 
 
 def lengths(*values):
@@ -155,7 +156,7 @@ def assert_allowed(name, actual, twin, exact, dtype):
     what is allowed; on an H100 the worst of 900 checks 1.71.
     """
     found = difference(actual, twin, exact)
-    allowed = found.allowed * (GPU_FLOAT32_ATTENTION_FACTOR if dtype == torch.float32 and not INTERPRETED else 1.0)
+    allowed = found.allowed * (GPU_FLOAT32_ATTENTION_FACTOR if dtype == torch.float32 and ROUNDS_AS_A_GPU else 1.0)
     assert found.error <= allowed, f"{name}: error {found.error:.3e}, allowed {allowed:.3e}"
 
 
