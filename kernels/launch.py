@@ -54,6 +54,7 @@ class Kernel:
 
     def __init__(self, jit: JITFunction) -> None:
         self.jit = jit
+        self.fn = jit.fn
         self.forms: dict[tuple, _Form] = {}
 
     def __getitem__(self, grid: Sequence[int]) -> Callable[..., None]:

@@ -61,6 +61,10 @@ def test_launchers_of_ops(found):
     assert found["ops"] == {"glu": True, "add_norm": True, "qk_norm_rope": True, "interval_attention": True}
 
 
+def test_the_gpu_suite_sees_quick_launches(found):
+    assert found["recorded"] == ["copy_kernel"]
+
+
 def test_hooks_are_told(found):
     """A profiler that comes later sees launches that were quick before."""
     assert found["hook before"] == [False, False]
@@ -165,6 +169,13 @@ def main():
         hooks[f"hook {when}"] = told
         if hook is not kept and hasattr(kept, "remove"):
             kept.remove(hook)
+    from mmlm_benchmarks.gpu.correctness import recorded_launches
+
+    names = recorded_launches()
+    own.clear()
+    arguments, options = calls[0]
+    copy_kernel[(3, 2)](*arguments, **options)
+    hooks["recorded"] = sorted(names) if not own else "was not quick"
     found = {"launches": len(calls), "different": different, "binaries": len(functions), "quick": quick}
     print(json.dumps(found | {"quick with 64 bits": wide, "ops": ops} | hooks))
 

@@ -57,14 +57,16 @@ def recorded_launches() -> set[str]:
     """Names of the Triton kernels that are launched from here on."""
     from triton.runtime.jit import KernelInterface
 
+    from mmlm_kernels.launch import Kernel
+
     names: set[str] = set()
-    original = KernelInterface.__getitem__
+    for kind in (Kernel, KernelInterface):  # ours; and Triton's, which the interpreter's are
 
-    def recording(self: Any, grid: Any) -> Any:
-        names.add(self.fn.__name__)
-        return original(self, grid)
+        def recording(self: Any, grid: Any, original: Callable = kind.__getitem__) -> Any:
+            names.add(self.fn.__name__)
+            return original(self, grid)
 
-    KernelInterface.__getitem__ = recording
+        kind.__getitem__ = recording
     return names
 
 
