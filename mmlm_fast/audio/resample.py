@@ -261,6 +261,7 @@ def _again(ctx: Any, grads: tuple, *waveforms: Tensor) -> tuple:
 class _Resample(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, arguments: tuple, *waveforms: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*waveforms)
         ctx.arguments = arguments
         return _fwd(list(waveforms), *arguments)

@@ -393,6 +393,7 @@ def _again(ctx: Any, grads: tuple, *waveforms: Tensor) -> tuple:
 class _SpectralFeatures(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, key: str, num_samples: list[int], orig_freq: int, *waveforms: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*waveforms)
         ctx.key, ctx.num_samples, ctx.orig_freq = key, num_samples, orig_freq
         return _fwd(list(waveforms), key, num_samples, orig_freq)

@@ -324,6 +324,7 @@ class _LinearLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: _Head) -> Tensor:
+        ctx.set_materialize_grads(False)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(hidden if needs_weight else None, weight if needs_hidden else None)
         ctx.sizes = hidden.shape, weight.shape
@@ -332,7 +333,9 @@ class _LinearLayer(torch.autograd.Function):
         return LazyLogits.of(ctx.stage)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 4
         hidden, weight = ctx.saved_tensors
         (shape, (num_classes, size)), needs, stage = ctx.sizes, ctx.needs_input_grad[:3], ctx.stage
         if not graph_is_kept():
@@ -361,6 +364,7 @@ class _CrossEntropy(torch.autograd.Function):
         label_smoothing: float,
         options: dict[str, Any],
     ) -> Tensor:
+        ctx.set_materialize_grads(False)
         stage, head = logits._stage, logits._stage.head
         head.check()
         head.habit.losses += not head.lossed
@@ -389,7 +393,9 @@ class _CrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 6
         (target,), logits, rest = ctx.saved_tensors, ctx.logits, (None,) * 5
         if is_seen_through([grad]):  # to be differentiated again, or by many at once: as the original
             twice = torch.is_grad_enabled()

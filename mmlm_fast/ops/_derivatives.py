@@ -19,6 +19,10 @@ def differentiable(
     or a transform of torch.func or forward mode is at work, the gradients are those of the op's reference, run again
     from what was saved: they are right to any order, and cost what the reference costs.
 
+    Where no output has a gradient no input gets one, as with torch's own operators; the forward pass must say
+    ``ctx.set_materialize_grads(False)``. DDP with unused parameters runs the backward pass of what the loss does not
+    depend on: zeros there would make an optimizer decay weights that it leaves alone without us.
+
     Args:
         again: ``again(ctx, grads, *saved)`` runs the reference on the saved tensors. Returns outputs in the order of
             `grads`, None for those without gradient, and inputs in the order of forward's arguments, None (or nothing
@@ -28,6 +32,8 @@ def differentiable(
     def decorate(backward: Callable) -> Callable:
         @wraps(backward)
         def call(ctx: Any, *grads: Tensor | None) -> Any:
+            if all(g is None for g in grads):
+                return (None,) * len(ctx.needs_input_grad)
             if not is_seen_through(grads):
                 return backward(ctx, *grads)
             twice, device = torch.is_grad_enabled(), next(g.device.type for g in grads if g is not None)

@@ -42,6 +42,7 @@ def with_formed_gradients(name: str, forward: Callable, *inputs: Tensor | None) 
 class _FormedGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
         name, forward, needed, *inputs = args
         loss, formed = forward(inputs, needed)
         ctx.name, ctx.dtypes = name, [None if x is None else x.dtype for x in inputs]
@@ -50,8 +51,10 @@ class _FormedGradients(torch.autograd.Function):
         return loss, anchor
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[3:]
+        if grad is None:
+            return None, None, None, *(None for _ in needed)
         *formed, anchor = ctx.saved_tensors
         scaled = [g.to(d) if n else None for g, d, n in zip(_scaled(formed, grad), ctx.dtypes, needed, strict=True)]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():

@@ -198,6 +198,7 @@ class _ConcatLinear(torch.autograd.Function):
     # `*args` for all: without gradients Dynamo takes a call with as many arguments as forward has names, `ctx` among
     # them, for one of the form without a context.
     def forward(ctx, *args):
+        ctx.set_materialize_grads(False)
         activation, keeps, weight, bias, *inputs = args
         out, preactivation = _fwd(list(inputs), weight, bias, activation, keeps)
         ctx.activation = activation

@@ -296,6 +296,7 @@ class _FuseModalities(torch.autograd.Function):
     # `*args` for all: without gradients Dynamo takes a call with as many arguments as forward has names, `ctx` among
     # them, for one of the form without a context.
     def forward(ctx, *args):
+        ctx.set_materialize_grads(False)
         mode, weight, present, *features = args
         out, weights = _fwd(list(features), mode, weight, present)
         ctx.mode, ctx.has_weight, ctx.has_present = mode, weight is not None, present is not None
@@ -384,6 +385,7 @@ def _mix_again(ctx, grads, first, second, logits, present):
 class _GatedMix(torch.autograd.Function):
     @staticmethod
     def forward(ctx, first, second, logits, present):
+        ctx.set_materialize_grads(False)
         out, gate = _mix_fwd(first, second, logits, present)
         ctx.save_for_backward(first, second, logits, present)
         ctx.mark_non_differentiable(gate)

@@ -107,6 +107,7 @@ def _again(ctx, grads, x, gate, keep):
 class _GatedAdd(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, gate, keep):
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, gate, keep)
         return _fwd(x, residual, gate, keep)
 

@@ -144,6 +144,7 @@ def _again(ctx, grads, gate, up, bias):
 class _Glu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up, bias, activation, packed):
+        ctx.set_materialize_grads(False)
         ctx.activation, ctx.packed = activation, packed
         ctx.save_for_backward(gate, up, bias)
         if packed:

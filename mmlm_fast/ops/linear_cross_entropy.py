@@ -297,6 +297,7 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, target, ignored, numbers, budget):
+        ctx.set_materialize_grads(False)
         ctx.numbers, ctx.budget = numbers, budget
         ctx.save_for_backward(x, weight, bias, target, ignored)
         one = torch.ones((), dtype=torch.float32, device=x.device)

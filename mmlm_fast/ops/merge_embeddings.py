@@ -302,6 +302,7 @@ class _MergeEmbeddings(torch.autograd.Function):
     # `*args` for all: without gradients Dynamo takes a call with as many arguments as forward has names, `ctx` among
     # them, for one of the form without a context.
     def forward(ctx, *args):
+        ctx.set_materialize_grads(False)
         mode, scale, unused, source, base, *features = args
         ctx.mode, ctx.scale, ctx.unused, ctx.base_rows = mode, scale, unused, base.shape[0]
         ctx.shapes = [f.shape for f in features]

@@ -277,6 +277,7 @@ def _again(ctx, grads, x, weight, index):
 class _NormPixelShuffle(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, index, norm_at, is_layer, channels_first, eps):
+        ctx.set_materialize_grads(False)
         ctx.options = (norm_at, is_layer, channels_first, eps)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(None if norm_at == "none" else x, weight, index)

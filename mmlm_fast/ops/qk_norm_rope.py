@@ -284,7 +284,8 @@ _bwd = register_op("qk_norm_rope_bwd", native=_native_bwd, fake=_fake_bwd)
 
 def _again(ctx, grads, cos, sin, query, key, query_weight, key_weight):
     if query is None:  # rotated alone
-        query, key = (unseen(g.shape, g) for g in grads)
+        like = next(g for g in grads if g is not None)
+        query, key = (unseen(shape, like) for shape in ctx.shapes)
     out, out_key = qk_norm_rope_ref(
         query, key if ctx.has_key else None, cos, sin, query_weight, key_weight, *ctx.options
     )
@@ -294,9 +295,11 @@ def _again(ctx, grads, cos, sin, query, key, query_weight, key_weight):
 class _QkNormRope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, query_weight, key_weight, cos, sin, eps, offset, interleaved):
+        ctx.set_materialize_grads(False)
         out, out_key = _fwd(query, key, cos, sin, query_weight, key_weight, eps, offset, interleaved)
         has_norm = query_weight is not None
         ctx.has_key, ctx.options = key is not None, (eps, offset, interleaved)
+        ctx.shapes = out.shape, out_key.shape
         kept = (query, key, query_weight, key_weight) if has_norm else (None,) * 4
         ctx.save_for_backward(cos, sin, *kept)
         return out, out_key
@@ -305,6 +308,11 @@ class _QkNormRope(torch.autograd.Function):
     @differentiable(_again)
     def backward(ctx, grad, grad_key):
         cos, sin, query, key, query_weight, key_weight = ctx.saved_tensors
+        like = grad_key if grad is None else grad
+        if grad is None or grad_key is None:  # of queries or keys alone
+            shape, key_shape = ctx.shapes
+            grad = like.new_zeros(shape) if grad is None else grad
+            grad_key = like.new_zeros(key_shape) if grad_key is None else grad_key
         dquery, dkey, dweight, dkey_weight = _bwd(
             grad, grad_key if ctx.has_key else None, query, key, cos, sin, query_weight, key_weight, *ctx.options
         )
