@@ -88,7 +88,7 @@ sanitize: env
 	MMLM_FAST_CUDA=0 MMLM_FAST_WIDE=1 CXXFLAGS="-O1 -fexpensive-optimizations -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
 	  LDFLAGS="-fsanitize=address,undefined" $(BIN)/python setup.py -q build_ext --build-lib build/sanitize --build-temp build/sanitize/temp
 	cp build/sanitize/mmlm_fast/_C*.so build/sanitize/_C.so
-	MMLM_FAST_SANITIZED=$(abspath build/sanitize/_C.so) LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+	MMLM_FAST_SANITIZED=$(abspath build/sanitize/_C.so) LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 	  $(RUN) pytest -q $(SANITIZED) -m "not slow" -k "not fork and not compile and not kernel and not transients"
 
 clean:
