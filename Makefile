@@ -89,7 +89,7 @@ sanitize: env
 	  LDFLAGS="-fsanitize=address,undefined" $(BIN)/python setup.py -q build_ext --build-lib build/sanitize --build-temp build/sanitize/temp
 	cp build/sanitize/mmlm_fast/_C*.so build/sanitize/_C.so
 	MMLM_FAST_SANITIZED=$(abspath build/sanitize/_C.so) LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
-	  $(RUN) pytest -q $(SANITIZED) -m "not slow" -k "not fork and not compile and not kernel and not transients"
+	  $(RUN) pytest -q $(SANITIZED) -m "not slow" -k "not fork and not compile and not kernel and not transients and not memory_of"
 
 clean:
 	rm -rf $(VENV) build dist report *.egg-info mmlm_fast/_C*.so
