@@ -8,8 +8,7 @@ import torch
 triton = pytest.importorskip("triton")
 tl = triton.language
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("kernels run on the GPU here", allow_module_level=True)
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="of the interpreter alone")
 
 
 @triton.jit
