@@ -36,8 +36,11 @@ def computed(monkeypatch, native):
     return counts
 
 
+HEAD = ["language-model head"]
+
+
 def accelerate(model, counts):
-    done = mmlm_fast.accelerate(model)
+    done = mmlm_fast.accelerate(model, only=HEAD)
     assert [r.name for r in done.replaced] == ["Linear"]
     counts["loss"] = 0  # those of the proof
     return done
@@ -185,16 +188,14 @@ def test_refusals():
 
     plain = model.lm_head
     model.lm_head.__class__ = Own
-    refused = mmlm_fast.accelerate(model).refused
+    refused = mmlm_fast.accelerate(model, only=HEAD, strict=False).refused
     assert "not a plain nn.Linear" in refused[0].reason
     plain.__class__ = nn.Linear
     assert mmlm_fast.accelerate(model, exclude=["Linear"]).refused[0].reason == "left out by only or exclude"
-    assert mmlm_fast.accelerate(model).replaced
-    assert mmlm_fast.accelerate(model).refused[0].reason == "accelerated already"
+    assert mmlm_fast.accelerate(model, only=HEAD).replaced
+    assert mmlm_fast.accelerate(model, only=HEAD).refused[0].reason == "accelerated already"
     encoder = tiny_models.siglip().build("eager")
-    assert str(mmlm_fast.accelerate(encoder)) == "nothing to replace was found"
-    with pytest.raises(ValueError, match="takes a transformers model, processor or feature extractor, got LazyLinear"):
-        mmlm_fast.accelerate(plain)
+    assert not [r for r in mmlm_fast.accelerate(encoder).replaced if r.kind in HEAD]
 
 
 def test_a_wrong_head_is_refused(monkeypatch):

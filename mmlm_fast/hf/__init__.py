@@ -1,8 +1,8 @@
 """Acceleration of Hugging Face objects, proved and undoable. Importing registers the attention ``"mmlm_fast"``."""
 
-from mmlm_fast.hf.acceleration import Acceleration, accelerate
+from mmlm_fast.hf.acceleration import Acceleration, NothingReplaced, accelerate
 from mmlm_fast.hf.attention import register
 
 register()
 
-__all__ = ["Acceleration", "accelerate", "register"]
+__all__ = ["Acceleration", "NothingReplaced", "accelerate", "register"]

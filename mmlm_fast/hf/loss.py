@@ -33,21 +33,24 @@ def heads_of(module: nn.Module) -> list[tuple[str, PreTrainedModel, nn.Module]]:
     return [(path, found[part], part) for path, part in module.named_modules() if part in found]
 
 
-def why_not(model: PreTrainedModel, head: nn.Module, verify: bool) -> tuple[str | None, float | None]:
-    """Why a head can't be a `LazyLinear`, or the largest error of the proof relative to exact loss and gradients."""
+def why_not(model: PreTrainedModel, head: nn.Module) -> str | None:
+    """Why a head can't be a `LazyLinear`."""
     if getattr(model, "computes_loss_without_logits", False) and type(head) in (LazyLinear, nn.Linear):
-        return "accelerated already", None
+        return "accelerated already"
     if "labels" not in inspect.signature(type(model).forward).parameters:
-        return f"{type(model).__name__}.forward takes no labels, so that it computes no loss", None
+        return f"{type(model).__name__}.forward takes no labels, so that it computes no loss"
     if type(head) is not nn.Linear:
         cls = type(head)
-        return f"not a plain nn.Linear but {cls.__module__}.{cls.__qualname__}, whose forward would be lost", None
-    if type(head.weight) is not nn.Parameter or head.weight.device.type not in ("cpu", "cuda"):
-        return f"its weight is {type(head.weight).__name__} on {head.weight.device}, whole only in its forward", None
+        return f"not a plain nn.Linear but {cls.__module__}.{cls.__qualname__}, whose forward would be lost"
+    if type(head.weight) is not nn.Parameter or head.weight.device.type not in ("cpu", "cuda", "meta"):
+        return f"its weight is {type(head.weight).__name__} on {head.weight.device}, whole only in its forward"
     if not is_plain(head, nn.Linear):
-        return "it has hooks or a forward of its own, which want its output", None
-    if not verify:
-        return None, None
+        return "it has hooks or a forward of its own, which want its output"
+    return None
+
+
+def proved(head: Any) -> tuple[str | None, float | None]:
+    """Why a head is refused, or the largest error of the proof relative to exact loss and gradients."""
     found = [difference(*three) for three in zip(*_proof(head), strict=True)]
     for d, what in zip(found, ("loss", "gradient of its input", "gradient of its weight"), strict=True):
         if not d.ok:
@@ -55,9 +58,8 @@ def why_not(model: PreTrainedModel, head: nn.Module, verify: bool) -> tuple[str 
     return None, max(d.relative for d in found)
 
 
-@functools.cache
-def without_logits(cls: Any) -> Any:
-    """A subclass of a model's class, of the same name, whose loss takes `LazyLogits` where its head gives them."""
+def without_logits(cls: Any) -> dict[str, Any]:
+    """The methods of a model whose loss takes `LazyLogits` where its head gives them."""
     place = list(inspect.signature(cls.forward).parameters).index("labels") - 1
 
     @functools.wraps(cls.forward)
@@ -76,17 +78,7 @@ def without_logits(cls: Any) -> Any:
         if self.training:
             _make_lazy(new_embeddings)
 
-    def __reduce_ex__(self: Any, protocol: Any) -> tuple:
-        return _rebuild, (cls,), *cls.__reduce_ex__(self, protocol)[2:]
-
-    methods = {"forward": forward, "set_output_embeddings": set_output_embeddings, "__reduce_ex__": __reduce_ex__}
-    names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(cls)(cls.__name__, (cls,), methods | names | {"computes_loss_without_logits": True})
-
-
-def _rebuild(cls: Any) -> Any:
-    fast = without_logits(cls)
-    return fast.__new__(fast)
+    return {"forward": forward, "set_output_embeddings": set_output_embeddings, "computes_loss_without_logits": True}
 
 
 def _make_lazy(head: Any) -> None:

@@ -109,7 +109,7 @@ def merge_embeddings(
     elif path == REFERENCE:
         return merge_embeddings_ref(input_ids, table, features, scale, padding_idx)
     else:
-        out = recorded(_MergeEmbeddings, EMBED, plain_float(scale), unused, source, table, *features.values())
+        out = recorded(_MergeEmbeddings, EMBED, plain_float(scale), unused, False, source, table, *features.values())
     return out.view(*input_ids.shape, table.shape[1])
 
 
@@ -119,6 +119,7 @@ def scatter_features(
     features: Mapping[int, Tensor],
     *,
     add: bool = False,
+    spare: bool = False,
     check: bool | None = None,
 ) -> Tensor:
     """Put features in the place of placeholders' embeddings, or add them (the deepstack of Qwen3-VL).
@@ -128,6 +129,7 @@ def scatter_features(
         input_ids: ``[*batch, S]``.
         features, check: As in `merge_embeddings`.
         add: Add the features instead.
+        spare: Whether there may be more rows than placeholders, as in ``masked_scatter``: the last ones are not used.
 
     Returns:
         Like `inputs_embeds`, which is not modified.
@@ -143,14 +145,14 @@ def scatter_features(
         raise ValueError(f"input_ids must be {tuple(inputs_embeds.shape[:-1])}, got {got}")
     _check_features(input_ids, inputs_embeds, features)
     path = OP.path(inputs_embeds)
-    source = _sources(input_ids, features, None, check, path)
+    source = _sources(input_ids, features, None, check, path, spare)
     base, mode = inputs_embeds.reshape(-1, inputs_embeds.shape[-1]), ADD if add else REPLACE
     if is_transformed():
         out = gather_ref(source, base, list(features.values()), mode)
     elif path == REFERENCE:
         return scatter_features_ref(inputs_embeds, input_ids, features, add)
     else:
-        out = recorded(_MergeEmbeddings, mode, 1.0, -1, source, base, *features.values())
+        out = recorded(_MergeEmbeddings, mode, 1.0, -1, spare, source, base, *features.values())
     return out.view(inputs_embeds.shape)
 
 
@@ -184,7 +186,12 @@ def _num_rows(feature: Tensor) -> int:
 
 
 def _sources(
-    input_ids: Tensor, features: Mapping[int, Tensor], num_ids: int | None, check: bool | None, path: str
+    input_ids: Tensor,
+    features: Mapping[int, Tensor],
+    num_ids: int | None,
+    check: bool | None,
+    path: str,
+    spare: bool = False,
 ) -> Tensor:
     """``[tokens]`` int64: the row of the table, or −1 − the row of all features one after the other."""
     ids, tokens, counts = input_ids.reshape(-1), list(features), [_num_rows(f) for f in features.values()]
@@ -203,7 +210,7 @@ def _sources(
     if check is None:
         check = input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
     for count, message, far in zip([*counts, 0], messages, wrong, strict=False):
-        fine = far == 0
+        fine = far <= 0 if spare else far == 0
         if not check:
             torch._assert_async(fine, message.format("another number of"))
         elif not (well := looked_at(fine)).all():
@@ -289,12 +296,21 @@ _bwd = register_op(
 )
 
 
+def _without_spare(gradients: list[Tensor], source: Tensor) -> list[Tensor]:
+    """Gradients of features, 0 where no placeholder took the row."""
+    sizes = [g.shape[0] for g in gradients]
+    used = source.new_zeros(sum(sizes) + 1, dtype=torch.bool)
+    used[(-1 - source).clamp(min=-1)] = True  # the last one is where text goes
+    parts = used[:-1].split(sizes)
+    return [torch.where(part[:, None], g, 0) for part, g in zip(parts, gradients, strict=True)]
+
+
 def _again(ctx, grads, source):
     (grad,) = grads
     base = unseen((ctx.base_rows, grad.shape[1]), grad)
     features = [unseen(shape, grad) for shape in ctx.shapes]
     out = gather_ref(source, base, features, ctx.mode, ctx.scale, ctx.unused)
-    return (out,), (None, None, None, None, base, *features)
+    return (out,), (None, None, None, None, None, base, *features)
 
 
 class _MergeEmbeddings(torch.autograd.Function):
@@ -303,8 +319,8 @@ class _MergeEmbeddings(torch.autograd.Function):
     # them, for one of the form without a context.
     def forward(ctx, *args):
         ctx.set_materialize_grads(False)
-        mode, scale, unused, source, base, *features = args
-        ctx.mode, ctx.scale, ctx.unused, ctx.base_rows = mode, scale, unused, base.shape[0]
+        mode, scale, unused, spare, source, base, *features = args
+        ctx.mode, ctx.scale, ctx.unused, ctx.base_rows, ctx.spare = mode, scale, unused, base.shape[0], spare
         ctx.shapes = [f.shape for f in features]
         ctx.save_for_backward(source)
         return _fwd(source, base, list(features), mode, scale)
@@ -313,7 +329,7 @@ class _MergeEmbeddings(torch.autograd.Function):
     @differentiable(_again)
     def backward(ctx, grad):
         (source,) = ctx.saved_tensors
-        needs_base, *needs_features = ctx.needs_input_grad[4:]
+        needs_base, *needs_features = ctx.needs_input_grad[5:]
         dbase = None
         if needs_base and ctx.mode == EMBED:
             dbase = torch.ops.aten.embedding_dense_backward(
@@ -325,5 +341,7 @@ class _MergeEmbeddings(torch.autograd.Function):
         dfeatures = [None] * len(ctx.shapes)
         if any(needs_features):
             sizes = [s.numel() // max(1, s[-1]) for s in ctx.shapes]
-            dfeatures = [g.view(s) for g, s in zip(_bwd(grad, source, sizes), ctx.shapes, strict=True)]
-        return None, None, None, None, dbase, *dfeatures
+            found = _bwd(grad, source, sizes)
+            found = _without_spare(found, source) if ctx.spare else found
+            dfeatures = [g.view(s) for g, s in zip(found, ctx.shapes, strict=True)]
+        return None, None, None, None, None, dbase, *dfeatures

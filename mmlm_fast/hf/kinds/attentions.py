@@ -1,0 +1,109 @@
+"""Attention, which transformers looks up by a name in a model's configuration: see `mmlm_fast.hf.attention`."""
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from mmlm_fast.hf import proof
+from mmlm_fast.hf.attention import NAME, attention
+from mmlm_fast.hf.site import Site
+
+KIND = "attention"
+TAKEN = ("sdpa",)  # what a user gets who does not ask for another
+
+
+def find(model: nn.Module) -> Iterator[Site]:
+    """Each outermost model of transformers whose attention is looked up by name."""
+    for path, part in outermost(model):
+        used = _implementation(part)
+        name = type(part).__name__
+        if used is None:
+            continue
+        site = Site(KIND, path, name, part, op="interval_attention", note=f"in place of {used}")
+        if used == NAME:
+            site.reason = "accelerated already"
+        elif used not in TAKEN:
+            site.reason = f"its attention is {used}, which somebody chose"
+        elif not getattr(part, "_supports_attention_backend", False) and not _looks_up(part):
+            site.reason = "its attention is not looked up by name"
+        weight = next((p for p in part.parameters() if p.is_floating_point()), None)
+        site.like = weight
+        site.alike = None if weight is None else (weight.dtype, weight.device)
+        site.prove = functools.partial(_prove, weight)
+        site.apply = functools.partial(_apply, part)
+        yield site
+
+
+def outermost(model: nn.Module) -> Iterator[tuple[str, PreTrainedModel]]:
+    """Models of transformers in a module that lie in no other."""
+    inside: set[nn.Module] = set()
+    for path, part in model.named_modules():
+        if isinstance(part, PreTrainedModel) and part not in inside:
+            inside.update(part.modules())
+            yield path, part
+
+
+def _implementation(model: PreTrainedModel) -> str | None:
+    return getattr(model.config, "_attn_implementation", None)
+
+
+def _looks_up(model: PreTrainedModel) -> bool:
+    """Whether transformers finds in the model's file that its attention is looked up by name."""
+    can = getattr(model, "_can_set_attn_implementation", None)
+    return bool(can()) if can is not None else False
+
+
+def _apply(model: PreTrainedModel) -> Callable[[], None]:
+    """In configurations of the model's own: others may be built from the same objects."""
+    copies: dict[int, Any] = {}
+    for module in model.modules():
+        config = module.__dict__.get("config")
+        if isinstance(config, PretrainedConfig):
+            module.config = copy.deepcopy(config, copies)  # type: ignore[assignment]
+    before = [(c, c._attn_implementation) for c in _configs(model)]
+    model.set_attn_implementation(NAME)
+
+    def undo() -> None:
+        for config, implementation in before:
+            if config._attn_implementation == NAME:
+                config._attn_implementation_internal = implementation
+
+    return undo
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    found: dict[int, Any] = {}
+    waiting = [m.__dict__["config"] for m in model.modules() if isinstance(m.__dict__.get("config"), PretrainedConfig)]
+    while waiting:
+        config = waiting.pop()
+        if id(config) not in found:
+            found[id(config)] = config
+            waiting += [c for c in vars(config).values() if isinstance(c, PretrainedConfig)]
+    return [c for c in found.values() if hasattr(c, "_attn_implementation_internal")]
+
+
+def _prove(weight: Tensor | None) -> float:
+    """Two heads of keys for four of queries, causal."""
+    dtype = torch.float32 if weight is None else weight.dtype
+    like = torch.empty(0, dtype=dtype, device="cpu" if weight is None else weight.device)
+    tensors = [proof.random(2, heads, 24, 32, like=like, seed=i) for i, heads in enumerate((4, 2, 2))]
+    module = nn.Module()
+    module.is_causal, module.num_key_value_groups = True, 2  # type: ignore[assignment]
+
+    def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+        later = torch.ones(24, 24, dtype=torch.bool, device=q.device).triu(1)
+        return (scores.masked_fill(later, -torch.inf).softmax(-1) @ v).transpose(1, 2)
+
+    return proof.prove(
+        lambda q, k, v: sdpa_attention_forward(module, q, k, v, None)[0],
+        lambda q, k, v: attention(module, q, k, v, None)[0],
+        exact, tensors,
+    )  # fmt: skip

@@ -1,0 +1,258 @@
+"""Gated MLPs, and activations made of several passes, known by the fingerprints of their forwards."""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmlm_fast.hf import proof
+from mmlm_fast.hf.changing import change, is_changed_by, is_eager, original_class, subclass, why_unreachable
+from mmlm_fast.hf.fingerprint import fingerprint
+from mmlm_fast.hf.kinds.norms import taken, twin
+from mmlm_fast.hf.site import Site, path_of
+from mmlm_fast.nn.plain import is_plain
+from mmlm_fast.ops.glu import ACTIVATIONS, bias_act, bias_act_ref, glu
+from mmlm_fast.ops.paths import REFERENCE
+
+KIND, ACTIVATION_KIND = "gated MLP", "activation"
+WIDTH = 256  # of the proof: the first neurons of a layer
+SAME = 1e-10  # of activations in float64
+
+
+@dataclass(frozen=True)
+class Gated:
+    """The parts of ``down(act(gate(x)) · up(x))``.
+
+    Args:
+        gate, up, down: Attributes that hold the projections; `up` empty: `gate` gives both, one behind the other.
+        activation: Attribute that holds it; "" where it is silu.
+        dropout: Attribute that holds what is done before `down`; "" where there is none.
+    """
+
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    activation: str = "act_fn"
+    dropout: str = ""
+
+
+# By the fingerprint of the forward; one of the classes that have it.
+GATED = {
+    "473b8e5d60b7336f": Gated(),  # LlamaMLP
+    "57808748b6b8f6cf": Gated(),  # Qwen2_5_VLMLP
+    "0cf93ca12682dbde": Gated("gate_up_proj", "", activation="activation_fn"),  # Phi3MLP
+    "39f4974fdaa95517": Gated("w1", "w3", "w2", activation=""),  # Lfm2MLP
+    "6dc8163394772485": Gated(dropout="dropout"),  # T5GemmaMLP
+}
+# Activations that are several passes in torch; the others are one there, and stay.
+SLOW_ACTIVATIONS = {
+    "QuickGELUActivation": "quick_gelu",
+    "NewGELUActivation": "gelu_tanh",
+    "FastGELUActivation": "gelu_tanh",
+}
+
+
+def find(model: nn.Module) -> Iterator[Site]:
+    """Gated MLPs: activation and product in one pass that keeps its inputs alone."""
+    for path, module in model.named_modules():
+        cls = original_class(module)
+        if cls.__module__.startswith("torch."):
+            continue
+        layout = GATED.get(fingerprint(cls, "forward") or "")
+        if layout is None:
+            continue
+        site = Site(KIND, path, type(module).__name__, module, op="glu")
+        activation = "silu" if not layout.activation else name_of(getattr(module, layout.activation))
+        down = getattr(module, layout.down)
+        if is_changed_by(module, methods):
+            site.reason = "accelerated already"
+        elif activation is None:
+            site.reason = f"there is no op for its activation {type(getattr(module, layout.activation)).__name__}"
+        else:
+            site.reason = _why_not(module, layout)
+        if site.reason is None and activation is not None:
+            site.like = down.weight
+            site.alike = (cls, activation, tuple(down.weight.shape), down.weight.dtype, down.weight.device)
+            site.prove = functools.partial(_prove, module, layout, activation)
+            site.apply = functools.partial(_apply, module, layout, activation)
+        yield site
+
+
+def _why_not(module: nn.Module, layout: Gated) -> str | None:
+    """Adapters and quantised layers may stand where the projections are: they are called, not read."""
+    forward = module.__dict__.get("forward")
+    if forward is not None and getattr(module.__dict__.get("_old_forward"), "__self__", None) is not module:
+        return "it has a forward of its own"
+    if not hasattr(getattr(module, layout.down), "weight"):
+        return f"its {layout.down} has no weight"
+    return None
+
+
+def _apply(module: nn.Module, layout: Gated, activation: str) -> Any:
+    return change(module, subclass(type(module), methods, layout, activation))
+
+
+def methods(cls: Any, layout: Gated, activation: str) -> dict[str, Any]:
+    """The forward of a gated MLP whose activation and product are one pass where that is faster."""
+
+    @functools.wraps(cls.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(args) != 1 or kwargs or not is_eager():
+            return cls.forward(self, *args, **kwargs)
+        gate = getattr(self, layout.gate)(args[0])
+        up = getattr(self, layout.up)(args[0]) if layout.up else None
+        hidden = _product(self, layout, activation, gate, up)
+        if layout.dropout:
+            hidden = getattr(self, layout.dropout)(hidden)
+        return getattr(self, layout.down)(hidden)
+
+    return {"forward": forward}
+
+
+def _product(module: Any, layout: Gated, activation: str, gate: Tensor, up: Tensor | None) -> Tensor:
+    act = getattr(module, layout.activation) if layout.activation else nn.functional.silu
+    fits = type(gate) is Tensor and gate.dim() > 0 and gate.numel() > 0
+    fits = fits and (up is None or (type(up) is Tensor and up.shape == gate.shape and up.dtype == gate.dtype))
+    fits = fits and (not isinstance(act, nn.Module) or is_plain(act, type(act)))
+    if path_of("glu", gate, fits=fits) == REFERENCE:
+        first, second = gate.chunk(2, dim=-1) if up is None else (gate, up)
+        return act(first) * second
+    return glu(gate, up, activation=activation)
+
+
+@functools.cache
+def _grid() -> Tensor:
+    with torch.inference_mode(False):
+        return torch.linspace(-12, 12, 1025, dtype=torch.float64, device="cpu")
+
+
+def name_of(activation: Any) -> str | None:
+    """The name of the op's activation that a module computes, by what it gives; None where it is none."""
+    if not isinstance(activation, nn.Module) or any(True for _ in activation.parameters()):
+        return None
+    module = type(activation).__module__
+    if not module.startswith(("torch.nn.", "transformers.activations")) or not is_plain(activation, type(activation)):
+        return None
+    return _name_by_value(activation, _key(activation))
+
+
+def _key(activation: nn.Module) -> tuple:
+    settings = {k: v for k, v in vars(activation).items() if not k.startswith("_") and k != "training"}
+    return type(activation), tuple(sorted((k, repr(getattr(v, "__name__", v))) for k, v in settings.items()))
+
+
+_names: dict[tuple, str | None] = {}
+
+
+def _name_by_value(activation: nn.Module, key: tuple) -> str | None:
+    if key not in _names:
+        x = _grid()
+        found = None
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            values = activation(x.clone())
+            for name in ACTIVATIONS:
+                same = isinstance(values, Tensor) and values.shape == x.shape and values.dtype == x.dtype
+                if same and (values - bias_act_ref(x, None, name)).abs().max() <= SAME:
+                    found = name
+                    break
+        _names[key] = found
+    return _names[key]
+
+
+def _prove(module: nn.Module, layout: Gated, activation: str) -> float:
+    """On the first neurons of the layer. Adapters are called by both, so that their weights are no matter here."""
+    names = [layout.gate, *([layout.up] if layout.up else []), layout.down]
+    size = min(WIDTH, getattr(module, layout.down).weight.shape[-1])
+    weights = [getattr(module, name).weight.detach() for name in names]
+    if any(type(w) is not Tensor or not w.is_floating_point() or w.dim() != 2 for w in weights):  # quantised
+        like = torch.empty(0, dtype=torch.float32, device=weights[0].device)
+        shapes = [(size, 64), (size, 64), (64, size)] if layout.up else [(2 * size, 64), (64, size)]
+        weights = [proof.random(*shape, like=like, scale=0.1, seed=i) for i, shape in enumerate(shapes)]
+    else:
+        half = weights[0].shape[0] // 2
+        first = (
+            [w[:size] for w in weights[:-1]]
+            if layout.up
+            else [torch.cat([weights[0][:size], weights[0][half : half + size]])]
+        )
+        weights = [*first, weights[-1][:, :size]]
+    cls, changed = original_class(module), subclass(original_class(module), methods, layout, activation)
+    x = proof.random(proof.ROWS, weights[0].shape[1], like=weights[0])
+
+    def made(kind: type, given: tuple) -> Any:
+        linears = {n: functools.partial(nn.functional.linear, weight=w) for n, w in zip(names, given, strict=True)}
+        return twin(module, kind, linears | _kept(module, layout))
+
+    def exact(x: Tensor, *w: Tensor) -> Tensor:
+        first, second = (x @ w[0].T).chunk(2, -1) if not layout.up else (x @ w[0].T, x @ w[1].T)
+        return (bias_act_ref(first, None, activation) * second) @ w[-1].T
+
+    return proof.prove(
+        lambda x, *w: cls.forward(made(cls, w), x), lambda x, *w: changed.forward(made(changed, w), x), exact,
+        [x, *weights],
+    )  # fmt: skip
+
+
+def _kept(module: nn.Module, layout: Gated) -> dict[str, Any]:
+    kept: dict[str, Any] = {}
+    if layout.activation:
+        kept[layout.activation] = getattr(module, layout.activation)
+    if layout.dropout:
+        kept[layout.dropout] = nn.Identity()
+    return kept
+
+
+def find_activations(model: nn.Module) -> Iterator[Site]:
+    """Activations that torch computes in several passes."""
+    for path, module in model.named_modules():
+        cls = original_class(module)
+        if cls.__name__ not in SLOW_ACTIVATIONS or not cls.__module__.startswith("transformers.activations"):
+            continue
+        site = Site(ACTIVATION_KIND, path, cls.__name__, module, op="glu", alike=cls)
+        activation = name_of(twin(module, cls, {}))
+        if is_changed_by(module, activation_methods):
+            site.reason = "accelerated already"
+        elif activation is None:
+            site.reason = "it is no activation that there is an op for"
+        else:
+            site.reason = why_unreachable(module)
+            site.prove = functools.partial(_prove_activation, module, activation)
+            site.apply = functools.partial(_apply_activation, module, activation)
+        yield site
+
+
+def _apply_activation(module: nn.Module, activation: str) -> Any:
+    return change(module, subclass(type(module), activation_methods, activation))
+
+
+def activation_methods(cls: Any, activation: str) -> dict[str, Any]:
+    """The forward of an activation that is one pass where that is faster."""
+
+    @functools.wraps(cls.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = activated(activation, args[0]) if len(args) == 1 and not kwargs and is_eager() else None
+        return cls.forward(self, *args, **kwargs) if found is None else found
+
+    return {"forward": forward}
+
+
+def activated(activation: str, x: Tensor) -> Tensor | None:
+    """`activation` of `x`, None where the original is to compute it."""
+    fits = type(x) is Tensor and x.dim() > 0 and x.numel() > 0
+    if path_of("glu", x, fits=fits) == REFERENCE:
+        return None
+    return bias_act(x, activation=activation)
+
+
+def _prove_activation(module: nn.Module, activation: str) -> float:
+    cls = original_class(module)
+    x = proof.random(proof.ROWS, 64, like=torch.empty(0, dtype=torch.float32), scale=3.0)
+    return proof.prove(
+        lambda x: cls.forward(twin(module, cls, {}), x),
+        lambda x: taken(activated(activation, x)),
+        lambda x: bias_act_ref(x, None, activation),
+        [x],
+    )

@@ -1,0 +1,47 @@
+"""A place in a model that something of ours can take."""
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from mmlm_fast.ops.parts import RECORDS
+
+
+@dataclass
+class Site:
+    """One place, and what would be done there.
+
+    Args:
+        kind: What it is, in words: sites are counted by it.
+        path: Attribute of the object that was given, "" for the object itself.
+        name: Class of what is there.
+        target: What is there.
+        apply: Makes the replacement; returns what takes it back.
+        reason: Why it is left as it is; None where it is not.
+        alike: Sites of one kind for which this is equal are proved once; None: each for itself.
+        prove: Returns the largest error found, relative; raises `RefusedError`. None: nothing to prove.
+        op: Name of the record that says which path a call takes.
+        op_kind: Of that op, where its path depends on it.
+        like: A tensor of the dtype and device of what it works on.
+        note: What else is to be said.
+    """
+
+    kind: str
+    path: str
+    name: str
+    target: Any
+    apply: Callable[[], Callable[[], None]] | None = None
+    reason: str | None = None
+    alike: Hashable = None
+    prove: Callable[[], float] | None = None
+    op: str | None = None
+    op_kind: str | None = None
+    like: Tensor | None = None
+    note: str = ""
+
+
+def path_of(op: str, x: Any, size: int | None = None, *, kind: str | None = None, fits: bool = True) -> str:
+    """The name of the path that an op takes for tensors like `x`."""
+    return RECORDS[op].path(x, size, kind=kind, fits=fits)

@@ -1,0 +1,515 @@
+"""`accelerate` on whole models: the same numbers in every loop, nothing left behind, a line for each kind of place."""
+
+import copy
+import io
+import pickle
+import re
+import time
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import mmlm_fast
+from mmlm_fast.hf import NothingReplaced
+from mmlm_fast.hf.changing import is_changed_by
+from mmlm_fast.hf.fingerprint import fingerprint
+from mmlm_fast.hf.kinds import mlps, norms, rewrites, rotary
+from mmlm_fast.ops.paths import Path, forced
+from mmlm_fast.testing import difference
+from support import tiny_models
+
+NAMES = list(tiny_models.MODELS)
+DECODERS = [n for n in NAMES if tiny_models.MODELS[n]().generates]
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    with tiny_models.quiet():
+        yield
+
+
+def accelerated(model, **options):
+    return mmlm_fast.accelerate(model, quiet=True, **options)
+
+
+def run(model, inputs, labels=None, autocast=None):
+    """Output and gradients of a step, of a tree of tensors."""
+    model.zero_grad()
+    torch.manual_seed(0)
+    with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+        out = model(**inputs) if labels is None else model(**inputs, labels=labels)
+    if labels is None:
+        tensor = out.logits if out.get("logits") is not None else out[0]
+        tensor = tensor.float().square().mean()
+    else:
+        tensor = out.loss
+    tensor.backward()
+    return [tensor.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+def labels_of(tiny):
+    labels = tiny.inputs.get("input_ids", tiny.inputs.get("decoder_input_ids")).clone()
+    labels[:, :3] = -100
+    return labels
+
+
+def assert_no_worse(ours, theirs, truth):
+    """The accuracy rule over all gradients together."""
+    assert len(ours) == len(theirs) == len(truth)
+    a, b, c = (torch.cat([x.flatten() for x in g]) for g in (ours, theirs, truth))
+    found = difference(a, b, c)
+    assert found.ok, found
+
+
+def exact(tiny, labels):
+    model = tiny.build("sdpa", torch.float64)
+    inputs = {k: v.double() if v.is_floating_point() else v for k, v in tiny.inputs.items()}
+    return run(model.train(tiny.generates), inputs, labels)
+
+
+@pytest.mark.parametrize("checkpointing", [None, True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_training_step(name, checkpointing):
+    tiny = tiny_models.MODELS[name]()
+    labels = labels_of(tiny) if name in DECODERS else None
+    theirs = run(tiny.build("sdpa").train(tiny.generates), tiny.inputs, labels)
+    model = tiny.build("sdpa").train(tiny.generates)
+    keys = list(model.state_dict())
+    done = accelerated(model)
+    assert list(model.state_dict()) == keys
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+        model.enable_input_require_grads()
+    with forced(Path.NATIVE):
+        ours = run(model, tiny.inputs, labels)
+    assert_no_worse(ours, theirs, exact(tiny, labels))
+    kinds = {r.kind for r in done.replaced}
+    assert {"attention", "sum and norm"} <= kinds
+    assert not [r for r in done.refused if r.kind != "language-model head"], str(done)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_generation(name, cache):
+    if (name, cache) == ("mllama", "static"):
+        pytest.skip("transformers' own fails")
+    tiny = tiny_models.MODELS[name]()
+    inputs = {k: v for k, v in tiny.inputs.items() if k != "decoder_input_ids"}
+    options = dict(max_new_tokens=6, do_sample=False, cache_implementation=cache)
+    expected = tiny.build("sdpa").generate(**inputs, **options)
+    model = tiny.build("sdpa")
+    accelerated(model)
+    assert torch.equal(model.generate(**inputs, **options), expected)
+    with forced(Path.NATIVE):
+        assert torch.equal(model.generate(**inputs, **options), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_undo_gives_the_same_bits(name):
+    tiny = tiny_models.MODELS[name]()
+    labels = labels_of(tiny) if name in DECODERS else None
+    plain, model = tiny.build("sdpa"), tiny.build("sdpa")
+    classes = [type(m) for m in model.modules()]
+    before = plain.train(tiny.generates), run(plain, tiny.inputs, labels)
+    done = accelerated(model)
+    with forced(Path.NATIVE):
+        run(model.train(tiny.generates), tiny.inputs, labels)
+    model.eval().double().float()
+    model.load_state_dict(plain.state_dict())
+    done.undo()
+    assert [type(m) for m in model.modules()] == classes
+    after = run(model.train(tiny.generates), tiny.inputs, labels)
+    assert all(torch.equal(a, b) for a, b in zip(after, before[1], strict=True))
+    assert not any("_old_forward" in vars(m) or "forward" in vars(m) for m in model.modules())
+    done.undo()  # nothing more to do
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "clip"])
+def test_only_this_model_changes(name):
+    """Not another of the same class, nor one that is built of the same configuration, before or after."""
+    tiny = tiny_models.MODELS[name]()
+    expected = tiny_models.output_of(tiny.build("sdpa"), tiny.inputs)
+    config = copy.deepcopy(tiny.config)
+    models = []
+    for i in range(3):
+        torch.manual_seed(0)
+        models.append(tiny.cls._from_config(config, attn_implementation="sdpa").eval())
+        if i == 1:
+            accelerated(models[1])
+    modules = {type(m).__module__ for m in models[0].modules() if type(m).__module__.startswith("transformers.models")}
+    for i in (0, 2):
+        assert models[i].config._attn_implementation == "sdpa"
+        assert not any(hasattr(type(m), "_mmlm_fast_layers") for m in models[i].modules())
+        with forced(Path.NATIVE):
+            assert torch.equal(tiny_models.output_of(models[i], tiny.inputs), expected)
+    import sys
+
+    for module in modules:
+        assert not [name for name in vars(sys.modules[module]) if "mmlm" in name]
+
+
+def test_twice_and_in_parts():
+    tiny = tiny_models.llava()
+    model = tiny.build("sdpa")
+    first = accelerated(model, only=["RMS norm", "sum and norm"])
+    assert {r.kind for r in first.replaced} == {"RMS norm", "sum and norm"}
+    second = accelerated(model)
+    assert "RMS norm" not in {r.kind for r in second.replaced}
+    assert {r.reason for r in second.refused if r.kind == "RMS norm"} == {"accelerated already"}
+    third = accelerated(model)
+    assert not third.replaced
+    first.undo()
+    assert not any(is_changed_by(m, norms.methods) for m in model.modules())
+    theirs = tiny_models.output_of(tiny.build("sdpa"), tiny.inputs)
+    with forced(Path.NATIVE):
+        torch.testing.assert_close(tiny_models.output_of(model, tiny.inputs), theirs, rtol=1e-4, atol=1e-5)
+    second.undo()
+    assert not any(hasattr(type(m), "_mmlm_fast_layers") for m in model.modules())
+    assert torch.equal(tiny_models.output_of(model, tiny.inputs), theirs)
+
+
+def test_only_and_exclude_by_kind_class_and_path():
+    build = tiny_models.llava().build
+    done = accelerated(build("sdpa"), only=["model.language_model.layers.0"])
+    assert {r.path.split(".")[2:4] == ["layers", "0"] for r in done.replaced} == {True}
+    done = accelerated(build("sdpa"), exclude=["LlamaMLP", "attention", "model.vision_tower"])
+    assert not [r for r in done.replaced if r.name == "LlamaMLP" or r.kind == "attention" or "vision" in r.path]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
+def test_half_precision(name, dtype):
+    tiny = tiny_models.MODELS[name]()
+    tiny.inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tiny.inputs.items()}
+    theirs = tiny.build("sdpa", dtype)
+    model = tiny.build("sdpa", dtype)
+    done = accelerated(model)
+    with forced(Path.NATIVE), torch.no_grad():
+        a, b = model(**tiny.inputs).logits, theirs(**tiny.inputs).logits
+        wide = {k: v.double() if v.is_floating_point() else v for k, v in tiny.inputs.items()}
+        truth = copy.deepcopy(theirs).double()(**wide).logits
+    assert a.dtype == dtype
+    keep = slice(None) if tiny.valid is None else tiny.valid
+    assert difference(a[keep], b[keep], truth[keep]).ok
+    if dtype == torch.float16:
+        assert "the original runs in float16 on cpu" in str(done)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
+def test_autocast(name):
+    tiny = tiny_models.MODELS[name]()
+    labels = labels_of(tiny)
+    theirs = run(tiny.build("sdpa").train(), tiny.inputs, labels, torch.bfloat16)
+    model = tiny.build("sdpa").train()
+    accelerated(model)
+    with forced(Path.NATIVE):
+        ours = run(model, tiny.inputs, labels, torch.bfloat16)
+    assert_no_worse(ours, theirs, exact(tiny, labels))
+
+
+def test_before_and_after_a_change_of_dtype():
+    tiny = tiny_models.llava()
+    model = tiny.build("sdpa", torch.float16)
+    accelerated(model)
+    model.float()
+    with forced(Path.NATIVE):
+        out = tiny_models.output_of(model, tiny.inputs)
+    expected = tiny_models.output_of(tiny.build("sdpa", torch.float16).float(), tiny.inputs)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_adapters():
+    """On projections inside what is replaced, before and after; merging too."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = ["q_proj", "gate_proj", "up_proj", "down_proj", "fc1"]
+    tiny = tiny_models.llava()
+    labels, found = labels_of(tiny), []
+    for when in ("never", "before", "after"):
+        model = tiny.build("sdpa").train()
+        if when == "before":
+            accelerated(model)
+        torch.manual_seed(2)
+        tuned = get_peft_model(model, LoraConfig(r=2, target_modules=targets, init_lora_weights=False)).train()
+        done = accelerated(tuned) if when == "after" else None
+        with forced(Path.NATIVE):
+            found.append(run(tuned, tiny.inputs, labels))
+            merged = tuned.eval().merge_and_unload()
+            with torch.no_grad():
+                found[-1].append(merged(**tiny.inputs).logits)
+        if done is not None:
+            assert "gated MLP" in {r.kind for r in done.replaced}
+            done.undo()
+            assert not any(hasattr(type(m), "_mmlm_fast_layers") for m in tuned.modules())
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-5)
+
+
+def test_hooks_see_what_they_saw():
+    """Of norms: a fused sum would hide the call of the norm from its hook."""
+    tiny = tiny_models.llava()
+    seen = {}
+    for fast in (False, True):
+        model = tiny.build("sdpa")
+        if fast:
+            accelerated(model)
+        kept = seen[fast] = []
+        for module in model.modules():
+            if type(module).__name__ in ("LlamaRMSNorm", "LlamaMLP", "LlamaDecoderLayer", "LayerNorm"):
+                module.register_forward_hook(
+                    lambda m, i, o, kept=kept: kept.append((type(m).__name__, i[0].detach(), o.detach()))
+                )
+        with forced(Path.NATIVE):
+            tiny_models.output_of(model, tiny.inputs)
+    assert len(seen[True]) == len(seen[False])
+    for (a, i, o), (b, j, p) in zip(seen[True], seen[False], strict=True):
+        assert a == b
+        torch.testing.assert_close((i, o), (j, p), rtol=1e-4, atol=1e-5)
+
+
+def test_recorded_outputs():
+    tiny = tiny_models.llava()
+    model, plain = tiny.build("sdpa"), tiny.build("sdpa")
+    accelerated(model)
+    with forced(Path.NATIVE):
+        ours, theirs = (m(**tiny.inputs, output_hidden_states=True) for m in (model, plain))
+    torch.testing.assert_close(ours.hidden_states, theirs.hidden_states, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.image_hidden_states, theirs.image_hidden_states, rtol=1e-4, atol=1e-5)
+
+
+def test_copies_and_pickles():
+    tiny = tiny_models.llava()
+    model = tiny.build("sdpa")
+    accelerated(model)
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    with forced(Path.NATIVE):
+        expected = tiny_models.output_of(model, tiny.inputs)
+        for twin in copies:
+            assert [type(m) for m in twin.modules()] == [type(m) for m in model.modules()]
+            assert torch.equal(tiny_models.output_of(twin, tiny.inputs), expected)
+    buffer.seek(0)
+    tiny.build("sdpa").load_state_dict(torch.load(buffer))
+
+
+def test_saved_checkpoints_do_not_name_us(tmp_path):
+    model = tiny_models.llava().build("sdpa")
+    accelerated(model)
+    model.save_pretrained(tmp_path)
+    texts = [p.read_text() for p in tmp_path.glob("*.json")]
+    assert texts
+    assert not [text for text in texts if "mmlm" in text]
+    loaded = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    assert loaded.config._attn_implementation == "sdpa"
+
+
+def test_offloading_hooks_of_accelerate():
+    """They keep a module's forward and call it from one of their own."""
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    tiny = tiny_models.llava()
+    expected = tiny_models.output_of(tiny.build("sdpa"), tiny.inputs)
+    model = tiny.build("sdpa")
+    for module in list(model.modules()):
+        if type(module).__name__ in ("LlamaRMSNorm", "LlamaMLP", "LlamaDecoderLayer"):
+            add_hook_to_module(module, ModelHook())
+    done = accelerated(model)
+    with forced(Path.NATIVE):
+        out = tiny_models.output_of(model, tiny.inputs)
+    assert not torch.equal(out, expected)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    remove_hook_from_module(model, recurse=True)
+    with forced(Path.NATIVE):
+        assert not torch.equal(tiny_models.output_of(model, tiny.inputs), expected)
+    done.undo()
+    assert torch.equal(tiny_models.output_of(model, tiny.inputs), expected)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_compiled(name):
+    tiny = tiny_models.MODELS[name]()
+    model = tiny.build("sdpa")
+    expected = tiny_models.output_of(model, tiny.inputs)
+    accelerated(model)
+    torch._dynamo.reset()
+    out = tiny_models.output_of(torch.compile(model, backend="aot_eager"), tiny.inputs)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_resized_vocabulary():
+    tiny = tiny_models.llava()
+    model, plain = tiny.build("sdpa").train(), tiny.build("sdpa").train()
+    done = accelerated(model)
+    for m in (model, plain):
+        torch.manual_seed(3)
+        m.resize_token_embeddings(150)
+    with forced(Path.NATIVE):
+        torch.testing.assert_close(
+            run(model, tiny.inputs, labels_of(tiny)), run(plain, tiny.inputs, labels_of(tiny)), rtol=1e-4, atol=1e-5
+        )
+    done.undo()
+    assert not any(hasattr(type(m), "_mmlm_fast_layers") for m in model.modules())
+
+
+# ---- recognising -----------------------------------------------------------------------------------------------------
+
+
+def test_a_forward_that_changed_is_refused(monkeypatch):
+    """As in another version of transformers; the class keeps its name."""
+    cls = transformers.models.llama.modeling_llama.LlamaRMSNorm
+
+    def forward(self, hidden_states):
+        input_dtype = hidden_states.dtype
+        hidden_states = hidden_states.to(torch.float32)
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+        return (1 + self.weight) * hidden_states.to(input_dtype)
+
+    monkeypatch.setattr(cls, "forward", forward)
+    fingerprint.cache_clear()
+    rewrites._count.cache_clear()
+    try:
+        done = accelerated(tiny_models.llava().build("sdpa"))
+    finally:
+        fingerprint.cache_clear()
+        rewrites._count.cache_clear()
+    assert "5 × LlamaRMSNorm (RMS norm): its forward is none of those known" in str(done)
+    assert not [r for r in done.replaced if r.kind in ("RMS norm", "sum and norm") and "Llama" in r.name]
+
+
+def test_a_wrong_replacement_is_refused(monkeypatch):
+    add_norm = norms.add_norm
+    monkeypatch.setattr(norms, "add_norm", lambda *a, **k: tuple(t * 1.001 for t in add_norm(*a, **k)))
+    model = tiny_models.llava().build("sdpa")
+    done = accelerated(model)
+    assert "5 × LlamaRMSNorm (RMS norm): output 0 errs by" in str(done)
+    assert not [r for r in done.replaced if r.kind in ("RMS norm", "sum and norm")]
+    assert not any(is_changed_by(m, norms.methods) for m in model.modules())
+
+
+def test_a_formula_that_is_not_the_originals_is_refused(monkeypatch):
+    mark = fingerprint(transformers.models.llama.modeling_llama.LlamaRMSNorm, "forward")
+    monkeypatch.setitem(norms.NORMS, mark, norms.Norm(offset=1.0))
+    done = accelerated(tiny_models.llava().build("sdpa"))
+    assert "the original is not the formula it is known by" in str(done)
+    assert not [r for r in done.replaced if r.kind == "RMS norm"]
+
+
+def test_classes_of_the_user_with_a_known_forward():
+    class Mine(nn.Module):
+        def __init__(self, size):
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(size))
+            self.variance_epsilon = 1e-5
+
+        def forward(self, x: torch.Tensor):
+            """Names of locals, annotations and docstrings do not count."""
+            kind = x.dtype
+            x = x.to(torch.float32)
+            v = x.pow(2).mean(-1, keepdim=True)
+            x = x * torch.rsqrt(v + self.variance_epsilon)
+            return self.weight * x.to(kind)
+
+    model = nn.Sequential(nn.Linear(8, 8), Mine(8))
+    x = torch.randn(4, 8)
+    expected = model(x)
+    done = accelerated(model)
+    assert [r.path for r in done.replaced] == ["1"]
+    with forced(Path.NATIVE):
+        torch.testing.assert_close(model(x), expected)
+
+
+def test_nothing_replaced():
+    with pytest.raises(NothingReplaced, match="nothing to replace was found"):
+        accelerated(nn.Linear(3, 3))
+    assert str(accelerated(nn.Linear(3, 3), strict=False)) == "nothing to replace was found"
+    with pytest.raises(NothingReplaced, match="left out by only or exclude"):
+        accelerated(tiny_models.clip().build("sdpa"), only=["NoSuchThing"])
+    model = tiny_models.clip().build("sdpa")
+    accelerated(model)
+    accelerated(model)  # accelerated already: fine
+
+
+def test_an_error_leaves_the_model_as_it_was(monkeypatch):
+    model = tiny_models.llava().build("sdpa")
+    classes = [type(m) for m in model.modules()]
+
+    def fails(*args):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(mlps, "_prove", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        accelerated(model)
+    assert [type(m) for m in model.modules()] == classes
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_report(capsys):
+    model = tiny_models.llava().build("sdpa")
+    done = mmlm_fast.accelerate(model)
+    assert capsys.readouterr().out.strip() == str(done)
+    lines = str(done).splitlines()
+    assert re.match(r"replaced 5 × LlamaRMSNorm \(RMS norm; largest error \d.\de-08\)$", lines[2]), lines
+    assert len(lines) == len({(r.kind, r.name) for r in done.replaced})
+
+
+def test_a_plan_needs_no_weights():
+    tiny = tiny_models.qwen2_5_vl()
+    with torch.device("meta"):
+        model = tiny.cls._from_config(copy.deepcopy(tiny.config))
+    classes = [type(m) for m in model.modules()]
+    plan = accelerated(model, plan_only=True)
+    done = accelerated(tiny.build("sdpa"))
+    assert {(r.path, r.kind) for r in plan.replaced} == {(r.path, r.kind) for r in done.replaced}
+    assert "would replace" in str(plan)
+    assert [type(m) for m in model.modules()] == classes
+    refused = accelerated(model, strict=False).refused
+    assert "on the meta device: call accelerate when the weights are loaded" in str(refused)
+
+
+def test_the_proof_is_quick():
+    """Of a 7B-shaped model in what memory there is: layers share their weights."""
+    layers = 28
+    config = transformers.Qwen2Config(
+        hidden_size=3584, intermediate_size=18944, num_hidden_layers=1, num_attention_heads=28, num_key_value_heads=4,
+        vocab_size=1000,
+    )  # fmt: skip
+    model = transformers.Qwen2ForCausalLM(config).bfloat16()
+    model.model.layers.extend([copy.deepcopy(model.model.layers[0]) for _ in range(2)])
+    shared = model.model.layers[0]
+    for _ in range(3, layers):
+        layer = copy.copy(shared)
+        layer._modules = {n: copy.copy(m) for n, m in shared._modules.items()}
+        model.model.layers.append(layer)
+    accelerated(tiny_models.llava().build("sdpa"))  # sources are read once
+    start = time.perf_counter()
+    done = accelerated(model)
+    assert time.perf_counter() - start < 2.0  # under one second on a quiet machine
+    assert sum(r.kind == "gated MLP" for r in done.replaced) == layers
+
+
+def test_fingerprints_are_those_of_installed_classes():
+    """Every known hash is of a forward that this version of transformers has."""
+    from transformers.activations import QuickGELUActivation
+    from transformers.models.gemma import modeling_gemma as gemma
+    from transformers.models.gemma4 import modeling_gemma4 as gemma4
+    from transformers.models.glm import modeling_glm as glm
+    from transformers.models.gpt_neox import modeling_gpt_neox as neox
+    from transformers.models.lfm2 import modeling_lfm2 as lfm2
+    from transformers.models.llama import modeling_llama as llama
+    from transformers.models.olmo2 import modeling_olmo2 as olmo2
+    from transformers.models.phi3 import modeling_phi3 as phi3
+    from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2
+    from transformers.models.t5 import modeling_t5 as t5
+
+    for cls in (llama.LlamaRMSNorm, gemma.GemmaRMSNorm, olmo2.Olmo2RMSNorm, t5.T5LayerNorm, gemma4.Gemma4RMSNorm):
+        assert fingerprint(cls, "forward") in norms.NORMS, cls
+    for cls in (llama.LlamaMLP, phi3.Phi3MLP, lfm2.Lfm2MLP):
+        assert fingerprint(cls, "forward") in mlps.GATED, cls
+    assert mlps.name_of(QuickGELUActivation()) == "quick_gelu"
+    for module in (llama, neox, glm, olmo2, gemma4):
+        assert rotary.known(module.apply_rotary_pos_emb) is not None, module
+    assert rotary.known(qwen2.apply_rotary_pos_emb_vision) is not None
