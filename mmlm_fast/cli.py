@@ -1,4 +1,4 @@
-"""Command line: `mmlm-fast report | train | doctor`."""
+"""Command line: `mmlm-fast report | train | accelerate | doctor`."""
 
 import argparse
 import json
@@ -94,6 +94,19 @@ def main(argv: list[str] | None = None) -> int:
     train.add_argument("--quiet", action="store_true", help="no progress bars, no log of losses")
     train.set_defaults(run=_train, parser=train)
 
+    fast = commands.add_parser(
+        "accelerate",
+        help="what accelerate() replaces in a Hugging Face model, and what it leaves",
+        description="Say what mmlm_fast.accelerate(model) replaces in MODEL, what it leaves and why, a line a kind of "
+        "place. By default its weights are loaded and every replacement is proved on them; --plan reads its "
+        "configuration alone.",
+    )
+    fast.add_argument("model", metavar="MODEL", help="a folder, a config.json, or a name on the hub")
+    fast.add_argument("--plan", action="store_true", help="without weights, nothing proved")
+    fast.add_argument("--dtype", default="auto", help="of the weights (default: as they are saved)")
+    fast.add_argument("--json", action="store_true", help="one JSON object in place of lines")
+    fast.set_defaults(run=_accelerate, parser=fast)
+
     told = commands.add_parser(
         "doctor",
         help="versions, instruction set, CUDA, and which path each op takes here and why",
@@ -114,6 +127,20 @@ def _doctor(args: argparse.Namespace) -> int:
     except ValueError as error:
         args.parser.error(str(error))
     return 0
+
+
+def _accelerate(args: argparse.Namespace) -> int:
+    import transformers
+
+    from mmlm_fast.hf import planning
+
+    transformers.logging.set_verbosity_error()
+    try:
+        done = planning.plan(args.model) if args.plan else planning.prove(args.model, args.dtype)
+    except (ValueError, OSError) as error:
+        args.parser.exit(2, f"mmlm-fast accelerate: error: {_in_one_line(error)}\n")
+    print(json.dumps(done.as_dict(), indent=1) if args.json else done)
+    return 0 if done.replaced else 1
 
 
 def _report(args: argparse.Namespace) -> int:

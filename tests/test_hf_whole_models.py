@@ -19,9 +19,19 @@ from mmlm_fast.hf.kinds import mlps, norms, rewrites, rotary
 from mmlm_fast.ops.paths import Path, forced
 from mmlm_fast.testing import difference
 from support import tiny_models
+from support.tiny_families import FAMILIES
 
-NAMES = list(tiny_models.MODELS)
-DECODERS = [n for n in NAMES if tiny_models.MODELS[n]().generates]
+MODELS = tiny_models.MODELS | FAMILIES
+NAMES = list(MODELS)
+DECODERS = [n for n in NAMES if MODELS[n]().generates]
+# What transformers' own models fail at.
+NO_CHECKPOINTING = {"granite_speech"}
+# What of ours does not fit, beside heads of models without a loss.
+LEFT = {
+    "qwen2_5_omni_thinker": {"M-RoPE positions"},  # of sounds, too
+    "qwen2_5_vl": {"M-RoPE positions"},  # in 5.17, which rounds the seconds of a frame
+    "granite_speech": {"attention"},  # of its speech encoder, which looks nothing up
+}
 
 
 @pytest.fixture(autouse=True)
@@ -72,33 +82,38 @@ def exact(tiny, labels):
 @pytest.mark.parametrize("checkpointing", [None, True, False])
 @pytest.mark.parametrize("name", NAMES)
 def test_training_step(name, checkpointing):
-    tiny = tiny_models.MODELS[name]()
+    if checkpointing is not None and name in NO_CHECKPOINTING:
+        pytest.skip("transformers' own has none")
+    tiny = MODELS[name]()
     labels = labels_of(tiny) if name in DECODERS else None
-    theirs = run(tiny.build("sdpa").train(tiny.generates), tiny.inputs, labels)
-    model = tiny.build("sdpa").train(tiny.generates)
+    plain, model, wide = (tiny.build("sdpa", dtype) for dtype in (torch.float32, torch.float32, torch.float64))
     keys = list(model.state_dict())
     done = accelerated(model)
     assert list(model.state_dict()) == keys
-    if checkpointing is not None:
-        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
-        model.enable_input_require_grads()
+    for m in (plain, model, wide):
+        m.train(tiny.generates)
+        if checkpointing is not None:
+            m.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+            m.enable_input_require_grads()
     with forced(Path.NATIVE):
         ours = run(model, tiny.inputs, labels)
-    assert_no_worse(ours, theirs, exact(tiny, labels))
-    kinds = {r.kind for r in done.replaced}
-    assert {"attention", "sum and norm"} <= kinds
-    assert not [r for r in done.refused if r.kind != "language-model head"], str(done)
+    inputs = {k: v.double() if v.is_floating_point() else v for k, v in tiny.inputs.items()}
+    assert_no_worse(ours, run(plain, tiny.inputs, labels), run(wide, inputs, labels))
+    assert {"attention", "sum and norm"} <= {r.kind for r in done.replaced}
+    left = {r.kind for r in done.refused if r.kind != "language-model head"}
+    assert left <= LEFT.get(name, set()), str(done)
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("name", DECODERS)
 def test_generation(name, cache):
-    if (name, cache) == ("mllama", "static"):
-        pytest.skip("transformers' own fails")
-    tiny = tiny_models.MODELS[name]()
+    tiny = MODELS[name]()
     inputs = {k: v for k, v in tiny.inputs.items() if k != "decoder_input_ids"}
     options = dict(max_new_tokens=6, do_sample=False, cache_implementation=cache)
-    expected = tiny.build("sdpa").generate(**inputs, **options)
+    try:
+        expected = tiny.build("sdpa").generate(**inputs, **options)
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        pytest.skip(f"transformers' own fails: {error}")
     model = tiny.build("sdpa")
     accelerated(model)
     assert torch.equal(model.generate(**inputs, **options), expected)
@@ -108,7 +123,7 @@ def test_generation(name, cache):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_undo_gives_the_same_bits(name):
-    tiny = tiny_models.MODELS[name]()
+    tiny = MODELS[name]()
     labels = labels_of(tiny) if name in DECODERS else None
     plain, model = tiny.build("sdpa"), tiny.build("sdpa")
     classes = [type(m) for m in model.modules()]
@@ -129,7 +144,7 @@ def test_undo_gives_the_same_bits(name):
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "clip"])
 def test_only_this_model_changes(name):
     """Not another of the same class, nor one that is built of the same configuration, before or after."""
-    tiny = tiny_models.MODELS[name]()
+    tiny = MODELS[name]()
     expected = tiny_models.output_of(tiny.build("sdpa"), tiny.inputs)
     config = copy.deepcopy(tiny.config)
     models = []
@@ -181,7 +196,7 @@ def test_only_and_exclude_by_kind_class_and_path():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
 def test_half_precision(name, dtype):
-    tiny = tiny_models.MODELS[name]()
+    tiny = MODELS[name]()
     tiny.inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tiny.inputs.items()}
     theirs = tiny.build("sdpa", dtype)
     model = tiny.build("sdpa", dtype)
@@ -199,7 +214,7 @@ def test_half_precision(name, dtype):
 
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
 def test_autocast(name):
-    tiny = tiny_models.MODELS[name]()
+    tiny = MODELS[name]()
     labels = labels_of(tiny)
     theirs = run(tiny.build("sdpa").train(), tiny.inputs, labels, torch.bfloat16)
     model = tiny.build("sdpa").train()
@@ -330,7 +345,7 @@ def test_offloading_hooks_of_accelerate():
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 def test_compiled(name):
-    tiny = tiny_models.MODELS[name]()
+    tiny = MODELS[name]()
     model = tiny.build("sdpa")
     expected = tiny_models.output_of(model, tiny.inputs)
     accelerated(model)

@@ -2,7 +2,8 @@
 
 from mmlm_fast.hf.acceleration import Acceleration, NothingReplaced, accelerate
 from mmlm_fast.hf.attention import register
+from mmlm_fast.hf.callback import MmlmFastCallback
 
 register()
 
-__all__ = ["Acceleration", "NothingReplaced", "accelerate", "register"]
+__all__ = ["Acceleration", "MmlmFastCallback", "NothingReplaced", "accelerate", "register"]

@@ -2,15 +2,16 @@
 
 import os
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import transformers
 from torch import nn
 
 from mmlm_fast.hf.changing import why_unproved
-from mmlm_fast.hf.kinds import attentions, extractors, heads, mlps, norms, patches, rewrites
+from mmlm_fast.hf.kinds import attentions, extractors, heads, methods, mlps, norms, patches, rewrites
 from mmlm_fast.hf.proof import RefusedError
-from mmlm_fast.hf.site import Site
+from mmlm_fast.hf.site import ALREADY, Site
 from mmlm_fast.ops.parts import RECORDS
 
 KINDS: tuple[Callable[[nn.Module], Iterator[Site]], ...] = (
@@ -21,8 +22,8 @@ KINDS: tuple[Callable[[nn.Module], Iterator[Site]], ...] = (
     mlps.find,
     mlps.find_activations,
     patches.find,
+    methods.find,
 )  # fmt: skip
-ALREADY = "accelerated already"
 
 
 class NothingReplaced(ValueError):
@@ -57,12 +58,25 @@ class Acceleration:
     replaced: list[Replaced] = field(default_factory=list)
     refused: list[Refused] = field(default_factory=list)
     is_plan: bool = False
+    _model: Any = field(default=None, repr=False)
     _undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
+
+    def is_of(self, model: Any) -> bool:
+        """Whether it is of this object, or of one that it wraps."""
+        return model is self._model or (isinstance(model, nn.Module) and any(m is self._model for m in model.modules()))
 
     def undo(self) -> None:
         """Give every object its original behaviour back; its state was never touched."""
         while self._undo:
             self._undo.pop()()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as numbers and strings, for JSON."""
+        return {
+            "replaced": [asdict(r) for r in self.replaced],
+            "refused": [asdict(r) for r in self.refused],
+            "transformers": transformers.__version__,
+        }
 
     def __str__(self) -> str:
         groups: dict[tuple, list[Replaced | Refused]] = {}
@@ -135,7 +149,7 @@ def accelerate(
     for name, names in (("only", only), ("exclude", exclude)):
         if isinstance(names, str):
             raise ValueError(f"{name} must be a collection of names, got the string {names!r}")
-    result = Acceleration(is_plan=plan_only)
+    result = Acceleration(is_plan=plan_only, _model=model)
     proved: dict[Any, float | str] = {}
     try:
         for site in _sites_of(model):

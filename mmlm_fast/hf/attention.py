@@ -101,6 +101,9 @@ def attention(
             return _dense(query, key, value, dense, dropout, scaling, is_causal, softcap, s_aux), None
         options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, "position_bias": position_bias}
         return sdpa_attention_forward(module, query, key, value, dense, cache=cache, **options, **kwargs)
+    if query.shape[0] != key.shape[0]:  # learned queries, one set for all samples
+        batch = max(query.shape[0], key.shape[0])
+        query, key, value = (x.expand(batch, -1, -1, -1) for x in (query, key, value))
     if mask is None and is_causal and query.shape[2] > 1:
         # Behind the queries an empty static cache has room, as in transformers' sdpa; the mask was plainly causal.
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]

@@ -1,6 +1,6 @@
 """Modules that change their class on the instance: to one of the same name whose forward is another, and back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 Make = Callable[..., dict[str, Any]]  # of a class and options: the methods that its subclass has instead
+Layer = tuple[Make, tuple]
 
 
 def subclass(cls: Any, make: Make, *options: Any) -> Any:
@@ -20,7 +21,7 @@ def subclass(cls: Any, make: Make, *options: Any) -> Any:
 
 @cache
 def _subclass(cls: Any, make: Make, options: tuple) -> Any:
-    layers = (*getattr(cls, "_mmlm_fast_layers", ()), (make, options))
+    layers = (*layers_of(cls), (make, options))
     original = getattr(cls, "_mmlm_fast_original", cls)
 
     def __reduce_ex__(self: Any, protocol: Any) -> tuple:
@@ -31,11 +32,27 @@ def _subclass(cls: Any, make: Make, options: tuple) -> Any:
     return type(cls)(cls.__name__, (cls,), make(cls, *options) | names | marks)
 
 
-def _rebuild(original: Any, layers: tuple) -> Any:
+def _layered(original: Any, layers: Iterable[Layer]) -> Any:
     cls = original
-    for make, options in layers:
+    for make, options in sorted(layers, key=lambda layer: not getattr(layer[0], "is_innermost", False)):
         cls = subclass(cls, make, *options)
+    return cls
+
+
+def _rebuild(original: Any, layers: tuple[Layer, ...]) -> Any:
+    cls = _layered(original, layers)
     return cls.__new__(cls)
+
+
+def innermost(make: Make) -> Make:
+    """Mark what changes a forward itself, below what wraps it, whichever came first."""
+    make.is_innermost = True  # type: ignore[attr-defined]
+    return make
+
+
+def layers_of(cls: Any) -> tuple[Layer, ...]:
+    """The changes of ours that a class is made of."""
+    return getattr(cls, "_mmlm_fast_layers", ())
 
 
 def original_class(module: Any) -> Any:
@@ -44,41 +61,44 @@ def original_class(module: Any) -> Any:
 
 
 def is_changed_by(module: Any, make: Make) -> bool:
-    """Whether `subclass` changed the class of a module by `make`, and nobody took that back."""
-    return any(made is make for made, _ in getattr(type(module), "_mmlm_fast_layers", ()))
+    """Whether `change` changed a module by `make`, and nobody took that back."""
+    return any(made is make for made, _ in layers_of(type(module)))
 
 
-def change(target: Any, cls: Any) -> Callable[[], None]:
-    """Give `target` the class `cls`, a subclass of its own; returns what gives the original back."""
-    original: Any = type(target)
-    forward: Any = getattr(cls, "forward", None)
+def change(target: Any, make: Make, *options: Any) -> Callable[[], None]:
+    """Give `target` a class with the methods of ``make(cls, *options)``; returns what takes that back."""
+    layer = make, options
+    _set_class(target, _layered(original_class(target), (*layers_of(type(target)), layer)))
+    return lambda: _set_class(target, _without(type(target), layer))
+
+
+def _set_class(target: Any, cls: Any) -> None:
+    before = getattr(type(target), "forward", None)
     target.__class__ = cls
-    # Hooks of the package accelerate replace a module's forward on the instance, and call this one.
-    if getattr(target.__dict__.get("_old_forward"), "__self__", None) is target:
-        setattr(target, "_old_forward", forward.__get__(target))  # noqa: B010
+    # Hooks of the package accelerate replace a module's forward on the instance, and call the one that it had.
+    for name in ("_old_forward", "forward"):
+        bound = target.__dict__.get(name)
+        if bound is not None and getattr(bound, "__func__", None) is before:
+            setattr(target, name, cls.forward.__get__(target))
 
-    def undo() -> None:
-        target.__class__ = instead(type(target), cls, original)
-        for name in ("_old_forward", "forward"):
-            bound = target.__dict__.get(name)
-            if bound is not None and getattr(bound, "__func__", None) is forward:
-                setattr(target, name, original.forward.__get__(target))
 
-    return undo
+def _without(cls: Any, layer: Layer) -> Any:
+    """`cls` without a change of ours: itself, or below what parametrizations or FSDP made of it since."""
+    if "_mmlm_fast_layers" in vars(cls):
+        return _layered(cls._mmlm_fast_original, [other for other in cls._mmlm_fast_layers if other != layer])
+    return _with_bases(cls, lambda base: _without(base, layer)) if layer in layers_of(cls) else cls
 
 
 def instead(cls: type, ours: type, original: type) -> type:
     """`cls` with `original` where it has `ours`: itself, or below what parametrizations or FSDP made of it since."""
     if cls is ours:
         return original
-    if ours not in cls.__mro__:
-        return cls
-    layers: Any = vars(cls).get("_mmlm_fast_layers")
-    if layers is not None:  # of another change, made later
-        make, options = layers[-1]
-        return subclass(instead(cls.__bases__[0], ours, original), make, *options)
+    return _with_bases(cls, lambda base: instead(base, ours, original)) if ours in cls.__mro__ else cls
+
+
+def _with_bases(cls: Any, change: Callable[[Any], Any]) -> Any:
     names = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
-    return type(cls)(cls.__name__, tuple(instead(base, ours, original) for base in cls.__bases__), names)
+    return type(cls)(cls.__name__, tuple(change(base) for base in cls.__bases__), names)
 
 
 def why_unreachable(module: nn.Module) -> str | None:

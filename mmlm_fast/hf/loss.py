@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mmlm_fast.hf.site import ALREADY
 from mmlm_fast.nn import LazyLinear
 from mmlm_fast.nn.lazy_logits import logits_on_demand
 from mmlm_fast.nn.plain import is_plain
@@ -36,7 +37,7 @@ def heads_of(module: nn.Module) -> list[tuple[str, PreTrainedModel, nn.Module]]:
 def why_not(model: PreTrainedModel, head: nn.Module) -> str | None:
     """Why a head can't be a `LazyLinear`."""
     if getattr(model, "computes_loss_without_logits", False) and type(head) in (LazyLinear, nn.Linear):
-        return "accelerated already"
+        return ALREADY
     if "labels" not in inspect.signature(type(model).forward).parameters:
         return f"{type(model).__name__}.forward takes no labels, so that it computes no loss"
     if type(head) is not nn.Linear:

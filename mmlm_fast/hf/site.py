@@ -6,7 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from mmlm_fast.ops.parts import RECORDS
+from mmlm_fast.ops.parts import Op
+from mmlm_fast.ops.paths import forced_path
+
+ALREADY = "accelerated already"
 
 
 @dataclass
@@ -42,6 +45,6 @@ class Site:
     note: str = ""
 
 
-def path_of(op: str, x: Any, size: int | None = None, *, kind: str | None = None, fits: bool = True) -> str:
-    """The name of the path that an op takes for tensors like `x`."""
-    return RECORDS[op].path(x, size, kind=kind, fits=fits)
+def is_small(op: Op, x: Any, kind: str | None = None) -> bool:
+    """Whether a call of an op on `x` is sure to be its formula: asked first, as it is all that small calls pay for."""
+    return x.device.type == "cpu" and x.numel() < op.least(kind) and forced_path() is None

@@ -12,41 +12,43 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mmlm_fast.hf import proof
 from mmlm_fast.hf.attention import NAME, attention
-from mmlm_fast.hf.site import Site
+from mmlm_fast.hf.site import ALREADY, Site
 
 KIND = "attention"
 TAKEN = ("sdpa",)  # what a user gets who does not ask for another
 
 
 def find(model: nn.Module) -> Iterator[Site]:
-    """Each outermost model of transformers whose attention is looked up by name."""
-    for path, part in outermost(model):
-        used = _implementation(part)
-        name = type(part).__name__
-        if used is None:
-            continue
-        site = Site(KIND, path, name, part, op="interval_attention", note=f"in place of {used}")
-        if used == NAME:
-            site.reason = "accelerated already"
-        elif used not in TAKEN:
-            site.reason = f"its attention is {used}, which somebody chose"
-        elif not getattr(part, "_supports_attention_backend", False) and not _looks_up(part):
-            site.reason = "its attention is not looked up by name"
-        weight = next((p for p in part.parameters() if p.is_floating_point()), None)
-        site.like = weight
-        site.alike = None if weight is None else (weight.dtype, weight.device)
-        site.prove = functools.partial(_prove, weight)
-        site.apply = functools.partial(_apply, part)
-        yield site
-
-
-def outermost(model: nn.Module) -> Iterator[tuple[str, PreTrainedModel]]:
-    """Models of transformers in a module that lie in no other."""
-    inside: set[nn.Module] = set()
+    """The outermost models of transformers whose attention is looked up by name."""
+    taken: set[nn.Module] = set()
+    refused: list[Site] = []
     for path, part in model.named_modules():
-        if isinstance(part, PreTrainedModel) and part not in inside:
-            inside.update(part.modules())
-            yield path, part
+        if not isinstance(part, PreTrainedModel) or part in taken or _implementation(part) is None:
+            continue
+        site = _site(path, part)
+        if site.reason is None or site.reason == ALREADY:
+            taken.update(part.modules())
+            yield site
+        elif not any(isinstance(s.target, nn.Module) and part in set(s.target.modules()) for s in refused):
+            refused.append(site)
+    yield from refused
+
+
+def _site(path: str, part: PreTrainedModel) -> Site:
+    used = _implementation(part)
+    site = Site(KIND, path, type(part).__name__, part, op="interval_attention", note=f"in place of {used}")
+    if used == NAME:
+        site.reason = ALREADY
+    elif used not in TAKEN:
+        site.reason = f"its attention is {used}: somebody's choice, or all that it has"
+    elif not getattr(part, "_supports_attention_backend", False) and not _looks_up(part):
+        site.reason = "its attention is not looked up by name"
+    weight = next((p for p in part.parameters() if p.is_floating_point()), None)
+    site.like = weight
+    site.alike = None if weight is None else (weight.dtype, weight.device)
+    site.prove = functools.partial(_prove, weight)
+    site.apply = functools.partial(_apply, part)
+    return site
 
 
 def _implementation(model: PreTrainedModel) -> str | None:

@@ -11,7 +11,7 @@ from transformers import FeatureExtractionMixin, ProcessorMixin
 
 from mmlm_fast.audio.extractors import EXTRACTORS, NOT_REPLACED, drop_in
 from mmlm_fast.hf.proof import RefusedError
-from mmlm_fast.hf.site import Site
+from mmlm_fast.hf.site import ALREADY, Site
 
 KIND = "feature extractor"
 
@@ -54,7 +54,7 @@ def _why_not(extractor: Any) -> str | None:
     except AttributeError as error:
         return str(error)
     if cls is replacement:
-        return "accelerated already"
+        return ALREADY
     if cls is not replacement.__bases__[1]:
         return f"a subclass of its own, {cls.__module__}.{cls.__qualname__}, whose changes would be lost"
     return None

@@ -6,9 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from mmlm_fast.hf import proof
-from mmlm_fast.hf.site import path_of
+from mmlm_fast.hf.site import is_small
 from mmlm_fast.ops.merge_embeddings import scatter_features
+from mmlm_fast.ops.parts import RECORDS
 from mmlm_fast.ops.paths import REFERENCE
+
+_OP = RECORDS["merge_embeddings"]
 
 
 def scattered(x: Any, mask: Any, source: Any) -> Any:
@@ -18,14 +21,14 @@ def scattered(x: Any, mask: Any, source: Any) -> Any:
 
 
 def _by_rows(x: Any, mask: Any, source: Any) -> Tensor | None:
-    if any(type(t) not in (Tensor, nn.Parameter) for t in (x, mask, source)):
+    if any(type(t) not in (Tensor, nn.Parameter) for t in (x, mask, source)) or is_small(_OP, x):
         return None
     whole = mask.dtype == torch.bool and mask.dim() == x.dim() > 1 and x.numel() > 0
     whole = whole and mask.shape[:-1] == x.shape[:-1]
     whole = whole and (mask.shape[-1] == 1 or (mask.shape[-1] == x.shape[-1] and mask.stride(-1) == 0))
     fits = whole and source.dtype == x.dtype and source.device == x.device == mask.device
     fits = fits and source.dim() > 0 and source.numel() > 0 and source.shape[-1] == x.shape[-1]
-    if path_of("merge_embeddings", x, fits=fits) == REFERENCE:
+    if not fits or _OP.path(x) == REFERENCE:
         return None
     return scatter_features(x, mask[..., 0].int(), {1: source}, spare=True)
 

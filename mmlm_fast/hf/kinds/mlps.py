@@ -12,12 +12,14 @@ from mmlm_fast.hf import proof
 from mmlm_fast.hf.changing import change, is_changed_by, is_eager, original_class, subclass, why_unreachable
 from mmlm_fast.hf.fingerprint import fingerprint
 from mmlm_fast.hf.kinds.norms import taken, twin
-from mmlm_fast.hf.site import Site, path_of
+from mmlm_fast.hf.site import ALREADY, Site, is_small
 from mmlm_fast.nn.plain import is_plain
 from mmlm_fast.ops.glu import ACTIVATIONS, bias_act, bias_act_ref, glu
+from mmlm_fast.ops.parts import RECORDS
 from mmlm_fast.ops.paths import REFERENCE
 
 KIND, ACTIVATION_KIND = "gated MLP", "activation"
+_OP = RECORDS["glu"]
 WIDTH = 256  # of the proof: the first neurons of a layer
 SAME = 1e-10  # of activations in float64
 
@@ -46,6 +48,9 @@ GATED = {
     "0cf93ca12682dbde": Gated("gate_up_proj", "", activation="activation_fn"),  # Phi3MLP
     "39f4974fdaa95517": Gated("w1", "w3", "w2", activation=""),  # Lfm2MLP
     "6dc8163394772485": Gated(dropout="dropout"),  # T5GemmaMLP
+    "9bb91b4bcd8f9d40": Gated(activation="activation_fn"),  # Llama4TextMLP
+    "fc9d5a8cddc0fd95": Gated("input_linear", "", "output_linear", "activation"),  # GraniteMoeSharedMLP
+    "94ac5b1f5f2a90bf": Gated("Wi", "", "Wo", "act", "drop"),  # ModernBertMLP
 }
 # Activations that are several passes in torch; the others are one there, and stay.
 SLOW_ACTIVATIONS = {
@@ -66,33 +71,40 @@ def find(model: nn.Module) -> Iterator[Site]:
             continue
         site = Site(KIND, path, type(module).__name__, module, op="glu")
         activation = "silu" if not layout.activation else name_of(getattr(module, layout.activation))
-        down = getattr(module, layout.down)
         if is_changed_by(module, methods):
-            site.reason = "accelerated already"
+            site.reason = ALREADY
         elif activation is None:
             site.reason = f"there is no op for its activation {type(getattr(module, layout.activation)).__name__}"
         else:
-            site.reason = _why_not(module, layout)
+            site.reason = _why_not(module)
         if site.reason is None and activation is not None:
-            site.like = down.weight
-            site.alike = (cls, activation, tuple(down.weight.shape), down.weight.dtype, down.weight.device)
+            weight = _weight_of(getattr(module, layout.down))
+            site.like = weight
+            shape = None if weight is None else (tuple(weight.shape), weight.dtype, weight.device)
+            site.alike = (cls, activation, shape)
             site.prove = functools.partial(_prove, module, layout, activation)
             site.apply = functools.partial(_apply, module, layout, activation)
         yield site
 
 
-def _why_not(module: nn.Module, layout: Gated) -> str | None:
+def _why_not(module: nn.Module) -> str | None:
     """Adapters and quantised layers may stand where the projections are: they are called, not read."""
     forward = module.__dict__.get("forward")
     if forward is not None and getattr(module.__dict__.get("_old_forward"), "__self__", None) is not module:
         return "it has a forward of its own"
-    if not hasattr(getattr(module, layout.down), "weight"):
-        return f"its {layout.down} has no weight"
     return None
 
 
+def _weight_of(projection: Any) -> Tensor | None:
+    """Of a linear layer, or of one with an adapter; None of what keeps it otherwise, or quantised."""
+    weight = getattr(projection, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
+        return None
+    return weight.detach() if type(weight.detach()) is Tensor else None
+
+
 def _apply(module: nn.Module, layout: Gated, activation: str) -> Any:
-    return change(module, subclass(type(module), methods, layout, activation))
+    return change(module, methods, layout, activation)
 
 
 def methods(cls: Any, layout: Gated, activation: str) -> dict[str, Any]:
@@ -114,10 +126,10 @@ def methods(cls: Any, layout: Gated, activation: str) -> dict[str, Any]:
 
 def _product(module: Any, layout: Gated, activation: str, gate: Tensor, up: Tensor | None) -> Tensor:
     act = getattr(module, layout.activation) if layout.activation else nn.functional.silu
-    fits = type(gate) is Tensor and gate.dim() > 0 and gate.numel() > 0
+    fits = type(gate) is Tensor and gate.dim() > 0 and gate.numel() > 0 and not is_small(_OP, gate)
     fits = fits and (up is None or (type(up) is Tensor and up.shape == gate.shape and up.dtype == gate.dtype))
     fits = fits and (not isinstance(act, nn.Module) or is_plain(act, type(act)))
-    if path_of("glu", gate, fits=fits) == REFERENCE:
+    if not fits or _OP.path(gate) == REFERENCE:
         first, second = gate.chunk(2, dim=-1) if up is None else (gate, up)
         return act(first) * second
     return glu(gate, up, activation=activation)
@@ -165,20 +177,15 @@ def _name_by_value(activation: nn.Module, key: tuple) -> str | None:
 def _prove(module: nn.Module, layout: Gated, activation: str) -> float:
     """On the first neurons of the layer. Adapters are called by both, so that their weights are no matter here."""
     names = [layout.gate, *([layout.up] if layout.up else []), layout.down]
-    size = min(WIDTH, getattr(module, layout.down).weight.shape[-1])
-    weights = [getattr(module, name).weight.detach() for name in names]
-    if any(type(w) is not Tensor or not w.is_floating_point() or w.dim() != 2 for w in weights):  # quantised
-        like = torch.empty(0, dtype=torch.float32, device=weights[0].device)
-        shapes = [(size, 64), (size, 64), (64, size)] if layout.up else [(2 * size, 64), (64, size)]
+    found = [_weight_of(getattr(module, name)) for name in names]
+    weights = [w for w in found if w is not None]
+    if len(weights) < len(names):
+        like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0, dtype=torch.float32))
+        shapes = [(64, 64), (64, 64), (64, 64)] if layout.up else [(128, 64), (64, 64)]
         weights = [proof.random(*shape, like=like, scale=0.1, seed=i) for i, shape in enumerate(shapes)]
-    else:
-        half = weights[0].shape[0] // 2
-        first = (
-            [w[:size] for w in weights[:-1]]
-            if layout.up
-            else [torch.cat([weights[0][:size], weights[0][half : half + size]])]
-        )
-        weights = [*first, weights[-1][:, :size]]
+    size, half = min(WIDTH, weights[-1].shape[1]), weights[0].shape[0] // 2
+    packed = [torch.cat([weights[0][:size], weights[0][half : half + size]])]
+    weights = [*([w[:size] for w in weights[:-1]] if layout.up else packed), weights[-1][:, :size]]
     cls, changed = original_class(module), subclass(original_class(module), methods, layout, activation)
     x = proof.random(proof.ROWS, weights[0].shape[1], like=weights[0])
 
@@ -214,7 +221,7 @@ def find_activations(model: nn.Module) -> Iterator[Site]:
         site = Site(ACTIVATION_KIND, path, cls.__name__, module, op="glu", alike=cls)
         activation = name_of(twin(module, cls, {}))
         if is_changed_by(module, activation_methods):
-            site.reason = "accelerated already"
+            site.reason = ALREADY
         elif activation is None:
             site.reason = "it is no activation that there is an op for"
         else:
@@ -225,7 +232,7 @@ def find_activations(model: nn.Module) -> Iterator[Site]:
 
 
 def _apply_activation(module: nn.Module, activation: str) -> Any:
-    return change(module, subclass(type(module), activation_methods, activation))
+    return change(module, activation_methods, activation)
 
 
 def activation_methods(cls: Any, activation: str) -> dict[str, Any]:
@@ -241,8 +248,8 @@ def activation_methods(cls: Any, activation: str) -> dict[str, Any]:
 
 def activated(activation: str, x: Tensor) -> Tensor | None:
     """`activation` of `x`, None where the original is to compute it."""
-    fits = type(x) is Tensor and x.dim() > 0 and x.numel() > 0
-    if path_of("glu", x, fits=fits) == REFERENCE:
+    fits = type(x) is Tensor and x.dim() > 0 and x.numel() > 0 and not is_small(_OP, x)
+    if not fits or _OP.path(x) == REFERENCE:
         return None
     return bias_act(x, activation=activation)
 

@@ -9,14 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from mmlm_fast.hf import proof
-from mmlm_fast.hf.changing import change, is_changed_by, is_eager, original_class, subclass, why_unreachable
+from mmlm_fast.hf.changing import change, is_changed_by, is_eager, original_class, why_unreachable
 from mmlm_fast.hf.fingerprint import fingerprint
-from mmlm_fast.hf.site import Site, path_of
+from mmlm_fast.hf.site import ALREADY, Site, is_small
 from mmlm_fast.nn.plain import is_plain
 from mmlm_fast.ops.add_norm import MAX_KERNEL_SIZE, add_norm
+from mmlm_fast.ops.parts import RECORDS
 from mmlm_fast.ops.paths import REFERENCE
 
-KIND, LAYER_KIND = "RMS norm", "layer norm"
+KIND = "RMS norm"  # and layer norms that are several passes
+_OP = RECORDS["add_norm"]
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -57,6 +59,8 @@ NORMS = {
     "bd4fbe60e6b679fc": Norm("eps", rounds="input", switch="with_scale"),  # Gemma4RMSNorm
     "52700834ea09ebc4": Norm("eps", rounds="input"),  # MoshiRMSNorm
     "26fe6a4eea5f7fe6": Norm("eps", rounds="input", weight=""),  # NanoChatRMSNorm
+    "311c028c362b4844": Norm("eps"),  # Llama4TextRMSNorm
+    "40d8f4148e8b90a7": Norm(rounds="input", kind="layer"),  # CohereLayerNorm
 }
 LAYER = Norm("eps", kind="layer")
 
@@ -88,7 +92,7 @@ _UNKNOWN = "its forward is none of those known"
 def _site(path: str, module: nn.Module, norm: Norm) -> Site:
     site = Site(KIND, path, type(module).__name__, module, op="add_norm", op_kind=norm.kind)
     if is_changed_by(module, methods):
-        site.reason = "accelerated already"
+        site.reason = ALREADY
     else:
         site.reason = why_unreachable(module)
     weight = norm.weight_of(module)
@@ -100,19 +104,20 @@ def _site(path: str, module: nn.Module, norm: Norm) -> Site:
 
 
 def _apply(module: nn.Module, norm: Norm) -> Any:
-    return change(module, subclass(type(module), methods, norm))
+    return change(module, methods, norm)
 
 
 def methods(cls: Any, norm: Norm) -> dict[str, Any]:
     """The forward of a norm that is one pass where that is faster."""
+    original = cls.forward
 
-    @functools.wraps(cls.forward)
+    @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs:
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and not is_small(_OP, args[0], norm.kind):
             found = normalised(self, norm, args[0])
             if found is not None:
                 return found[0]
-        return cls.forward(self, *args, **kwargs)
+        return original(self, *args, **kwargs)
 
     return {"forward": forward}
 
@@ -141,7 +146,7 @@ def normalised(module: Any, norm: Norm, x: Tensor, residual: Tensor | None = Non
     ):
         return None
     fits = x.dim() > 0 and x.shape[-1] > 0 and (not x.is_cuda or x.shape[-1] <= MAX_KERNEL_SIZE)
-    if path_of("add_norm", x, kind=norm.kind, fits=fits) == REFERENCE:
+    if _OP.path(x, kind=norm.kind, fits=fits) == REFERENCE:
         return None
     options: dict[str, Any] = {"kind": norm.kind, "eps": getattr(module, norm.eps), "offset": norm.offset}
     if weight is None or weight.dtype == total or (norm.rounds == "input" and weight.dtype == torch.float32):
@@ -157,10 +162,12 @@ def normalised(module: Any, norm: Norm, x: Tensor, residual: Tensor | None = Non
 
 def sum_and_norm(module: Any, first: Any, second: Any) -> tuple[Any, Any]:
     """``module(first + second)`` and the sum, in one pass where `module` is a known norm and that is faster."""
-    norm = known(module) if isinstance(module, nn.Module) and is_plain(module, type(module)) else None
-    found = None if norm is None or not isinstance(first, Tensor) else normalised(module, norm, second, first)
-    if found is not None:
-        return found
+    tensors = isinstance(first, Tensor) and isinstance(second, Tensor)
+    if tensors and not is_small(_OP, first, "rms") and is_plain(module, type(module)):
+        norm = known(module)
+        found = None if norm is None else normalised(module, norm, second, first)
+        if found is not None:
+            return found
     total = first + second
     return module(total), total
 

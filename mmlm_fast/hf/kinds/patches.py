@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmlm_fast.hf import proof
-from mmlm_fast.hf.changing import change, is_changed_by, is_eager, original_class, subclass, why_unreachable
+from mmlm_fast.hf.changing import change, is_changed_by, is_eager, original_class, why_unreachable
 from mmlm_fast.hf.kinds.norms import taken, twin
-from mmlm_fast.hf.site import Site
+from mmlm_fast.hf.site import ALREADY, Site
 from mmlm_fast.ops.paths import using_reference
 
 KIND = "patch convolution"
@@ -27,7 +27,7 @@ def find(model: nn.Module) -> Iterator[Site]:
         site = Site(
             KIND, path, cls.__name__, module, note="on CUDA the original where there is more than one patch an input"
         )
-        site.reason = "accelerated already" if is_changed_by(module, methods) else why_unreachable(module)
+        site.reason = ALREADY if is_changed_by(module, methods) else why_unreachable(module)
         weight: Any = module.weight
         site.alike = (cls, tuple(weight.shape), weight.dtype, weight.device)
         site.prove = functools.partial(_prove, module)
@@ -42,7 +42,7 @@ def _cuts(conv: Any) -> bool:
 
 
 def _apply(module: nn.Module) -> Any:
-    return change(module, subclass(type(module), methods))
+    return change(module, methods)
 
 
 def methods(cls: Any) -> dict[str, Any]:

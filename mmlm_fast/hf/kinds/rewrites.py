@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from mmlm_fast.hf.changing import change, is_eager, original_class, subclass
+from mmlm_fast.hf.changing import change, innermost, is_eager, layers_of, original_class
 from mmlm_fast.hf.fingerprint import source_tree
 from mmlm_fast.hf.kinds import merging, norms, rotary
 from mmlm_fast.hf.rewriting import PREFIX, always, blocks, call, calls_of, replace, rewritten
-from mmlm_fast.hf.site import Site
+from mmlm_fast.hf.site import ALREADY, Site
 
 SUM, ROPE, MERGE = "sum and norm", "rotary embedding", "placeholder merge"
 
@@ -38,10 +38,8 @@ def find(model: nn.Module) -> Iterator[Site]:
 def _site(path: str, module: nn.Module, part: "Part", names: tuple[str, ...]) -> Site:
     site = Site(part.kind, path, type(module).__name__, module, op=part.op)
     forward = module.__dict__.get("forward")
-    if any(
-        made is methods and options[0] == part.kind for made, options in getattr(type(module), "_mmlm_fast_layers", ())
-    ):
-        site.reason = "accelerated already"
+    if any(made is methods and options[0] == part.kind for made, options in layers_of(type(module))):
+        site.reason = ALREADY
     elif forward is not None and getattr(module.__dict__.get("_old_forward"), "__self__", None) is not module:
         site.reason = "it has a forward of its own"
     cls = original_class(module)
@@ -51,13 +49,14 @@ def _site(path: str, module: nn.Module, part: "Part", names: tuple[str, ...]) ->
 
 
 def _apply(module: nn.Module, kind: str, names: tuple[str, ...]) -> Callable[[], None]:
-    return change(module, subclass(type(module), methods, kind, names))
+    return change(module, methods, kind, names)
 
 
+@innermost
 def methods(cls: Any, kind: str, names: tuple[str, ...]) -> dict[str, Any]:
     """The forward of a class with the expressions of one kind replaced; compiled code has the original's."""
     chosen: dict[str, tuple[str, ...]] = {kind: names}
-    for made, options in getattr(cls, "_mmlm_fast_layers", ()):
+    for made, options in layers_of(cls):
         if made is methods:
             chosen[options[0]] = options[1]
     original = getattr(cls, "_mmlm_fast_original", cls).forward

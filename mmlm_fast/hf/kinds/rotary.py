@@ -4,6 +4,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from types import FunctionType
 from typing import Any
 
@@ -13,10 +14,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from mmlm_fast.hf import proof
 from mmlm_fast.hf.fingerprint import fingerprint
-from mmlm_fast.hf.site import path_of
+from mmlm_fast.hf.site import is_small
 from mmlm_fast.masks import require
+from mmlm_fast.ops.parts import RECORDS
 from mmlm_fast.ops.paths import REFERENCE
 from mmlm_fast.ops.qk_norm_rope import qk_norm_rope, qk_norm_rope_ref
+
+_OP = RECORDS["qk_norm_rope"]
 
 
 @dataclass(frozen=True)
@@ -61,18 +65,20 @@ def known(function: Any) -> Rotation | None:
 
 def rotated(function: Any, *args: Any, **kwargs: Any) -> Any:
     """What ``function(*args, **kwargs)`` gives, in one pass where that is faster."""
+    if not args or not isinstance(args[0], Tensor) or is_small(_OP, args[0]):
+        return function(*args, **kwargs)
     rotation = known(function)
     found = None if rotation is None else _rotated(rotation, function, args, kwargs)
     return function(*args, **kwargs) if found is None else found
 
 
 def _rotated(rotation: Rotation, function: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    try:
-        given = inspect.signature(function).bind(*args, **kwargs).arguments
-    except TypeError:
+    names = _parameters(function)
+    given = dict(zip(names, args, strict=False)) | kwargs
+    if any(name not in given for name in names[: rotation.tensors + 2]):
         return None
-    values = list(given.values())
-    xs, (cos, sin) = values[: rotation.tensors], values[rotation.tensors : rotation.tensors + 2]
+    xs = [given[name] for name in names[: rotation.tensors]]
+    cos, sin = (given[name] for name in names[rotation.tensors : rotation.tensors + 2])
     axis = rotation.axis if rotation.axis is not None else given.get("unsqueeze_dim", 1)
     tensors = [*xs, cos, sin]
     if any(type(t) not in (Tensor, nn.Parameter) for t in tensors) or cos.requires_grad or sin.requires_grad:
@@ -92,7 +98,7 @@ def _rotated(rotation: Rotation, function: Any, args: tuple, kwargs: dict[str, A
         and width % 2 == 0
         and q[0].numel() > 0
     )
-    if path_of("qk_norm_rope", q[0], fits=fits) == REFERENCE:
+    if _OP.path(q[0], fits=fits) == REFERENCE:
         return None
     tables = _halves(cos, sin, rotation.interleaved)
     if tables is None:
@@ -103,6 +109,11 @@ def _rotated(rotation: Rotation, function: Any, args: tuple, kwargs: dict[str, A
     )
     outs = [_as_given(x, heads, xs[0].dim()) for x in (first, second) if x is not None]
     return tuple(outs) if rotation.tensors == 2 else outs[0]
+
+
+@cache
+def _parameters(function: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
 
 
 def _heads_axis(axis: Any, dims: int, table_dims: int) -> int | None:
