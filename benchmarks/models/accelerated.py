@@ -46,15 +46,24 @@ def _training(model: nn.Module, **inputs: Any) -> Callable[..., list[torch.Tenso
 
 def qwen2_5_vl() -> Job:
     """Qwen2.5-VL-3B with 2 of 36 text layers and 4 of 32 vision layers."""
-    layers, depth = 2, 4
+    return _qwen2_5_vl("2 of 36 text layers and 4 of 32 vision layers of Qwen2.5-VL-3B", 1, 2, 4)
+
+
+def qwen2_5_vl_narrow() -> Job:
+    """Qwen2.5-VL-3B at a quarter of its widths, with 9 of 36 text layers and 8 of 32 vision layers."""
+    return _qwen2_5_vl("a quarter of the widths, 9 of 36 text and 8 of 32 vision layers of Qwen2.5-VL-3B", 4, 9, 8)
+
+
+def _qwen2_5_vl(shape: str, part: int, layers: int, depth: int) -> Job:
     text = dict(
-        vocab_size=50_000, hidden_size=2048, intermediate_size=11008, num_hidden_layers=layers, num_attention_heads=16,
-        num_key_value_heads=2, max_position_embeddings=4096, layer_types=["full_attention"] * layers,
+        vocab_size=50_000, hidden_size=2048 // part, intermediate_size=11008 // part, num_hidden_layers=layers,
+        num_attention_heads=16 // part, num_key_value_heads=max(1, 2 // part), max_position_embeddings=4096,
+        layer_types=["full_attention"] * layers,
         rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24]),
     )  # fmt: skip
     vision = dict(
-        depth=depth, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=2048,
-        fullatt_block_indexes=[depth - 1],
+        depth=depth, hidden_size=1280 // part, intermediate_size=3420 // part, num_heads=16 // part,
+        out_hidden_size=2048 // part, fullatt_block_indexes=[depth - 1],
     )  # fmt: skip
     tokens = dict(
         image_token_id=PICTURE, video_token_id=49_002, vision_start_token_id=49_003, vision_end_token_id=49_004
@@ -68,10 +77,8 @@ def qwen2_5_vl() -> Job:
         mm_token_type_ids=(ids == PICTURE).int(),
     )  # fmt: skip
     model = transformers.Qwen2_5_VLForConditionalGeneration._from_config(config).train()
-    shape = "2 of 36 text layers and 4 of 32 vision layers of Qwen2.5-VL-3B, 2 images of 1,024 patches, 512 text tokens"
-    return Job(
-        "Qwen2.5-VL, training step", f"{shape}, 50,000 classes, float32", [model], _training(model, **inputs), False
-    )
+    shape = f"{shape}, 2 images of 1,024 patches, 512 text tokens, 50,000 classes, float32"
+    return Job("Qwen2.5-VL, training step", shape, [model], _training(model, **inputs), False)
 
 
 def gemma3() -> Job:
@@ -177,7 +184,7 @@ def small_decode() -> Job:
     return Job("SmolLM2, 24 steps of one sample", "SmolLM2-135M, float32", [model], call, True)
 
 
-JOBS = {f.__name__: f for f in (qwen2_5_vl, gemma3, clip, whisper, prefill, decode, small_decode)}
+JOBS = {f.__name__: f for f in (qwen2_5_vl, qwen2_5_vl_narrow, gemma3, clip, whisper, prefill, decode, small_decode)}
 
 
 def sharing(part: Any) -> Any:
@@ -223,7 +230,14 @@ def _timed(job: Job, fast: list[Any], seconds: float) -> dict[str, Any]:
     while len(pairs) < 3 or sum(map(sum, pairs)) < seconds:
         pairs.append((timed(job.call, tuple(job.parts)), timed(job.call, tuple(fast))))
     middle, low, high = spread([a / b for a, b in pairs])
-    memory = [peak_memory_mib(job.call, tuple(parts)) for parts in (job.parts, fast)]
+    memory = []
+    for parts in (job.parts, fast):
+        for part in parts:
+            if isinstance(part, nn.Module):
+                part.zero_grad(set_to_none=True)  # gradients of the step are part of what it takes
+        memory.append(peak_memory_mib(job.call, tuple(parts)))
+    modules = [part for part in job.parts if isinstance(part, nn.Module)]
+    gradients = sum(p.grad.nbytes for m in modules for p in m.parameters() if p.grad is not None)
     return {
         "stock_s": median(a for a, _ in pairs),
         "ours_s": median(b for _, b in pairs),
@@ -232,6 +246,7 @@ def _timed(job: Job, fast: list[Any], seconds: float) -> dict[str, Any]:
         "speedup_p80": high,
         "stock_mib": memory[0],
         "ours_mib": memory[1],
+        "gradients_mib": gradients / 2**20,  # part of both
     }
 
 
@@ -253,6 +268,7 @@ def main(argv: list[str] | None = None) -> int:
             rows.append(row)
             same = f"equal {row['equal']}" if "equal" in row else f"difference {row['difference']:.1e}"
             memory = "" if row["ours_mib"] is None else f", {row['stock_mib']:.0f} → {row['ours_mib']:.0f} MiB"
+            memory += f" ({row['gradients_mib']:.0f} of gradients)" if row["gradients_mib"] else ""
             print(
                 f"{row['case']}: {row['stock_s']:.3g} → {row['ours_s']:.3g} s, {row['speedup']:.2f}× "
                 f"({row['speedup_p20']:.2f} – {row['speedup_p80']:.2f}){memory}, {same}, load {row['load']:.1f}; "

@@ -15,7 +15,6 @@ from mmlm_fast.hf.site import ALREADY, Site
 from mmlm_fast.ops.paths import using_reference
 
 KIND = "patch convolution"
-WIDTH = 256  # of the proof: the first channels of the output
 
 
 def find(model: nn.Module) -> Iterator[Site]:
@@ -50,7 +49,8 @@ def methods(cls: Any) -> dict[str, Any]:
 
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        found = convolved(self, args[0]) if len(args) == 1 and not kwargs and is_eager() else None
+        takes = len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and is_eager()
+        found = convolved(self, args[0]) if takes else None
         return cls.forward(self, *args, **kwargs) if found is None else found
 
     return {"forward": forward}
@@ -63,6 +63,8 @@ def convolved(conv: Any, x: Tensor) -> Tensor | None:
     fall far behind where each input is one patch and in bfloat16 (CONTRIBUTING). On CUDA nobody measured the copy.
     """
     kernel, weight, bias = conv.kernel_size, conv.weight, conv.bias
+    if x.requires_grad and torch.is_grad_enabled():
+        return None  # a product sums the gradient of pictures over all channels at once, which errs more
     if using_reference() or type(x) not in (Tensor, nn.Parameter) or type(weight) not in (Tensor, nn.Parameter):
         return None
     if x.dim() != len(kernel) + 2 or x.shape[1] != conv.in_channels or x.numel() == 0 or x.device != weight.device:
@@ -85,9 +87,9 @@ def convolved(conv: Any, x: Tensor) -> Tensor | None:
 
 
 def _prove(module: Any) -> float:
-    cls, weight = original_class(module), module.weight.detach()[:WIDTH]
+    cls, weight = original_class(module), module.weight.detach()
     x = proof.random(8, module.in_channels, *module.kernel_size, like=weight)
-    rest = [] if module.bias is None else [module.bias.detach()[:WIDTH]]
+    rest = [] if module.bias is None else [module.bias.detach()]
 
     def made(weight: Tensor, bias: tuple[Tensor, ...]) -> Any:
         return twin(module, cls, {"weight": weight, "bias": bias[0] if bias else None})  # type: ignore[dict-item]
@@ -97,4 +99,5 @@ def _prove(module: Any) -> float:
         lambda x, w, *b: taken(convolved(made(w, b), x)),
         lambda x, w, *b: F.linear(x.flatten(1), w.flatten(1), *b)[(...,) + (None,) * len(module.kernel_size)],
         [x, weight, *rest],
+        fixed=1,
     )
