@@ -9,9 +9,9 @@ BIN    := $(MMLM_FAST_VENV)/bin
 RUN    := $(BIN)/python -P -m
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu')
 
-.PHONY: help env gpu-env gpu-env-test test-versions gpu-carry gpu-rehearsal report test lint format bench aot-tables schemas arrows mutations wheel sanitize clean
+.PHONY: help env gpu-env gpu-env-test test-versions gpu-carry gpu-rehearsal report test lint format bench aot-tables schemas arrows families sweep mutations wheel sanitize clean
 help:
-	@sed -n 's/^# make/make/p' Makefile; echo "more: lint format bench aot-tables schemas arrows mutations wheel sanitize test-versions gpu-env gpu-env-test gpu-carry gpu-rehearsal clean"
+	@sed -n 's/^# make/make/p' Makefile; echo "more: lint format bench aot-tables schemas arrows families sweep mutations wheel sanitize test-versions gpu-env gpu-env-test gpu-carry gpu-rehearsal clean"
 
 env:
 	@$(PYTHON) .ci/bootstrap.py
@@ -68,6 +68,14 @@ aot-tables: env
 # tests/schemas.txt: with the lines of new ops.
 schemas: env
 	$(BIN)/python -P tests/test_schemas.py
+
+# What accelerate() replaces in each family of models, under this version of transformers: docs/families.json and its table.
+families: env
+	@PYTHONPATH=tests $(RUN) support.families --write
+
+# The same of every model class of transformers, from its default configuration: docs/sweep. A quarter of an hour.
+sweep: env
+	@PYTHONPATH=tests $(RUN) support.sweep --write $(ARGS)
 
 # What imports what, drawn from the imports: CONTRIBUTING holds it.
 arrows: env

@@ -48,7 +48,8 @@ TESTS = f"""
 audio_log_mel audio_cuda models
 audio_extractors audio_files audio_kaldi audio_mel_spectrogram audio_nemo audio_resample audio_robust audio_streaming
 audio_whisper audio_file_blocks audio_file_decoders audio_file_ends audio_file_lengths
-cli hf_accelerate hf_attention hf_loss launch masks nn_attention nn_layers nn_losses objectives positions towers
+cli hf_accelerate hf_attention hf_loss hf_training_loops hf_whole_models
+launch masks nn_attention nn_layers nn_losses objectives positions towers
 first_step lazy_logits nn_adapters packed_towers second_turn
 """
 

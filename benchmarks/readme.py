@@ -126,6 +126,39 @@ def learning() -> str:
     return "\n\n".join([*told, section.markdown_table(*section.table(results["learning"]))])
 
 
+def accelerated() -> str:
+    """Hugging Face models before and after `accelerate`, from the newest committed results that have them."""
+    found = newest("cpu", "accelerated")
+    if found is None:
+        return "Not measured yet."
+    name, results = found
+    rows = []
+    for row in results["accelerated"]:
+        same = ("equal" if row["equal"] else "not equal") if "equal" in row else f"{row['difference']:.0e}"
+        memory = f"{row['stock_mib']:,.0f} / {row['ours_mib']:,.0f}"
+        memory += f" (gradients: {row['gradients_mib']:,.0f})" if row["gradients_mib"] else ""
+        rows.append(
+            (
+                row["case"],
+                row["shape"],
+                f"{row['stock_s']:.3g}",
+                f"{row['ours_s']:.3g}",
+                f"{row['speedup']:.2f}×",
+                f"{row['speedup_p20']:.2f} – {row['speedup_p80']:.2f}",
+                memory,
+                same,
+            )
+        )
+    e = results["environment"]
+    titles = ("job", "sizes", "stock, s", "ours, s", "speed-up", "p20 – p80", "peak MiB, stock / ours", "difference")
+    note = (
+        f"{e['device']}, {e['threads']} threads, {e['date']}; stock is sdpa. Differences are of tokens, or the norm over "
+        f"loss and all gradients. From `benchmarks/results/{name}`; `python -m mmlm_benchmarks.models.accelerated "
+        "--ladder` says what each kind gives."
+    )
+    return f"{note}\n\n{markdown_table(titles, rows)}"
+
+
 def extractors() -> str:
     """Every feature extractor of transformers: the drop-ins, and those left as they are."""
     rows = [(f"`{name}`", f"replaced: {entry.computes}") for name, entry in EXTRACTORS.items()]
@@ -143,6 +176,12 @@ def with_tables(text: str, folder: Path | None = None) -> str:
     )
     text = re.sub(
         r"(<!-- learning -->\n).*?(\n?<!-- end -->)", lambda m: m[1] + learning() + "\n<!-- end -->", text, flags=re.S
+    )
+    text = re.sub(
+        r"(<!-- accelerated -->\n).*?(\n?<!-- end -->)",
+        lambda m: m[1] + accelerated() + "\n<!-- end -->",
+        text,
+        flags=re.S,
     )
     for device_type in ("cpu", "cuda"):
         pattern = rf"(<!-- {device_type} results -->\n).*?(\n<!-- end -->)"

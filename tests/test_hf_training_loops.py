@@ -215,6 +215,13 @@ def test_ranks_other_than_the_first_are_silent(monkeypatch, capsys):
     assert issubclass(NothingReplaced, ValueError)
 
 
+def test_a_version_that_nobody_has_seen_is_said(monkeypatch):
+    assert "none of those that this was tested with" not in str(mmlm_fast.accelerate(text_model(), quiet=True))
+    monkeypatch.setattr(transformers, "__version__", "6.0.0.dev0")
+    said = str(mmlm_fast.accelerate(text_model(), quiet=True))
+    assert "transformers 6.0.0.dev0 is none of those that this was tested with (5.17.0 to 5.24.0)" in said
+
+
 def test_the_committed_table_of_families():
     """`python -m support.families --write`, under each version of transformers that it names."""
     known = json.loads(families.FILE.read_text(encoding="utf-8"))

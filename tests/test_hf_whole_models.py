@@ -369,6 +369,118 @@ def test_a_resized_vocabulary():
     assert not any(hasattr(type(m), "_mmlm_fast_layers") for m in model.modules())
 
 
+# ---- single places ---------------------------------------------------------------------------------------------------
+
+
+def classes_of_norms():
+    from transformers.models.cohere.modeling_cohere import CohereLayerNorm
+    from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+    from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm
+    from transformers.models.helium.modeling_helium import HeliumRMSNorm
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+    from transformers.models.llama4.modeling_llama4 import Llama4TextRMSNorm
+    from transformers.models.moshi.modeling_moshi import MoshiRMSNorm
+    from transformers.models.nanochat.modeling_nanochat import NanoChatRMSNorm
+    from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+    from transformers.models.t5.modeling_t5 import T5LayerNorm
+
+    sized = (
+        LlamaRMSNorm, GemmaRMSNorm, Gemma4RMSNorm, HeliumRMSNorm, Llama4TextRMSNorm, MoshiRMSNorm, Olmo2RMSNorm,
+        T5LayerNorm, CohereLayerNorm,
+    )  # fmt: skip
+    return {cls.__name__: lambda cls=cls: cls(40) for cls in sized} | {"NanoChatRMSNorm": lambda: NanoChatRMSNorm()}
+
+
+@pytest.mark.parametrize("weight", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", list(classes_of_norms()))
+def test_norms_of_two_dtypes(name, dtype, weight):
+    """The result has the dtype of the original's, whatever the weight's; so has the norm of a sum of two."""
+    torch.manual_seed(0)
+    plain = classes_of_norms()[name]()
+    for parameter in plain.parameters():
+        nn.init.normal_(parameter)
+    ours, theirs, wide = copy.deepcopy(plain).to(weight), copy.deepcopy(plain).to(weight), None
+    wide = copy.deepcopy(theirs).double()
+    accelerated(nn.Sequential(ours))
+    x, y = (torch.randn(3, 5, 40).to(t) for t in (dtype, torch.float32))
+    with forced(Path.NATIVE):
+        out, (summed, total) = ours(x), norms.sum_and_norm(ours, x, y)
+    for found, given in ((out, x), (summed, x + y)):
+        expected = theirs(given)
+        assert found.dtype == expected.dtype
+        assert difference(found, expected, wide(given.double())).ok
+    assert torch.equal(total, x + y)
+    if list(plain.parameters()):
+        with pytest.raises(RuntimeError):
+            ours(torch.randn(3, 41))
+
+
+def test_a_norm_of_a_strange_tensor_is_the_originals():
+    norm = classes_of_norms()["LlamaRMSNorm"]()
+    accelerated(nn.Sequential(norm))
+    with forced(Path.NATIVE):
+        assert norm(torch.empty(0, 40)).shape == (0, 40)
+        assert norm(hidden_states=torch.ones(2, 40)).shape == (2, 40)
+        assert norm(torch.ones(2, 40, dtype=torch.float64)).dtype == torch.float64
+        batched = torch.func.vmap(norm)(torch.ones(3, 2, 40))
+    assert batched.shape == (3, 2, 40)
+
+
+def test_rotations_of_unusual_tables():
+    from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as glm
+    from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb as neox
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama
+
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 4, 6, 16), torch.randn(2, 2, 6, 16)
+    angles = torch.randn(2, 6, 8)
+    cos, sin = (torch.cat([t, t], -1) for t in (angles.cos(), angles.sin()))
+
+    def same(function, *args, **kwargs):
+        with forced(Path.NATIVE):
+            found = rotary.rotated(function, *args, **kwargs)
+        torch.testing.assert_close(found, function(*args, **kwargs))
+        return found
+
+    same(llama, q, k, cos, sin)
+    same(llama, q, k, cos=cos, sin=sin)
+    same(llama, q.transpose(1, 2), k.transpose(1, 2), cos, sin, unsqueeze_dim=2)
+    same(llama, q[0], k[0], cos[0], sin[0], unsqueeze_dim=0)
+    same(llama, q, k, cos[:1], sin[:1])
+    assert same(llama, q.bfloat16(), k.bfloat16(), cos, sin)[0].dtype == torch.float32
+    same(neox, q, k, cos[..., :8], sin[..., :8])
+    same(glm, q, k, cos, sin)
+    cos.mul_(2)  # in place: what was known of the table holds no more
+    same(llama, q, k, cos, sin)
+    cos[..., 3] += 1  # its halves differ
+    assert same(llama, q, k, cos, sin)[0].equal(llama(q, k, cos, sin)[0])
+    table = torch.cat([angles.cos()] * 2, -1).requires_grad_()
+    same(llama, q, k, table, sin)[0].sum().backward()
+    assert table.grad is not None
+    with torch.inference_mode():
+        same(llama, q, k, cos.clone(), sin.clone())
+
+
+def test_a_patch_convolution_whose_input_learns():
+    """A product of pictures' gradients errs more than a convolution does: the original computes them."""
+    conv = nn.Conv3d(3, 8, (2, 4, 4), (2, 4, 4))
+    plain = copy.deepcopy(conv)
+    accelerated(nn.Sequential(conv))
+    x = torch.randn(5, 3, 2, 4, 4)
+    torch.testing.assert_close(conv(x), plain(x))
+    grads = []
+    for m in (conv, plain):
+        y = x.clone().requires_grad_()
+        m(y).square().sum().backward()
+        grads.append(y.grad)
+    assert torch.equal(*grads)
+    assert conv(torch.randn(1, 3, 5, 9, 9)).shape == (1, 8, 2, 2, 2)  # not divisible: the rest is left out
+    assert conv(torch.randn(2, 3, 4, 8, 8)).is_contiguous()
+    with pytest.raises(RuntimeError):
+        conv(x.double())
+
+
 # ---- recognising -----------------------------------------------------------------------------------------------------
 
 
@@ -411,6 +523,19 @@ def test_a_formula_that_is_not_the_originals_is_refused(monkeypatch):
     done = accelerated(tiny_models.llava().build("sdpa"))
     assert "the original is not the formula it is known by" in str(done)
     assert not [r for r in done.replaced if r.kind == "RMS norm"]
+
+
+def test_a_function_that_is_called_counts():
+    """A rotation with the statements of Llama's, and another rotate_half."""
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    names = {}
+    exec(compile("def rotate_half(x):\n    return x\n", __file__, "exec"), names)
+    import types
+
+    other = types.FunctionType(apply_rotary_pos_emb.__code__, names | {"torch": torch}, "apply_rotary_pos_emb")
+    assert rotary.known(apply_rotary_pos_emb) is not None
+    assert rotary.known(other) is None
 
 
 def test_classes_of_the_user_with_a_known_forward():

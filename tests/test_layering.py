@@ -47,6 +47,7 @@ MAY_IMPORT = {
         "mmlm_fast.nn",
         "mmlm_fast.ops",
         "mmlm_fast.masks",
+        "mmlm_fast.positions",
         "mmlm_fast.testing",
         "mmlm_fast.hf",
     },

@@ -52,6 +52,31 @@ def test_close_to_reference(path, dtype, size, take, device):
         testing.assert_gradients_close_to_reference(fast, ref, embeds, *rows)
 
 
+@pytest.mark.parametrize(("path", "dtype"), PATHS_AND_DTYPES)
+@pytest.mark.parametrize("add", [False, True])
+def test_rows_to_spare(path, dtype, add, take, device):
+    """As with masked_scatter, the last ones are not used, and get a gradient of 0; too few are an error still."""
+    take(path)
+    ids, table, features = draw(dtype, device)
+    spare = [torch.cat([f, torch.full((3, 33), torch.nan, dtype=dtype, device=device)]) for f in features.values()]
+    embeds = table[ids.clamp(0, 16)].requires_grad_()
+    grads = []
+    for rows in (list(features.values()), spare):
+        leaves = [r.clone().requires_grad_() for r in rows]
+        out = scatter_features(embeds, ids, dict(zip(features, leaves, strict=True)), add=add, spare=True)
+        torch.empty(64, 33, dtype=dtype, device=device).fill_(torch.nan)  # for memory that nobody writes
+        grads.append((out, *torch.autograd.grad(out, [embeds, *leaves], torch.ones_like(out))))
+    assert grads[0][0].equal(grads[1][0])
+    assert grads[0][1].equal(grads[1][1])
+    for few, many in zip(grads[0][2:], grads[1][2:], strict=True):
+        assert many[:-3].equal(few)
+        assert (many[-3:] == 0).all()
+    with pytest.raises(ValueError, match="rows for"):
+        scatter_features(embeds, ids, {IMAGE: features[IMAGE][1:]}, spare=True)
+    with pytest.raises(ValueError, match="rows for"):
+        scatter_features(embeds, ids, dict(zip(features, spare, strict=True)))
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     st.lists(st.lists(st.sampled_from([0, 1, 2, 3]), min_size=0, max_size=12), min_size=1, max_size=4),

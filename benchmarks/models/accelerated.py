@@ -19,7 +19,7 @@ import transformers
 from torch import nn
 
 import mmlm_fast
-from mmlm_benchmarks.harness import peak_memory_mib, spread, timed
+from mmlm_benchmarks.harness import environment, peak_memory_mib, spread, timed
 
 PICTURE = 49_001  # token
 
@@ -276,7 +276,8 @@ def main(argv: list[str] | None = None) -> int:
                 flush=True,
             )
             if args.out is not None:
-                args.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+                found = {"environment": environment("cpu"), "accelerated": rows}
+                args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

@@ -26,6 +26,10 @@ KINDS: tuple[Callable[[nn.Module], Iterator[Site]], ...] = (
 )  # fmt: skip
 
 
+TESTED = "5.17.0", "5.24.0"  # of transformers: tests/versions.md
+TESTED_PARTS = [tuple(int(part) for part in version.split(".")[:2]) for version in TESTED]
+
+
 class NothingReplaced(ValueError):
     """`accelerate` found nothing that it could replace; its text says what there was, and why not."""
 
@@ -85,7 +89,18 @@ class Acceleration:
         for f in self.refused:
             groups.setdefault((f.kind, f.name, f.reason), []).append(f)
         lines = [_line(group, self.is_plan) for group in groups.values()]
+        if _is_unseen(transformers.__version__):
+            lines.append(
+                f"transformers {transformers.__version__} is none of those that this was tested with ({TESTED[0]} to "
+                f"{TESTED[-1]}): forwards that changed there are left as they are"
+            )
         return "\n".join(lines) or "nothing to replace was found"
+
+
+def _is_unseen(version: str) -> bool:
+    """Whether a version lies outside those that the tests ran with."""
+    parts = tuple(int(part) for part in version.split(".")[:2])
+    return not TESTED_PARTS[0] <= parts <= TESTED_PARTS[-1]
 
 
 def _line(group: list[Any], is_plan: bool) -> str:

@@ -1,8 +1,11 @@
 """Attention, which transformers looks up by a name in a model's configuration: see `mmlm_fast.hf.attention`."""
 
+import ast
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -12,6 +15,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mmlm_fast.hf import proof
 from mmlm_fast.hf.attention import NAME, attention
+from mmlm_fast.hf.changing import original_class
+from mmlm_fast.hf.fingerprint import source_tree
 from mmlm_fast.hf.site import ALREADY, Site
 
 KIND = "attention"
@@ -43,12 +48,32 @@ def _site(path: str, part: PreTrainedModel) -> Site:
         site.reason = f"its attention is {used}: somebody's choice, or all that it has"
     elif not getattr(part, "_supports_attention_backend", False) and not _looks_up(part):
         site.reason = "its attention is not looked up by name"
+    else:
+        reads = next((type(m).__name__ for m in part.modules() if _reads_its_mask(original_class(m))), None)
+        site.reason = reads and f"{reads} reads the mask that it is handed, which with ours holds intervals"
     weight = next((p for p in part.parameters() if p.is_floating_point()), None)
     site.like = weight
     site.alike = None if weight is None else (weight.dtype, weight.device)
     site.prove = functools.partial(_prove, weight)
     site.apply = functools.partial(_apply, part)
     return site
+
+
+@functools.cache
+def _reads_its_mask(cls: Any) -> bool:
+    """Whether an attention that is looked up does more with ``attention_mask`` than to hand it over."""
+    methods = [inspect.unwrap(f) for f in vars(cls).values() if isinstance(f, FunctionType)]
+    try:
+        if not any("get_interface(" in inspect.getsource(method) for method in methods):
+            return False
+        nodes = [node for method in methods for node in ast.walk(source_tree(method))]
+    except (OSError, TypeError, SyntaxError):
+        return False
+    used = [part for node in nodes if isinstance(node, _READING) for part in ast.iter_child_nodes(node)]
+    return any(isinstance(part, ast.Name) and part.id == "attention_mask" for part in used)
+
+
+_READING = ast.Subscript, ast.Attribute, ast.BinOp, ast.UnaryOp
 
 
 def _implementation(model: PreTrainedModel) -> str | None:
