@@ -150,11 +150,11 @@ def accelerated() -> str:
             )
         )
     e = results["environment"]
-    titles = ("job", "sizes", "stock, s", "ours, s", "speed-up", "p20 – p80", "peak MiB, stock / ours", "difference")
+    titles = ("job", "sizes", "stock, s", "ours, s", "speed-up", "p20 – p80", "peak MiB, stock / ours", "error")
     note = (
-        f"{e['device']}, {e['threads']} threads, {e['date']}; stock is sdpa. Differences are of tokens, or the norm over "
-        f"loss and all gradients. From `benchmarks/results/{name}`; `python -m mmlm_benchmarks.models.accelerated "
-        "--ladder` says what each kind gives."
+        f"{e['device']}, {e['threads']} threads, {e['date']}; stock is sdpa. Errors are of tokens, or a norm over loss "
+        f"and all gradients. From `benchmarks/results/{name}`; "
+        "`python -m mmlm_benchmarks.models.accelerated --ladder` says what each kind gives."
     )
     return f"{note}\n\n{markdown_table(titles, rows)}"
 
