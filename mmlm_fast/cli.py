@@ -134,6 +134,8 @@ def _accelerate(args: argparse.Namespace) -> int:
 
     from mmlm_fast.hf import planning
 
+    if args.plan and args.dtype != "auto":
+        args.parser.error("--dtype is of weights, which --plan does not load")
     transformers.logging.set_verbosity_error()
     try:
         done = planning.plan(args.model) if args.plan else planning.prove(args.model, args.dtype)

@@ -217,7 +217,7 @@ def test_ranks_other_than_the_first_are_silent(monkeypatch, capsys):
 
 def test_a_version_that_nobody_has_seen_is_said(monkeypatch):
     assert "none of those that this was tested with" not in str(mmlm_fast.accelerate(text_model(), quiet=True))
-    monkeypatch.setattr(transformers, "__version__", "6.0.0.dev0")
+    monkeypatch.setattr("mmlm_fast.hf.acceleration.transformers.__version__", "6.0.0.dev0")
     said = str(mmlm_fast.accelerate(text_model(), quiet=True))
     assert "transformers 6.0.0.dev0 is none of those that this was tested with (5.17.0 to 5.24.0)" in said
 

@@ -1,6 +1,7 @@
 """`accelerate` on whole models: the same numbers in every loop, nothing left behind, a line for each kind of place."""
 
 import copy
+import importlib
 import io
 import pickle
 import re
@@ -15,7 +16,8 @@ import mmlm_fast
 from mmlm_fast.hf import NothingReplaced
 from mmlm_fast.hf.changing import is_changed_by
 from mmlm_fast.hf.fingerprint import fingerprint
-from mmlm_fast.hf.kinds import mlps, norms, rewrites, rotary
+from mmlm_fast.hf.kinds import mlps, norms, rotary
+from mmlm_fast.nn.lazy_logits import LazyLogits
 from mmlm_fast.ops.paths import Path, forced
 from mmlm_fast.testing import difference
 from support import tiny_models
@@ -150,7 +152,7 @@ def test_only_this_model_changes(name):
     models = []
     for i in range(3):
         torch.manual_seed(0)
-        models.append(tiny.cls._from_config(config, attn_implementation="sdpa").eval())
+        models.append(tiny.cls(config).eval())  # which shares it
         if i == 1:
             accelerated(models[1])
     modules = {type(m).__module__ for m in models[0].modules() if type(m).__module__.startswith("transformers.models")}
@@ -331,7 +333,7 @@ def test_offloading_hooks_of_accelerate():
     for module in list(model.modules()):
         if type(module).__name__ in ("LlamaRMSNorm", "LlamaMLP", "LlamaDecoderLayer"):
             add_hook_to_module(module, ModelHook())
-    done = accelerated(model)
+    done = accelerated(model, only=["RMS norm", "sum and norm", "gated MLP"])
     with forced(Path.NATIVE):
         out = tiny_models.output_of(model, tiny.inputs)
     assert not torch.equal(out, expected)
@@ -481,6 +483,195 @@ def test_a_patch_convolution_whose_input_learns():
         conv(x.double())
 
 
+# ---- what people do to models ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_lazy_head_below_other_changes(name, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("mmlm_fast.nn.lazy_logits"), "_is_few", lambda *_: False)
+    tiny, kinds = MODELS[name](), []
+    for only in (["language-model head"], None):
+        model = tiny.build("sdpa").train()
+        accelerated(model, only=only)
+        kinds.append(type(model(**tiny.inputs, labels=labels_of(tiny)).logits))
+    assert kinds == [LazyLogits, LazyLogits]
+
+
+def llama():
+    tiny = MODELS["llama"]()
+    return tiny.build("sdpa"), tiny.inputs
+
+
+def outputs(model, inputs):
+    with forced(Path.NATIVE), torch.no_grad():
+        return model(**inputs, use_cache=False).logits
+
+
+def test_classes_that_somebody_patches(monkeypatch):
+    """Before, since, and no more: what is called is what the class has at the time."""
+    cls = transformers.models.llama.modeling_llama.LlamaDecoderLayer
+    original = cls.forward
+
+    def patched(self, *args, **kwargs):
+        return original(self, *args, **kwargs) * 2
+
+    plain, inputs = llama()
+    expected = outputs(plain, inputs)
+    with monkeypatch.context() as patch:
+        patch.setattr(cls, "forward", patched)
+        twice = outputs(plain, inputs)
+        before, _ = llama()
+        accelerated(before)
+        torch.testing.assert_close(outputs(before, inputs), twice, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outputs(before, inputs), expected, rtol=1e-4, atol=1e-5)
+    fresh, _ = llama()
+    assert "sum and norm" in {r.kind for r in accelerated(fresh).replaced}
+    torch.testing.assert_close(outputs(fresh, inputs), expected, rtol=1e-4, atol=1e-5)
+    with monkeypatch.context() as patch:
+        patch.setattr(cls, "forward", patched)
+        torch.testing.assert_close(outputs(fresh, inputs), twice, rtol=1e-4, atol=1e-5)
+
+
+def test_parts_that_change_afterwards():
+    (model, inputs), (plain, _) = llama(), llama()
+    done = accelerated(model)
+    held = model.model.layers[0].mlp.forward
+    for m in (model, plain):
+        m.model.layers[0].mlp.act_fn = nn.ReLU()
+        m.model.layers[1].post_attention_layernorm.variance_epsilon = 0.5
+    torch.testing.assert_close(outputs(model, inputs), outputs(plain, inputs), rtol=1e-4, atol=1e-5)
+    model.model.layers[0].mlp.forward = lambda *args: held(*args)
+    done.undo()
+    assert torch.equal(outputs(model, inputs), outputs(plain, inputs))  # also through what somebody kept
+
+
+def test_convolutions_that_change_afterwards():
+    conv = nn.Conv2d(3, 4, 2, 2)
+    accelerated(nn.Sequential(conv))
+    conv.padding = (1, 1)
+    assert conv(torch.ones(1, 3, 4, 4)).shape == (1, 4, 3, 3)
+
+
+def test_layers_that_are_copies():
+    """With configurations of their own, which PEFT's layer replication makes, too."""
+    found = []
+    for fast in (False, True):
+        model, inputs = llama()
+        model.model.layers.append(copy.deepcopy(model.model.layers[-1]))
+        model.config.num_hidden_layers = 3
+        if fast:
+            accelerated(model)
+        found.append(outputs(model, inputs)[inputs["attention_mask"].bool()])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_that_somebody_chose_for_a_part():
+    model = tiny_models.llava().build("sdpa")
+    model.set_attn_implementation({"vision_config": "eager", "text_config": "sdpa"})
+    accelerated(model)
+    assert model.config.vision_config._attn_implementation == "eager"
+    assert model.config.text_config._attn_implementation == "mmlm_fast"
+
+
+def test_statements_that_are_no_sum_of_ours():
+    """A call before the norm might change the sum; private names mean something in a class alone; a call of its own."""
+    norm = transformers.models.llama.modeling_llama.LlamaRMSNorm
+
+    class Inplace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act, self.norm = nn.ReLU(inplace=True), norm(8)
+
+        def forward(self, a, b):
+            h = a + b
+            return self.act(h) + self.norm(h)
+
+    class Private(Inplace):
+        def __init__(self):
+            super().__init__()
+            self.__scale = 3.0
+
+        def forward(self, a, b):
+            h = a + b
+            return self.norm(h) * self.__scale
+
+    class Twice(norm):
+        def __call__(self, x):
+            return super().__call__(x) * 2
+
+    class Calls(Inplace):
+        def __init__(self):
+            super().__init__()
+            self.norm = Twice(8)
+
+        def forward(self, a, b):
+            h = a + b
+            return self.norm(h)
+
+    a, b = torch.randn(2, 3, 8)
+    for cls in (Inplace, Private, Calls):
+        plain = cls()
+        model = copy.deepcopy(plain)
+        done = accelerated(nn.Sequential(model))
+        with forced(Path.NATIVE):
+            torch.testing.assert_close(model(a.clone(), b), plain(a.clone(), b))
+        assert ("private names mean something" in str(done)) == (cls is Private)
+
+
+def test_the_random_state_and_modes_are_left_alone():
+    model, _ = llama()
+    torch.manual_seed(5)
+    expected = torch.rand(2)
+    torch.manual_seed(5)
+    accelerated(model)
+    assert torch.equal(torch.rand(2), expected)
+    model, _ = llama()
+    with torch.inference_mode():
+        assert not accelerated(model).refused
+        built, _ = llama()
+        assert not accelerated(built).refused
+    model, _ = llama()
+    with torch.device("meta"):
+        assert not accelerated(model).refused
+
+
+def test_bound_forwards_of_a_head():
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    model, inputs = llama()
+    expected = outputs(model, inputs)
+    done = accelerated(model.train())
+    add_hook_to_module(model.lm_head, ModelHook())
+    torch.testing.assert_close(outputs(model.eval(), inputs), expected, rtol=1e-4, atol=1e-5)
+    done.undo()
+    assert torch.equal(outputs(model, inputs), expected)
+    model, _ = llama()
+    forward = model.forward
+    model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    assert "its model has a forward of its own" in str(accelerated(model))
+
+
+def test_names_of_nothing_and_classes_themselves():
+    cls = transformers.models.llama.modeling_llama.LlamaRMSNorm
+    done = accelerated(llama()[0], exclude=[cls, "atention"])
+    assert not [r for r in done.replaced if r.kind in ("RMS norm", "sum and norm")]
+    assert "nothing here is named atention" in str(done)
+    assert {r.kind for r in accelerated(llama()[0], only=iter([cls])).replaced} == {"RMS norm"}
+    for wrong in (None, "attention", [3]):
+        with pytest.raises(ValueError, match="exclude must"):
+            accelerated(llama()[0], exclude=wrong)
+
+
+def test_a_class_that_says_how_it_is_copied():
+    class Own(transformers.models.llama.modeling_llama.LlamaRMSNorm):
+        def __reduce__(self):
+            return Own, (8,)
+
+    norm = Own(8)
+    accelerated(nn.Sequential(norm))
+    assert copy.deepcopy(norm)(torch.ones(2, 8)).shape == (2, 8)
+
+
 # ---- recognising -----------------------------------------------------------------------------------------------------
 
 
@@ -496,13 +687,7 @@ def test_a_forward_that_changed_is_refused(monkeypatch):
         return (1 + self.weight) * hidden_states.to(input_dtype)
 
     monkeypatch.setattr(cls, "forward", forward)
-    fingerprint.cache_clear()
-    rewrites._count.cache_clear()
-    try:
-        done = accelerated(tiny_models.llava().build("sdpa"))
-    finally:
-        fingerprint.cache_clear()
-        rewrites._count.cache_clear()
+    done = accelerated(tiny_models.llava().build("sdpa"))
     assert "5 × LlamaRMSNorm (RMS norm): its forward is none of those known" in str(done)
     assert not [r for r in done.replaced if r.kind in ("RMS norm", "sum and norm") and "Llama" in r.name]
 

@@ -1,10 +1,11 @@
 """`accelerate`: swap parts of a model or processor for faster ones, each proved on the user's own object."""
 
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 
@@ -62,6 +63,8 @@ class Acceleration:
     replaced: list[Replaced] = field(default_factory=list)
     refused: list[Refused] = field(default_factory=list)
     is_plan: bool = False
+    unknown: list[str] = field(default_factory=list)  # in only or exclude, and nothing's name here
+    names: set[str] = field(default_factory=set, repr=False)  # that `only` and `exclude` could have said
     _model: Any = field(default=None, repr=False)
     _undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
 
@@ -89,6 +92,8 @@ class Acceleration:
         for f in self.refused:
             groups.setdefault((f.kind, f.name, f.reason), []).append(f)
         lines = [_line(group, self.is_plan) for group in groups.values()]
+        if self.unknown:
+            lines.append(f"only and exclude: nothing here is named {', '.join(self.unknown)}")
         if _is_unseen(transformers.__version__):
             lines.append(
                 f"transformers {transformers.__version__} is none of those that this was tested with ({TESTED[0]} to "
@@ -119,8 +124,8 @@ def _line(group: list[Any], is_plan: bool) -> str:
 def accelerate(
     model: Any,
     *,
-    only: Collection[str] | None = None,
-    exclude: Collection[str] = (),
+    only: Collection[str | type] | None = None,
+    exclude: Collection[str | type] = (),
     verify: bool = True,
     plan_only: bool = False,
     strict: bool = True,
@@ -161,9 +166,7 @@ def accelerate(
         NothingReplaced: (a ValueError) with `strict`, where nothing was replaced and nothing is accelerated already.
         ValueError: for any other object.
     """
-    for name, names in (("only", only), ("exclude", exclude)):
-        if isinstance(names, str):
-            raise ValueError(f"{name} must be a collection of names, got the string {names!r}")
+    only, exclude = None if only is None else _names("only", only), _names("exclude", exclude)
     result = Acceleration(is_plan=plan_only, _model=model)
     proved: dict[Any, float | str] = {}
     try:
@@ -172,6 +175,7 @@ def accelerate(
     except BaseException:
         result.undo()
         raise
+    result.unknown = [n for n in (*(only or ()), *exclude) if n not in result.names]
     if strict and not result.replaced and not any(r.reason == ALREADY for r in result.refused):
         raise NothingReplaced(f"nothing was replaced (strict=False allows that):\n{result}")
     if not quiet and os.environ.get("RANK", "0") == "0":
@@ -200,7 +204,9 @@ def _treat(
     verify: bool,
 ) -> None:
     reason, difference = site.reason, None
-    if reason is None and ((only is not None and not _is_among(site, only)) or _is_among(site, exclude)):
+    result.names.update(_names_of(site), site.also)
+    among = _names_of(site)
+    if reason is None and ((only is not None and not among & {*only}) or (among | {*site.also}) & {*exclude}):
         reason = "left out by only or exclude"
     if reason is None and not result.is_plan and isinstance(site.target, nn.Module):
         reason = why_unproved(site.target)
@@ -209,7 +215,8 @@ def _treat(
         key = (site.kind, site.alike if site.alike is not None else site.path)
         if key not in proved:
             try:
-                proved[key] = site.prove()
+                with torch.inference_mode(False):  # tensors made in it could not be kept for a backward pass
+                    proved[key] = site.prove()
             except RefusedError as error:
                 proved[key] = str(error)
         outcome = proved[key]
@@ -222,10 +229,19 @@ def _treat(
     result.replaced.append(Replaced(site.path, site.name, difference, note, site.kind))
 
 
-def _is_among(site: Site, names: Collection[str]) -> bool:
-    parents = site.path.split(".")
-    paths = {".".join(parents[:i]) for i in range(1, len(parents) + 1)}
-    return any(name in (site.name, site.kind) or name in paths for name in names)
+def _names(argument: str, names: Any) -> tuple[str, ...]:
+    if isinstance(names, (str, type)) or not isinstance(names, Iterable):
+        raise ValueError(f"{argument} must be a collection of names, got {names!r}")
+    found = tuple(name.__name__ if isinstance(name, type) else name for name in names)
+    if not all(isinstance(name, str) for name in found):
+        raise ValueError(f"{argument} must hold kinds, classes and paths, got {found!r}")
+    return found
+
+
+def _names_of(site: Site) -> set[str]:
+    """Its class, its kind, and the paths of what it lies in."""
+    parts = site.path.split(".")
+    return {site.name, site.kind, *(".".join(parts[:i]) for i in range(1, len(parts) + 1))} - {""}
 
 
 def _why_original(site: Site) -> str:

@@ -16,11 +16,15 @@ def subclass(cls: Any, make: Make, *options: Any) -> Any:
 
     Its instances are copied and pickled as such: `make` is a function of a module, and `options` can be pickled.
     """
-    return _subclass(cls, make, options)
+    return _subclass(cls, make, options, tuple(getattr(cls, name, None) for name in ("forward", *_METHODS)))
+
+
+_METHODS = "get_rope_index", "_deepstack_process", "pixel_shuffle"  # that changes are made of, beside forwards
 
 
 @cache
-def _subclass(cls: Any, make: Make, options: tuple) -> Any:
+def _subclass(cls: Any, make: Make, options: tuple, methods: tuple) -> Any:
+    """`methods` are those of the class now: one that is patched since, and patched back, is another class."""
     layers = (*layers_of(cls), (make, options))
     original = getattr(cls, "_mmlm_fast_original", cls)
 
@@ -29,6 +33,8 @@ def _subclass(cls: Any, make: Make, options: tuple) -> Any:
 
     names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
     marks = {"_mmlm_fast_layers": layers, "_mmlm_fast_original": original, "__reduce_ex__": __reduce_ex__}
+    if (original.__reduce_ex__, original.__reduce__) != (object.__reduce_ex__, object.__reduce__):
+        del marks["__reduce_ex__"]  # a class that says how it is copied makes a plain one
     return type(cls)(cls.__name__, (cls,), make(cls, *options) | names | marks)
 
 
@@ -56,8 +62,19 @@ def layers_of(cls: Any) -> tuple[Layer, ...]:
 
 
 def original_class(module: Any) -> Any:
-    """The class of a module before any change of ours."""
-    return getattr(type(module), "_mmlm_fast_original", type(module))
+    """The class of a module before any change of ours, and below what FSDP2 or parametrizations made of it."""
+    cls = getattr(type(module), "_mmlm_fast_original", type(module))
+    while cls.__module__.startswith("torch.") and cls.__name__.startswith(("FSDP", "Parametrized")):
+        bases = [base for base in cls.__bases__ if base.__name__ not in ("FSDPModule", "object")]
+        if len(bases) != 1 or bases[0] is nn.Module:
+            break
+        cls = bases[0]
+    return cls
+
+
+def is_undone(module: Any) -> bool:
+    """Whether a module has no change of ours any more, though somebody kept a forward of it."""
+    return not layers_of(type(module))
 
 
 def is_changed_by(module: Any, make: Make) -> bool:
@@ -68,7 +85,7 @@ def is_changed_by(module: Any, make: Make) -> bool:
 def change(target: Any, make: Make, *options: Any) -> Callable[[], None]:
     """Give `target` a class with the methods of ``make(cls, *options)``; returns what takes that back."""
     layer = make, options
-    _set_class(target, _layered(original_class(target), (*layers_of(type(target)), layer)))
+    _set_class(target, _with(type(target), layer))
     return lambda: _set_class(target, _without(type(target), layer))
 
 
@@ -80,6 +97,15 @@ def _set_class(target: Any, cls: Any) -> None:
         bound = target.__dict__.get(name)
         if bound is not None and getattr(bound, "__func__", None) is before:
             setattr(target, name, cls.forward.__get__(target))
+
+
+def _with(cls: Any, layer: Layer) -> Any:
+    """`cls` with one change more: itself, or below what parametrizations or FSDP made of it since the last."""
+    if "_mmlm_fast_layers" in vars(cls):
+        return _layered(cls._mmlm_fast_original, [*cls._mmlm_fast_layers, layer])
+    if not layers_of(cls):
+        return _layered(cls, [layer])
+    return _with_bases(cls, lambda base: _with(base, layer) if layers_of(base) else base)
 
 
 def _without(cls: Any, layer: Layer) -> Any:

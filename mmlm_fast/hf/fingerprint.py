@@ -14,7 +14,6 @@ _LENGTH = 16  # hexadecimal digits
 _IGNORED = ("ctx", "kind", "type_comment", "type_params", "annotation", "returns", "decorator_list", "lineno")
 
 
-@cache
 def fingerprint(owner: Any, method: str | None = None) -> str | None:
     """Hash a function, or a method of a class, by its statements.
 
@@ -22,12 +21,19 @@ def fingerprint(owner: Any, method: str | None = None) -> str | None:
     do, and what it calls: functions of Python and methods of the class by their own statements, others by their names.
 
     Returns:
-        16 hexadecimal digits, the same in every version of Python; None where the source cannot be read.
+        16 hexadecimal digits, the same in every version of Python; None where the source cannot be read, or where a
+        wrapper hides it.
     """
     function = owner if method is None else getattr(owner, method, None)
-    cls = None if method is None else owner
+    return _fingerprint(function, None if method is None else owner)
+
+
+@cache
+def _fingerprint(function: Any, cls: Any) -> str | None:
+    if hasattr(function, "__wrapped__"):
+        return None
     try:
-        words = list(_words_of(inspect.unwrap(function), cls, ()))  # type: ignore[arg-type]
+        words = list(_words_of(function, cls, ()))
     except (OSError, TypeError, SyntaxError, ValueError):
         return None
     return hashlib.sha256(" ".join(words).encode()).hexdigest()[:_LENGTH]

@@ -45,6 +45,9 @@ def why_not(model: PreTrainedModel, head: nn.Module) -> str | None:
         return f"not a plain nn.Linear but {cls.__module__}.{cls.__qualname__}, whose forward would be lost"
     if type(head.weight) is not nn.Parameter or head.weight.device.type not in ("cpu", "cuda", "meta"):
         return f"its weight is {type(head.weight).__name__} on {head.weight.device}, whole only in its forward"
+    forward = model.__dict__.get("forward")
+    if forward is not None and getattr(model.__dict__.get("_old_forward"), "__self__", None) is not model:
+        return "its model has a forward of its own"
     if not is_plain(head, nn.Linear):
         return "it has hooks or a forward of its own, which want its output"
     return None
@@ -89,20 +92,21 @@ def _make_lazy(head: Any) -> None:
 
 def _proof(head: nn.Linear) -> list[list[Tensor]]:
     """Loss and gradients as a causal loss has them: of the lazy head, of the original, of it in float64."""
-    weight = head.weight.detach()[:CLASSES]
-    bias = None if head.bias is None else head.bias.detach()[:CLASSES]
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(ROWS, weight.shape[1], generator=generator, dtype=torch.float32, device="cpu").to(weight)
-    labels = torch.randint(0, weight.shape[0], (ROWS,), generator=generator, device="cpu").to(weight.device)
-    labels[::5] = -100
+    with torch.inference_mode(False):  # tensors made in it could not be kept for a backward pass
+        weight = head.weight.detach()[:CLASSES].clone()
+        bias = None if head.bias is None else head.bias.detach()[:CLASSES].clone()
+        generator = torch.Generator().manual_seed(0)
+        hidden = torch.randn(ROWS, weight.shape[1], generator=generator, dtype=torch.float32, device="cpu").to(weight)
+        labels = torch.randint(0, weight.shape[0], (ROWS,), generator=generator, device="cpu").to(weight.device)
+        labels[::5] = -100
 
     def run(cls: type[nn.Linear], dtype: torch.dtype) -> list[Tensor]:
-        module = cls(1, 1, bias=bias is not None, device=weight.device).train()
-        module.weight = nn.Parameter(weight.to(dtype))
-        if bias is not None:
-            module.bias = nn.Parameter(bias.to(dtype))
-        x = hidden.to(dtype).requires_grad_()
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(weight.device.type, enabled=False):
+            module = cls(1, 1, bias=bias is not None, device="meta").train()  # draws no random numbers
+            module.weight = nn.Parameter(weight.to(dtype))
+            if bias is not None:
+                module.bias = nn.Parameter(bias.to(dtype))
+            x = hidden.to(dtype).requires_grad_()
             with logits_on_demand(few_rows=True):
                 logits = module(x)
             loss = F.cross_entropy(logits if dtype == torch.float64 else logits.float(), labels)

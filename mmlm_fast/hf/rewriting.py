@@ -16,6 +16,7 @@ from typing import Any
 from mmlm_fast.hf.fingerprint import source_tree
 
 PREFIX = "_mmlm_fast_"
+_NAMED = ast.Attribute, ast.Name
 _FUTURES = functools.reduce(lambda a, b: a | getattr(__future__, b).compiler_flag, __future__.all_feature_names, 0)
 
 
@@ -35,6 +36,9 @@ def rewritten(function: Any, change: Callable[[ast.FunctionDef], ast.FunctionDef
 
 
 def _compiled(function: FunctionType, tree: ast.FunctionDef, helpers: dict[str, Any]) -> FunctionType:
+    names = [n.attr if isinstance(n, ast.Attribute) else n.id for n in ast.walk(tree) if isinstance(n, _NAMED)]
+    if any(name.startswith("__") and not name.endswith("__") for name in names):
+        raise TypeError("private names mean something in their class alone")
     tree.decorator_list, tree.returns = [], None
     for argument in [n for n in ast.walk(tree.args) if isinstance(n, ast.arg)]:
         argument.annotation = None

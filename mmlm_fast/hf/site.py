@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-from mmlm_fast.ops.parts import Op
 from mmlm_fast.ops.paths import forced_path
 
 ALREADY = "accelerated already"
@@ -29,6 +28,7 @@ class Site:
         op_kind: Of that op, where its path depends on it.
         like: A tensor of the dtype and device of what it works on.
         note: What else is to be said.
+        also: Classes of which it takes a part, which keeps it from those who exclude one.
     """
 
     kind: str
@@ -43,8 +43,13 @@ class Site:
     op_kind: str | None = None
     like: Tensor | None = None
     note: str = ""
+    also: tuple[str, ...] = ()
 
 
-def is_small(op: Op, x: Any, kind: str | None = None) -> bool:
-    """Whether a call of an op on `x` is sure to be its formula: asked first, as it is all that small calls pay for."""
-    return x.device.type == "cpu" and x.numel() < op.least(kind) and forced_path() is None
+def is_small(least: int, x: Any) -> bool:
+    """Whether a call of an op on `x` is sure to be its formula: asked first, as it is all that a small call pays for.
+
+    Args:
+        least: What the op's record says its own paths are worth while for on a CPU.
+    """
+    return x.numel() < least and x.is_cpu and forced_path() is None

@@ -540,7 +540,7 @@ class LazyLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         logits = _lazily(self, input) if _following.loss else None
-        return super().forward(input) if logits is None else logits
+        return nn.Linear.forward(self, input) if logits is None else logits  # also where it is none any more
 
     def train(self, mode: bool = True) -> "LazyLinear":
         super().train(mode)

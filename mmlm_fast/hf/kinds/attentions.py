@@ -95,6 +95,12 @@ def _apply(model: PreTrainedModel) -> Callable[[], None]:
             module.config = copy.deepcopy(config, copies)  # type: ignore[assignment]
     before = [(c, c._attn_implementation) for c in _configs(model)]
     model.set_attn_implementation(NAME)
+    changed = {type(c) for c, _ in before if c._attn_implementation == NAME}
+    for config, implementation in before:
+        if implementation not in TAKEN:  # somebody's choice, for a part
+            config._attn_implementation_internal = implementation
+        elif type(config) in changed:  # also of layers whose configuration is a copy
+            config._attn_implementation_internal = NAME
 
     def undo() -> None:
         for config, implementation in before:

@@ -12,6 +12,7 @@ from mmlm_fast.ops.parts import RECORDS
 from mmlm_fast.ops.paths import REFERENCE
 
 _OP = RECORDS["merge_embeddings"]
+_LEAST = _OP.least()
 
 
 def scattered(x: Any, mask: Any, source: Any) -> Any:
@@ -21,7 +22,7 @@ def scattered(x: Any, mask: Any, source: Any) -> Any:
 
 
 def _by_rows(x: Any, mask: Any, source: Any) -> Tensor | None:
-    if any(type(t) not in (Tensor, nn.Parameter) for t in (x, mask, source)) or is_small(_OP, x):
+    if any(type(t) not in (Tensor, nn.Parameter) for t in (x, mask, source)) or is_small(_LEAST, x):
         return None
     whole = mask.dtype == torch.bool and mask.dim() == x.dim() > 1 and x.numel() > 0
     whole = whole and mask.shape[:-1] == x.shape[:-1]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmlm_fast.hf import proof
-from mmlm_fast.hf.changing import change, is_eager, layers_of, original_class
+from mmlm_fast.hf.changing import change, is_eager, is_undone, layers_of, original_class
 from mmlm_fast.hf.fingerprint import fingerprint
 from mmlm_fast.hf.kinds.norms import taken
 from mmlm_fast.hf.site import ALREADY, Site
@@ -248,10 +248,10 @@ def methods(cls: Any, method: Method) -> dict[str, Any]:
 
     @functools.wraps(original)
     def changed(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_eager():
+        if is_eager() and getattr(cls, method.name) is original and not is_undone(self):
             found = method.ours(self, **dict(zip(names, args, strict=False)), **kwargs)
             if found is not None:
                 return found
-        return original(self, *args, **kwargs)
+        return getattr(cls, method.name)(self, *args, **kwargs)
 
     return {method.name: changed}

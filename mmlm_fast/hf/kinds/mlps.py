@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mmlm_fast.hf import proof
-from mmlm_fast.hf.changing import change, is_changed_by, is_eager, original_class, subclass, why_unreachable
+from mmlm_fast.hf.changing import change, is_changed_by, is_eager, is_undone, original_class, subclass, why_unreachable
 from mmlm_fast.hf.fingerprint import fingerprint
 from mmlm_fast.hf.kinds.norms import taken, twin
 from mmlm_fast.hf.site import ALREADY, Site, is_small
@@ -20,6 +20,7 @@ from mmlm_fast.ops.paths import REFERENCE
 
 KIND, ACTIVATION_KIND = "gated MLP", "activation"
 _OP = RECORDS["glu"]
+_LEAST = _OP.least()
 WIDTH = 256  # of the proof: the first neurons of a layer
 SAME = 1e-10  # of activations in float64
 
@@ -74,7 +75,10 @@ def find(model: nn.Module) -> Iterator[Site]:
         if is_changed_by(module, methods):
             site.reason = ALREADY
         elif activation is None:
-            site.reason = f"there is no op for its activation {type(getattr(module, layout.activation)).__name__}"
+            act = getattr(module, layout.activation)
+            plain = not isinstance(act, nn.Module) or is_plain(act, type(act))
+            why = "there is no op for its activation" if plain else "hooks or a forward of its own has its activation"
+            site.reason = f"{why} {type(act).__name__}"
         else:
             site.reason = _why_not(module)
         if site.reason is None and activation is not None:
@@ -104,19 +108,28 @@ def _weight_of(projection: Any) -> Tensor | None:
 
 
 def _apply(module: nn.Module, layout: Gated, activation: str) -> Any:
-    return change(module, methods, layout, activation)
+    return change(module, methods, layout, activation, _kind_of(module, layout))
 
 
-def methods(cls: Any, layout: Gated, activation: str) -> dict[str, Any]:
-    """The forward of a gated MLP whose activation and product are one pass where that is faster."""
+def _kind_of(module: nn.Module, layout: Gated) -> type | None:
+    return type(getattr(module, layout.activation)) if layout.activation else None
 
-    @functools.wraps(cls.forward)
+
+def methods(cls: Any, layout: Gated, activation: str, kind: type | None) -> dict[str, Any]:
+    """The forward of a gated MLP whose activation, of class `kind`, and product are one pass where that is faster."""
+    original = cls.forward
+
+    @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if len(args) != 1 or kwargs or not is_eager():
+        if len(args) != 1 or kwargs or not is_eager() or cls.forward is not original or is_undone(self):
             return cls.forward(self, *args, **kwargs)
         gate = getattr(self, layout.gate)(args[0])
         up = getattr(self, layout.up)(args[0]) if layout.up else None
-        hidden = _product(self, layout, activation, gate, up)
+        act = getattr(self, layout.activation) if layout.activation else nn.functional.silu
+        if is_small(_LEAST, gate) or (kind is not None and type(act) is not kind):  # somebody put another one there
+            hidden = _by_formula(act, gate, up)
+        else:
+            hidden = _product(act, activation, gate, up)
         if layout.dropout:
             hidden = getattr(self, layout.dropout)(hidden)
         return getattr(self, layout.down)(hidden)
@@ -124,14 +137,17 @@ def methods(cls: Any, layout: Gated, activation: str) -> dict[str, Any]:
     return {"forward": forward}
 
 
-def _product(module: Any, layout: Gated, activation: str, gate: Tensor, up: Tensor | None) -> Tensor:
-    act = getattr(module, layout.activation) if layout.activation else nn.functional.silu
-    fits = type(gate) is Tensor and gate.dim() > 0 and gate.numel() > 0 and not is_small(_OP, gate)
+def _by_formula(act: Any, gate: Tensor, up: Tensor | None) -> Tensor:
+    first, second = gate.chunk(2, dim=-1) if up is None else (gate, up)
+    return act(first) * second
+
+
+def _product(act: Any, activation: str, gate: Tensor, up: Tensor | None) -> Tensor:
+    fits = type(gate) is Tensor and gate.dim() > 0 and gate.numel() > 0
     fits = fits and (up is None or (type(up) is Tensor and up.shape == gate.shape and up.dtype == gate.dtype))
     fits = fits and (not isinstance(act, nn.Module) or is_plain(act, type(act)))
     if not fits or _OP.path(gate) == REFERENCE:
-        first, second = gate.chunk(2, dim=-1) if up is None else (gate, up)
-        return act(first) * second
+        return _by_formula(act, gate, up)
     return glu(gate, up, activation=activation)
 
 
@@ -186,7 +202,8 @@ def _prove(module: nn.Module, layout: Gated, activation: str) -> float:
     size, half = min(WIDTH, weights[-1].shape[1]), weights[0].shape[0] // 2
     packed = [torch.cat([weights[0][:size], weights[0][half : half + size]])]
     weights = [*([w[:size] for w in weights[:-1]] if layout.up else packed), weights[-1][:, :size]]
-    cls, changed = original_class(module), subclass(original_class(module), methods, layout, activation)
+    cls = original_class(module)
+    changed = subclass(cls, methods, layout, activation, _kind_of(module, layout))
     x = proof.random(proof.ROWS, weights[0].shape[1], like=weights[0])
 
     def made(kind: type, given: tuple) -> Any:
@@ -237,10 +254,12 @@ def _apply_activation(module: nn.Module, activation: str) -> Any:
 
 def activation_methods(cls: Any, activation: str) -> dict[str, Any]:
     """The forward of an activation that is one pass where that is faster."""
+    original = cls.forward
 
-    @functools.wraps(cls.forward)
+    @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        found = activated(activation, args[0]) if len(args) == 1 and not kwargs and is_eager() else None
+        ours = len(args) == 1 and not kwargs and is_eager() and cls.forward is original and not is_undone(self)
+        found = activated(activation, args[0]) if ours else None
         return cls.forward(self, *args, **kwargs) if found is None else found
 
     return {"forward": forward}
@@ -248,7 +267,7 @@ def activation_methods(cls: Any, activation: str) -> dict[str, Any]:
 
 def activated(activation: str, x: Tensor) -> Tensor | None:
     """`activation` of `x`, None where the original is to compute it."""
-    fits = type(x) is Tensor and x.dim() > 0 and x.numel() > 0 and not is_small(_OP, x)
+    fits = type(x) is Tensor and x.dim() > 0 and x.numel() > 0 and not is_small(_LEAST, x)
     if not fits or _OP.path(x) == REFERENCE:
         return None
     return bias_act(x, activation=activation)

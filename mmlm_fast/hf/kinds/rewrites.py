@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from mmlm_fast.hf.changing import change, innermost, is_eager, layers_of, original_class
+from mmlm_fast.hf.changing import change, innermost, is_eager, is_undone, layers_of, original_class, why_unreachable
 from mmlm_fast.hf.fingerprint import source_tree
 from mmlm_fast.hf.kinds import merging, norms, rotary
 from mmlm_fast.hf.rewriting import PREFIX, always, blocks, call, calls_of, replace, rewritten
@@ -44,6 +44,8 @@ def _site(path: str, module: nn.Module, part: "Part", names: tuple[str, ...]) ->
         site.reason = "it has a forward of its own"
     cls = original_class(module)
     site.alike, site.prove = part.proof(module, cls, names)
+    site.like = next((p for p in module.parameters() if p.is_floating_point()), None)
+    site.also = tuple(type(getattr(module, name)).__name__ for name in names)
     site.apply = functools.partial(_apply, module, part.kind, names)
     return site
 
@@ -59,12 +61,15 @@ def methods(cls: Any, kind: str, names: tuple[str, ...]) -> dict[str, Any]:
     for made, options in layers_of(cls):
         if made is methods:
             chosen[options[0]] = options[1]
-    original = getattr(cls, "_mmlm_fast_original", cls).forward
+    first = getattr(cls, "_mmlm_fast_original", cls)
+    original = first.forward
     ours = _forward(original, tuple(sorted(chosen.items())))
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return ours(self, *args, **kwargs) if is_eager() else original(self, *args, **kwargs)
+        if not is_eager() or first.forward is not original or is_undone(self):
+            return first.forward(self, *args, **kwargs)
+        return ours(self, *args, **kwargs)
 
     return {"forward": forward}
 
@@ -80,10 +85,14 @@ def _forward(original: Any, chosen: tuple[tuple[str, tuple[str, ...]], ...]) -> 
     return rewritten(original, changed, {f"{PREFIX}{part.name}": part.helper for part in PARTS})
 
 
-@functools.cache
 def _count(cls: Any, kind: str, names: tuple[str, ...]) -> int | str:
     """How many expressions of a kind the forward of a class holds, or why they can't be replaced."""
-    function = inspect.unwrap(cls.forward)
+    return _count_in(cls.forward, kind, names)
+
+
+@functools.cache
+def _count_in(forward: Any, kind: str, names: tuple[str, ...]) -> int | str:
+    function = inspect.unwrap(forward)
     try:
         tree = source_tree(function)
     except (OSError, TypeError, SyntaxError):
@@ -91,7 +100,7 @@ def _count(cls: Any, kind: str, names: tuple[str, ...]) -> int | str:
     count = _PART[kind].change(tree, names, function.__globals__)
     if count:
         try:
-            _forward(cls.forward, ((kind, names),))
+            _forward(forward, ((kind, names),))
         except (TypeError, SyntaxError, ValueError) as error:
             return f"its forward cannot be rewritten: {error}"
     return count
@@ -132,7 +141,8 @@ class _Sums(Part):
     helper = staticmethod(norms.sum_and_norm)
 
     def names(self, module: nn.Module) -> tuple[str, ...] | None:
-        return tuple(name for name, child in module.named_children() if norms.known(child) is not None) or None
+        parts = [(name, child) for name, child in module.named_children() if norms.known(child) is not None]
+        return tuple(name for name, child in parts if why_unreachable(child) is None) or None
 
     def change(self, tree: ast.FunctionDef, names: tuple[str, ...], globals_: dict[str, Any]) -> int:
         this, count = tree.args.args[0].arg if tree.args.args else "", 0
@@ -149,7 +159,7 @@ class _Sums(Part):
                     continue
                 nodes: list[Any] = list(always(after.value))
                 wanted = [n for n in nodes if _is_norm(n, this, names) and _is_name(n.args[0], target)]
-                if len(wanted) != 1:
+                if len(wanted) != 1 or _calls_before(after.value, wanted[0]):
                     continue
                 normed = wanted[0]
                 place, count = f"{PREFIX}normed_{count}", count + 1
@@ -174,6 +184,16 @@ def _sum_of(statement: ast.stmt) -> tuple[str, Any] | None:
         return None
     target = statement.targets[0]
     return (target.id, statement.value) if isinstance(target, ast.Name) and _is_sum(statement.value) else None
+
+
+def _calls_before(node: ast.AST, last: ast.AST) -> bool:
+    """Whether a call is over before that of `last` begins, which might change what `last` is handed."""
+    for part in always(node):
+        if part is last:
+            return False
+        if isinstance(part, ast.Call) and not any(inner is last for inner in ast.walk(part)):
+            return True
+    return False
 
 
 def _is_sum(node: ast.AST) -> bool:

@@ -21,6 +21,7 @@ from mmlm_fast.ops.paths import REFERENCE
 from mmlm_fast.ops.qk_norm_rope import qk_norm_rope, qk_norm_rope_ref
 
 _OP = RECORDS["qk_norm_rope"]
+_LEAST = _OP.least()
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def known(function: Any) -> Rotation | None:
 
 def rotated(function: Any, *args: Any, **kwargs: Any) -> Any:
     """What ``function(*args, **kwargs)`` gives, in one pass where that is faster."""
-    if not args or not isinstance(args[0], Tensor) or is_small(_OP, args[0]):
+    if not args or not isinstance(args[0], Tensor) or is_small(_LEAST, args[0]):
         return function(*args, **kwargs)
     rotation = known(function)
     found = None if rotation is None else _rotated(rotation, function, args, kwargs)
@@ -181,7 +182,8 @@ def prove(functions: Sequence[Callable[..., Any]], weight: Tensor | None) -> flo
 def _prove(function: Callable[..., Any], like: Tensor) -> float:
     rotation = known(function)
     assert rotation is not None
-    angles = torch.outer(torch.arange(LENGTH).float(), 1e2 ** -torch.arange(0, 1, 2 / SIZE).float())
+    places, pairs = torch.arange(LENGTH, device="cpu"), torch.arange(SIZE // 2, device="cpu")
+    angles = torch.outer(places.float(), 1e2 ** -(2 * pairs / SIZE).float())
     table = torch.cat([angles, angles], -1).to(like.device)
     cos, sin = (t if rotation.axis == -2 else t[None] for t in (table.cos(), table.sin()))
     shape = (LENGTH, HEADS, SIZE) if rotation.axis == -2 else (2, HEADS, LENGTH, SIZE)
