@@ -67,6 +67,13 @@ def labels_of(tiny):
     return labels
 
 
+def need_the_original(tiny, labels):
+    try:
+        run(tiny.build("sdpa").train(tiny.generates), tiny.inputs, labels)
+    except AttributeError as error:  # Llama 4 of 5.24
+        pytest.skip(f"transformers' own fails: {error}")
+
+
 def assert_no_worse(ours, theirs, truth):
     """The accuracy rule over all gradients together."""
     assert len(ours) == len(theirs) == len(truth)
@@ -88,6 +95,7 @@ def test_training_step(name, checkpointing):
         pytest.skip("transformers' own has none")
     tiny = MODELS[name]()
     labels = labels_of(tiny) if name in DECODERS else None
+    need_the_original(tiny, labels)
     plain, model, wide = (tiny.build("sdpa", dtype) for dtype in (torch.float32, torch.float32, torch.float64))
     keys = list(model.state_dict())
     done = accelerated(model)
@@ -127,6 +135,7 @@ def test_generation(name, cache):
 def test_undo_gives_the_same_bits(name):
     tiny = MODELS[name]()
     labels = labels_of(tiny) if name in DECODERS else None
+    need_the_original(tiny, labels)
     plain, model = tiny.build("sdpa"), tiny.build("sdpa")
     classes = [type(m) for m in model.modules()]
     before = plain.train(tiny.generates), run(plain, tiny.inputs, labels)
