@@ -342,7 +342,7 @@ def test_offloading_hooks_of_accelerate():
     for module in list(model.modules()):
         if type(module).__name__ in ("LlamaRMSNorm", "LlamaMLP", "LlamaDecoderLayer"):
             add_hook_to_module(module, ModelHook())
-    done = accelerated(model, only=["RMS norm", "sum and norm", "gated MLP"])
+    done = accelerated(model, only=["RMS norm"])  # all of which have a hook
     with forced(Path.NATIVE):
         out = tiny_models.output_of(model, tiny.inputs)
     assert not torch.equal(out, expected)
