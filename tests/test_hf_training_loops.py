@@ -22,6 +22,7 @@ from support import families, tiny_models
 from support.families import MODELS
 
 ROOT = Path(__file__).parents[1]
+SAME = {"rtol": 1e-6, "atol": 2e-6}  # as in tests/test_hf_whole_models.py; here up to 4.8e-7
 IDS = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(1))
 
 
@@ -129,7 +130,7 @@ def test_distributed_data_parallel(option, when, group):
         with forced(OpPath.NATIVE):
             step(wrapped)
             found.append(step(wrapped))
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(*found, **SAME)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -154,7 +155,7 @@ def test_fully_sharded(when, group):
             done.undo()
             assert not names_of_changed(model)
             step(model)
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(*found, **SAME)
 
 
 def test_quantised_layers():
@@ -165,8 +166,10 @@ def test_quantised_layers():
     done = mmlm_fast.accelerate(model, quiet=True)
     assert {"gated MLP", "RMS norm", "attention"} <= {r.kind for r in done.replaced}, str(done)
     with forced(OpPath.NATIVE), torch.no_grad():
-        # Rounding may move an activation by one step of its 8 bits.
-        torch.testing.assert_close(model(input_ids=IDS).logits, plain(input_ids=IDS).logits, rtol=0, atol=5e-3)
+        ours, theirs = model(input_ids=IDS).logits, plain(input_ids=IDS).logits
+        exact = text_model().eval()(input_ids=IDS).logits
+    # Rounding may move an activation by one step of its 8 bits, which is small beside what these bits err themselves.
+    assert (ours - theirs).abs().max() <= 0.1 * (theirs - exact).abs().max()
 
 
 # ---- where people are ------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 
 import mmlm_fast
-from mmlm_fast.hf import NothingReplaced
+from mmlm_fast.hf import NothingReplaced, proof
 from mmlm_fast.hf.changing import is_changed_by
 from mmlm_fast.hf.fingerprint import fingerprint
 from mmlm_fast.hf.kinds import mlps, norms, rotary
@@ -26,6 +26,8 @@ from support.tiny_families import FAMILIES
 MODELS = tiny_models.MODELS | FAMILIES
 NAMES = list(MODELS)
 DECODERS = [n for n in NAMES if MODELS[n]().generates]
+# Measured over all that is compared with it: up to 1.8e-6, at numbers of 2.6. It is rounding in float32.
+SAME = {"rtol": 1e-6, "atol": 2e-6}
 # What transformers' own models fail at.
 NO_CHECKPOINTING = {"granite_speech"}
 # What of ours does not fit, beside heads of models without a loss.
@@ -190,7 +192,7 @@ def test_twice_and_in_parts():
     assert not any(is_changed_by(m, norms.methods) for m in model.modules())
     theirs = tiny_models.output_of(tiny.build("sdpa"), tiny.inputs)
     with forced(Path.NATIVE):
-        torch.testing.assert_close(tiny_models.output_of(model, tiny.inputs), theirs, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(tiny_models.output_of(model, tiny.inputs), theirs, **SAME)
     second.undo()
     assert not any(hasattr(type(m), "_mmlm_fast_layers") for m in model.modules())
     assert torch.equal(tiny_models.output_of(model, tiny.inputs), theirs)
@@ -243,7 +245,7 @@ def test_before_and_after_a_change_of_dtype():
     with forced(Path.NATIVE):
         out = tiny_models.output_of(model, tiny.inputs)
     expected = tiny_models.output_of(tiny.build("sdpa", torch.float16).float(), tiny.inputs)
-    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out, expected, **SAME)
 
 
 def test_adapters():
@@ -270,7 +272,7 @@ def test_adapters():
             done.undo()
             assert not any(hasattr(type(m), "_mmlm_fast_layers") for m in tuned.modules())
     for other in found[1:]:
-        torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(other, found[0], **SAME)
 
 
 def test_hooks_see_what_they_saw():
@@ -292,7 +294,7 @@ def test_hooks_see_what_they_saw():
     assert len(seen[True]) == len(seen[False])
     for (a, i, o), (b, j, p) in zip(seen[True], seen[False], strict=True):
         assert a == b
-        torch.testing.assert_close((i, o), (j, p), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close((i, o), (j, p), **SAME)
 
 
 def test_recorded_outputs():
@@ -301,8 +303,8 @@ def test_recorded_outputs():
     accelerated(model)
     with forced(Path.NATIVE):
         ours, theirs = (m(**tiny.inputs, output_hidden_states=True) for m in (model, plain))
-    torch.testing.assert_close(ours.hidden_states, theirs.hidden_states, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(ours.image_hidden_states, theirs.image_hidden_states, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.hidden_states, theirs.hidden_states, **SAME)
+    torch.testing.assert_close(ours.image_hidden_states, theirs.image_hidden_states, **SAME)
 
 
 def test_copies_and_pickles():
@@ -346,7 +348,7 @@ def test_offloading_hooks_of_accelerate():
     with forced(Path.NATIVE):
         out = tiny_models.output_of(model, tiny.inputs)
     assert not torch.equal(out, expected)
-    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out, expected, **SAME)
     remove_hook_from_module(model, recurse=True)
     with forced(Path.NATIVE):
         assert not torch.equal(tiny_models.output_of(model, tiny.inputs), expected)
@@ -362,7 +364,7 @@ def test_compiled(name):
     accelerated(model)
     torch._dynamo.reset()
     out = tiny_models.output_of(torch.compile(model, backend="aot_eager"), tiny.inputs)
-    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out, expected, **SAME)
 
 
 def test_a_resized_vocabulary():
@@ -374,7 +376,7 @@ def test_a_resized_vocabulary():
         m.resize_token_embeddings(150)
     with forced(Path.NATIVE):
         torch.testing.assert_close(
-            run(model, tiny.inputs, labels_of(tiny)), run(plain, tiny.inputs, labels_of(tiny)), rtol=1e-4, atol=1e-5
+            run(model, tiny.inputs, labels_of(tiny)), run(plain, tiny.inputs, labels_of(tiny)), **SAME
         )
     done.undo()
     assert not any(hasattr(type(m), "_mmlm_fast_layers") for m in model.modules())
@@ -531,14 +533,14 @@ def test_classes_that_somebody_patches(monkeypatch):
         twice = outputs(plain, inputs)
         before, _ = llama()
         accelerated(before)
-        torch.testing.assert_close(outputs(before, inputs), twice, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(outputs(before, inputs), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(outputs(before, inputs), twice, **SAME)
+    torch.testing.assert_close(outputs(before, inputs), expected, **SAME)
     fresh, _ = llama()
     assert "sum and norm" in {r.kind for r in accelerated(fresh).replaced}
-    torch.testing.assert_close(outputs(fresh, inputs), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outputs(fresh, inputs), expected, **SAME)
     with monkeypatch.context() as patch:
         patch.setattr(cls, "forward", patched)
-        torch.testing.assert_close(outputs(fresh, inputs), twice, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(outputs(fresh, inputs), twice, **SAME)
 
 
 def test_parts_that_change_afterwards():
@@ -548,7 +550,7 @@ def test_parts_that_change_afterwards():
     for m in (model, plain):
         m.model.layers[0].mlp.act_fn = nn.ReLU()
         m.model.layers[1].post_attention_layernorm.variance_epsilon = 0.5
-    torch.testing.assert_close(outputs(model, inputs), outputs(plain, inputs), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outputs(model, inputs), outputs(plain, inputs), **SAME)
     model.model.layers[0].mlp.forward = lambda *args: held(*args)
     done.undo()
     assert torch.equal(outputs(model, inputs), outputs(plain, inputs))  # also through what somebody kept
@@ -571,7 +573,7 @@ def test_layers_that_are_copies():
         if fast:
             accelerated(model)
         found.append(outputs(model, inputs)[inputs["attention_mask"].bool()])
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*found, **SAME)
 
 
 def test_attention_that_somebody_chose_for_a_part():
@@ -651,7 +653,7 @@ def test_bound_forwards_of_a_head():
     expected = outputs(model, inputs)
     done = accelerated(model.train())
     add_hook_to_module(model.lm_head, ModelHook())
-    torch.testing.assert_close(outputs(model.eval(), inputs), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outputs(model.eval(), inputs), expected, **SAME)
     done.undo()
     assert torch.equal(outputs(model, inputs), expected)
     model, _ = llama()
@@ -804,7 +806,7 @@ def test_a_plan_needs_no_weights():
     assert "on the meta device: call accelerate when the weights are loaded" in str(refused)
 
 
-def test_the_proof_is_quick():
+def test_the_proof_is_quick(monkeypatch):
     """Of a 7B-shaped model in what memory there is: layers share their weights."""
     layers = 28
     config = transformers.Qwen2Config(
@@ -819,9 +821,18 @@ def test_the_proof_is_quick():
         layer._modules = {n: copy.copy(m) for n, m in shared._modules.items()}
         model.model.layers.append(layer)
     accelerated(tiny_models.llava().build("sdpa"))  # sources are read once
-    start = time.perf_counter()
-    done = accelerated(model)
-    assert time.perf_counter() - start < 2.0  # under one second on a quiet machine
+    seconds, proofs = [], []
+    prove = proof.prove
+    monkeypatch.setattr(proof, "prove", lambda *a, **k: proofs.append(a) or prove(*a, **k))
+    for _ in range(2):
+        proofs.clear()
+        start = time.process_time()  # not the clock: other jobs run beside this one
+        done = accelerated(model)
+        seconds.append(time.process_time() - start)
+        if len(seconds) < 2:
+            done.undo()
+    assert min(seconds) < 2.0  # of both cores; 0.9 was measured, 0.7 by the clock on the wall
+    assert len(proofs) < 8  # not one a layer
     assert sum(r.kind == "gated MLP" for r in done.replaced) == layers
 
 

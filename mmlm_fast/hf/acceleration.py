@@ -116,9 +116,8 @@ def _line(group: list[Any], is_plan: bool) -> str:
         return f"left     {count} ({first.kind}): {first.reason}"
     proved = [r.max_difference for r in group if r.max_difference is not None]
     proof = f"largest error {max(proved):.1e}" if proved else "not verified"
-    return (
-        f"{'would replace' if is_plan else 'replaced'} {count} ({first.kind}; {proof}{first.note and '; '}{first.note})"
-    )
+    what = "; ".join(part for part in (first.kind, proof, first.note) if part)
+    return f"{'would replace' if is_plan else 'replaced'} {count} ({what})"
 
 
 def accelerate(
@@ -144,8 +143,8 @@ def accelerate(
       reads ``outputs.logits`` gets those of the forward pass then.
     - attention that transformers looks up by name, where that is its default, sdpa.
     - RMS norms, with the sum before them where a layer's forward allows; layer norms with such a sum.
-    - gated MLPs, rotary embeddings, activations of several passes, placeholders filled by ``masked_scatter``, and
-      convolutions that cut pictures into patches.
+    - gated MLPs, rotary embeddings, activations of several passes, placeholders filled by ``masked_scatter``,
+      convolutions that cut pictures into patches, positions of M-RoPE, deepstack and pixel shuffles.
 
     Everything keeps its parameters, hooks, name and state dict; adapters in it keep working. Compiled code has the
     original's forwards, but for attention. Which path a call takes depends on device, dtype and size, as `doctor` says.

@@ -16,15 +16,12 @@ def subclass(cls: Any, make: Make, *options: Any) -> Any:
 
     Its instances are copied and pickled as such: `make` is a function of a module, and `options` can be pickled.
     """
-    return _subclass(cls, make, options, tuple(getattr(cls, name, None) for name in ("forward", *_METHODS)))
-
-
-_METHODS = "get_rope_index", "_deepstack_process", "pixel_shuffle"  # that changes are made of, beside forwards
+    return _subclass(cls, make, options, getattr(cls, "forward", None))
 
 
 @cache
-def _subclass(cls: Any, make: Make, options: tuple, methods: tuple) -> Any:
-    """`methods` are those of the class now: one that is patched since, and patched back, is another class."""
+def _subclass(cls: Any, make: Make, options: tuple, forward: Any) -> Any:
+    """`forward` is that of the class now: patched since, or patched back, it makes another class."""
     layers = (*layers_of(cls), (make, options))
     original = getattr(cls, "_mmlm_fast_original", cls)
 
@@ -127,11 +124,20 @@ def _with_bases(cls: Any, change: Callable[[Any], Any]) -> Any:
     return type(cls)(cls.__name__, tuple(change(base) for base in cls.__bases__), names)
 
 
+OWN_FORWARD = "it has a forward of its own"
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether the class of a module does not say what calling it does. Hooks of the package accelerate keep the forward
+    that they replaced, and call it: `change` reaches that one."""
+    kept = getattr(module.__dict__.get("_old_forward"), "__self__", None)
+    return "forward" in module.__dict__ and kept is not module
+
+
 def why_unreachable(module: nn.Module) -> str | None:
     """Why a class cannot change what calling a module does."""
-    forward = module.__dict__.get("forward")
-    if forward is not None and getattr(module.__dict__.get("_old_forward"), "__self__", None) is not module:
-        return "it has a forward of its own"
+    if has_own_forward(module):
+        return OWN_FORWARD
     for name, parameter in module.named_parameters():
         if type(parameter) is not nn.Parameter:
             return f"its {name} is {type(parameter).__name__}, whole only in its forward"

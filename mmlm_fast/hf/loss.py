@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mmlm_fast.hf.changing import has_own_forward
 from mmlm_fast.hf.site import ALREADY
 from mmlm_fast.nn import LazyLinear
 from mmlm_fast.nn.lazy_logits import logits_on_demand
@@ -45,8 +46,7 @@ def why_not(model: PreTrainedModel, head: nn.Module) -> str | None:
         return f"not a plain nn.Linear but {cls.__module__}.{cls.__qualname__}, whose forward would be lost"
     if type(head.weight) is not nn.Parameter or head.weight.device.type not in ("cpu", "cuda", "meta"):
         return f"its weight is {type(head.weight).__name__} on {head.weight.device}, whole only in its forward"
-    forward = model.__dict__.get("forward")
-    if forward is not None and getattr(model.__dict__.get("_old_forward"), "__self__", None) is not model:
+    if has_own_forward(model):
         return "its model has a forward of its own"
     if not is_plain(head, nn.Linear):
         return "it has hooks or a forward of its own, which want its output"

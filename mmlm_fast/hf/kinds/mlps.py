@@ -9,7 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from mmlm_fast.hf import proof
-from mmlm_fast.hf.changing import change, is_changed_by, is_eager, is_undone, original_class, subclass, why_unreachable
+from mmlm_fast.hf.changing import (
+    OWN_FORWARD,
+    change,
+    has_own_forward,
+    is_changed_by,
+    is_eager,
+    is_undone,
+    original_class,
+    subclass,
+    why_unreachable,
+)
 from mmlm_fast.hf.fingerprint import fingerprint
 from mmlm_fast.hf.kinds.norms import taken, twin
 from mmlm_fast.hf.site import ALREADY, Site, is_small
@@ -54,11 +64,7 @@ GATED = {
     "94ac5b1f5f2a90bf": Gated("Wi", "", "Wo", "act", "drop"),  # ModernBertMLP
 }
 # Activations that are several passes in torch; the others are one there, and stay.
-SLOW_ACTIVATIONS = {
-    "QuickGELUActivation": "quick_gelu",
-    "NewGELUActivation": "gelu_tanh",
-    "FastGELUActivation": "gelu_tanh",
-}
+SLOW_ACTIVATIONS = "QuickGELUActivation", "NewGELUActivation", "FastGELUActivation"
 
 
 def find(model: nn.Module) -> Iterator[Site]:
@@ -79,8 +85,8 @@ def find(model: nn.Module) -> Iterator[Site]:
             plain = not isinstance(act, nn.Module) or is_plain(act, type(act))
             why = "there is no op for its activation" if plain else "hooks or a forward of its own has its activation"
             site.reason = f"{why} {type(act).__name__}"
-        else:
-            site.reason = _why_not(module)
+        elif has_own_forward(module):
+            site.reason = OWN_FORWARD  # of projections none: adapters and quantised layers are called, not read
         if site.reason is None and activation is not None:
             weight = _weight_of(getattr(module, layout.down))
             site.like = weight
@@ -89,14 +95,6 @@ def find(model: nn.Module) -> Iterator[Site]:
             site.prove = functools.partial(_prove, module, layout, activation)
             site.apply = functools.partial(_apply, module, layout, activation)
         yield site
-
-
-def _why_not(module: nn.Module) -> str | None:
-    """Adapters and quantised layers may stand where the projections are: they are called, not read."""
-    forward = module.__dict__.get("forward")
-    if forward is not None and getattr(module.__dict__.get("_old_forward"), "__self__", None) is not module:
-        return "it has a forward of its own"
-    return None
 
 
 def _weight_of(projection: Any) -> Tensor | None:

@@ -4,12 +4,23 @@ import ast
 import copy
 import functools
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
 
-from mmlm_fast.hf.changing import change, innermost, is_eager, is_undone, layers_of, original_class, why_unreachable
+from mmlm_fast.hf.changing import (
+    OWN_FORWARD,
+    change,
+    has_own_forward,
+    innermost,
+    is_eager,
+    is_undone,
+    layers_of,
+    original_class,
+    why_unreachable,
+)
 from mmlm_fast.hf.fingerprint import source_tree
 from mmlm_fast.hf.kinds import merging, norms, rotary
 from mmlm_fast.hf.rewriting import PREFIX, always, blocks, call, calls_of, replace, rewritten
@@ -37,11 +48,10 @@ def find(model: nn.Module) -> Iterator[Site]:
 
 def _site(path: str, module: nn.Module, part: "Part", names: tuple[str, ...]) -> Site:
     site = Site(part.kind, path, type(module).__name__, module, op=part.op)
-    forward = module.__dict__.get("forward")
     if any(made is methods and options[0] == part.kind for made, options in layers_of(type(module))):
         site.reason = ALREADY
-    elif forward is not None and getattr(module.__dict__.get("_old_forward"), "__self__", None) is not module:
-        site.reason = "it has a forward of its own"
+    elif has_own_forward(module):
+        site.reason = OWN_FORWARD
     cls = original_class(module)
     site.alike, site.prove = part.proof(module, cls, names)
     site.like = next((p for p in module.parameters() if p.is_floating_point()), None)
@@ -106,7 +116,7 @@ def _count_in(forward: Any, kind: str, names: tuple[str, ...]) -> int | str:
     return count
 
 
-class Part:
+class Part(ABC):
     """One kind of expression.
 
     Attributes:
@@ -121,17 +131,17 @@ class Part:
     op: str
     helper: Callable[..., Any]
 
+    @abstractmethod
     def names(self, module: nn.Module) -> tuple[str, ...] | None:
         """Names of attributes of a module that the expressions are about; None where there can be none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def change(self, tree: ast.FunctionDef, names: tuple[str, ...], globals_: dict[str, Any]) -> int:
         """Replace the expressions in a tree, in place; returns how many there are."""
-        raise NotImplementedError
 
+    @abstractmethod
     def proof(self, module: nn.Module, cls: Any, names: tuple[str, ...]) -> tuple[Any, Callable[[], float] | None]:
         """What sites that are proved at once have in common, and the proof."""
-        raise NotImplementedError
 
 
 class _Sums(Part):
