@@ -162,7 +162,7 @@ def test_only_this_model_changes(name):
     expected = tiny_models.output_of(tiny.build("sdpa"), tiny.inputs)
     config = copy.deepcopy(tiny.config)
     modules = [sys.modules[name] for name in sorted({type(m).__module__ for m in tiny.build("sdpa").modules()})]
-    names = [set(vars(module)) for module in modules]  # some of earlier compilations, perhaps: Dynamo leaves its own there
+    names = [set(vars(module)) for module in modules]  # with what Dynamo left there
     models = []
     for i in range(3):
         torch.manual_seed(0)
