@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -22,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from mmlm_fast.hf.interval_mask import interval_mask, say_once
 from mmlm_fast.masks import IntervalMask, require
 from mmlm_fast.ops.interval_attention import interval_attention
-from mmlm_fast.ops.paths import is_transformed
+from mmlm_fast.ops.paths import FORCED, is_transformed
 
 NAME, PACKED_NAME = "mmlm_fast", "mmlm_flash"
 
@@ -75,6 +76,11 @@ def attention(
     Returns:
         ``[B, Q, Hq, D]``, and no weights.
     """
+    if attention_mask is None and query.is_cpu and query.shape[2] == 1 and not FORCED and not is_dynamo_compiling():
+        plain = not dropout and softcap is None and s_aux is None and position_bias is None and cache is None
+        plain = plain and not kwargs.get("output_attentions") and kwargs.get("cu_seq_lens_q") is None
+        if plain:  # a step of decoding, which a look at more would make slower
+            return sdpa_attention_forward(module, query, key, value, None, 0.0, scaling, is_causal)
     if kwargs.get("output_attentions"):
         _say("mmlm_fast: attention weights are never formed, output_attentions=True gives none; use eager")
     is_causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)

@@ -1,12 +1,15 @@
 """A place in a model that something of ours can take."""
 
+import functools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
-from mmlm_fast.ops.paths import forced_path
+from mmlm_fast.ops.paths import FORCED, forced_path
 
 ALREADY = "accelerated already"
 
@@ -46,10 +49,37 @@ class Site:
     also: tuple[str, ...] = ()
 
 
+WIDEST = 8  # what a layer makes of its input has at most so many times its elements
+
+
 def is_small(least: int, x: Any) -> bool:
     """Whether a call of an op on `x` is sure to be its formula: asked first, as it is all that a small call pays for.
 
     Args:
         least: What the op's record says its own paths are worth while for on a CPU.
     """
-    return x.numel() < least and x.is_cpu and forced_path() is None
+    return x.numel() < least and x.is_cpu and (not FORCED or forced_path() is None)
+
+
+def unless_tiny(cls: Any, least: int, ours: Callable[..., Any]) -> Any:
+    """A forward that is that of `cls` for what is too small for the ops in `ours`, else `ours`.
+
+    That is a step of decoding on a CPU: between two layers the weights go through all caches, and then what is read to
+    decide costs more than what is computed. Compiled or traced, it is `ours`, which has no sizes to look at.
+
+    Args:
+        least: How many numbers the forward's first argument must have to be more.
+    """
+
+    @functools.wraps(cls.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        has_size = type(x) is Tensor and not is_dynamo_compiling() and not _is_tracing()
+        if has_size and x.numel() < least and x.is_cpu and not FORCED and x.is_floating_point():
+            return cls.forward(self, *args, **kwargs)
+        return ours(self, *args, **kwargs)
+
+    return forward
+
+
+_is_tracing = torch._C._get_tracing_state

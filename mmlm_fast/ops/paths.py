@@ -30,6 +30,9 @@ class _Switch(threading.local):
 
 
 _switch = _Switch()
+FORCED: list[
+    None
+] = []  # one for each `forced` under way, of any thread: where it is empty, no thread's own need be read
 
 
 @contextmanager
@@ -52,11 +55,13 @@ def forced(path: Path | None) -> Iterator[None]:
     if path is Path.KERNEL and not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("kernels need a CUDA device, or TRITON_INTERPRET=1 in the environment before Triton's import")
     before = _switch.path
+    FORCED.append(None)
     _switch.path = None if path is None else path.name
     try:
         yield
     finally:
         _switch.path = before
+        FORCED.pop()
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from mmlm_fast.hf.changing import (
 )
 from mmlm_fast.hf.fingerprint import fingerprint
 from mmlm_fast.hf.kinds.norms import taken, twin
-from mmlm_fast.hf.site import ALREADY, Site, is_small
+from mmlm_fast.hf.site import ALREADY, WIDEST, Site, is_small, unless_tiny
 from mmlm_fast.nn.plain import is_plain
 from mmlm_fast.ops.glu import ACTIVATIONS, bias_act, bias_act_ref, glu
 from mmlm_fast.ops.parts import RECORDS
@@ -117,7 +117,6 @@ def methods(cls: Any, layout: Gated, activation: str, kind: type | None) -> dict
     """The forward of a gated MLP whose activation, of class `kind`, and product are one pass where that is faster."""
     original = cls.forward
 
-    @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if len(args) != 1 or kwargs or not is_eager() or cls.forward is not original or is_undone(self):
             return cls.forward(self, *args, **kwargs)
@@ -132,7 +131,7 @@ def methods(cls: Any, layout: Gated, activation: str, kind: type | None) -> dict
             hidden = getattr(self, layout.dropout)(hidden)
         return getattr(self, layout.down)(hidden)
 
-    return {"forward": forward}
+    return {"forward": unless_tiny(cls, _LEAST // WIDEST, forward)}
 
 
 def _by_formula(act: Any, gate: Tensor, up: Tensor | None) -> Tensor:
@@ -254,13 +253,12 @@ def activation_methods(cls: Any, activation: str) -> dict[str, Any]:
     """The forward of an activation that is one pass where that is faster."""
     original = cls.forward
 
-    @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         ours = len(args) == 1 and not kwargs and is_eager() and cls.forward is original and not is_undone(self)
         found = activated(activation, args[0]) if ours else None
         return cls.forward(self, *args, **kwargs) if found is None else found
 
-    return {"forward": forward}
+    return {"forward": unless_tiny(cls, _LEAST, forward)}
 
 
 def activated(activation: str, x: Tensor) -> Tensor | None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mmlm_fast.hf import proof
 from mmlm_fast.hf.changing import change, is_changed_by, is_eager, is_undone, original_class, why_unreachable
 from mmlm_fast.hf.fingerprint import fingerprint
-from mmlm_fast.hf.site import ALREADY, Site, is_small
+from mmlm_fast.hf.site import ALREADY, Site, is_small, unless_tiny
 from mmlm_fast.nn.plain import is_plain
 from mmlm_fast.ops.add_norm import MAX_KERNEL_SIZE, add_norm
 from mmlm_fast.ops.parts import RECORDS
@@ -20,6 +20,7 @@ from mmlm_fast.ops.paths import REFERENCE
 KIND = "RMS norm"  # and layer norms that are several passes
 _OP = RECORDS["add_norm"]
 _LEAST = {kind: _OP.least(kind) for kind in ("rms", "layer")}
+LEAST = min(_LEAST.values())  # that a sum must have before its norm
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -112,17 +113,16 @@ def methods(cls: Any, norm: Norm) -> dict[str, Any]:
     """The forward of a norm that is one pass where that is faster."""
     original, least = cls.forward, _LEAST[norm.kind]
 
-    @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if cls.forward is not original or is_undone(self):  # somebody patched it since, or kept this one
-            return cls.forward(self, *args, **kwargs)
-        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and not is_small(least, args[0]):
+        # Of nobody who patched it since, or kept this one.
+        is_ours = len(args) == 1 and not kwargs and cls.forward is original and not is_undone(self)
+        if is_ours and isinstance(args[0], Tensor) and not is_small(least, args[0]):
             found = normalised(self, norm, args[0])
             if found is not None:
                 return found[0]
-        return original(self, *args, **kwargs)
+        return cls.forward(self, *args, **kwargs)
 
-    return {"forward": forward}
+    return {"forward": unless_tiny(cls, least, forward)}
 
 
 def normalised(module: Any, norm: Norm, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
@@ -166,7 +166,7 @@ def normalised(module: Any, norm: Norm, x: Tensor, residual: Tensor | None = Non
 def sum_and_norm(module: Any, first: Any, second: Any) -> tuple[Any, Any]:
     """``module(first + second)`` and the sum, in one pass where `module` is a known norm and that is faster."""
     tensors = isinstance(first, Tensor) and isinstance(second, Tensor)
-    if tensors and not is_small(_LEAST["rms"], first) and is_plain(module, type(module)):
+    if tensors and not is_small(LEAST, first) and is_plain(module, type(module)):
         norm = known(module) if type(module).__call__ is nn.Module.__call__ else None
         found = None if norm is None else normalised(module, norm, second, first)
         if found is not None:

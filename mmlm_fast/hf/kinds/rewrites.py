@@ -24,7 +24,7 @@ from mmlm_fast.hf.changing import (
 from mmlm_fast.hf.fingerprint import source_tree
 from mmlm_fast.hf.kinds import merging, norms, rotary
 from mmlm_fast.hf.rewriting import PREFIX, always, blocks, call, calls_of, replace, rewritten
-from mmlm_fast.hf.site import ALREADY, Site
+from mmlm_fast.hf.site import ALREADY, WIDEST, Site, unless_tiny
 
 SUM, ROPE, MERGE = "sum and norm", "rotary embedding", "placeholder merge"
 
@@ -74,14 +74,14 @@ def methods(cls: Any, kind: str, names: tuple[str, ...]) -> dict[str, Any]:
     first = getattr(cls, "_mmlm_fast_original", cls)
     original = first.forward
     ours = _forward(original, tuple(sorted(chosen.items())))
+    least = min(_PART[each].least for each in chosen)
 
-    @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not is_eager() or first.forward is not original or is_undone(self):
-            return first.forward(self, *args, **kwargs)
-        return ours(self, *args, **kwargs)
+        if is_eager() and first.forward is original and not is_undone(self):
+            return ours(self, *args, **kwargs)
+        return first.forward(self, *args, **kwargs)
 
-    return {"forward": forward}
+    return {"forward": unless_tiny(first, least // WIDEST, forward)}
 
 
 def _forward(original: Any, chosen: tuple[tuple[str, tuple[str, ...]], ...]) -> Any:
@@ -123,12 +123,15 @@ class Part(ABC):
         kind: In words.
         name: Of the helper in the rewritten forward.
         op: Record that says which path it takes.
+        least: How large that says its tensors must be, where they are about as large as what the forward is handed;
+            else 0.
         helper: What takes the place of the expression.
     """
 
     kind: str
     name: str
     op: str
+    least = 0
     helper: Callable[..., Any]
 
     @abstractmethod
@@ -147,7 +150,7 @@ class Part(ABC):
 class _Sums(Part):
     """``h = a + b``, perhaps names for h, then a statement with ``self.norm(h)``: the norm of the sum, and the sum."""
 
-    kind, name, op = SUM, "sum_and_norm", "add_norm"
+    kind, name, op, least = SUM, "sum_and_norm", "add_norm", norms.LEAST
     helper = staticmethod(norms.sum_and_norm)
 
     def names(self, module: nn.Module) -> tuple[str, ...] | None:
@@ -236,7 +239,7 @@ def _is_norm(node: Any, this: str, names: tuple[str, ...]) -> bool:
 class _Rotations(Part):
     """Calls of a function that rotates queries and keys, known by its fingerprint."""
 
-    kind, name, op = ROPE, "rotated", "qk_norm_rope"
+    kind, name, op, least = ROPE, "rotated", "qk_norm_rope", rotary.LEAST
     helper = staticmethod(rotary.rotated)
 
     def names(self, module: nn.Module) -> tuple[str, ...] | None:

@@ -21,7 +21,7 @@ from mmlm_fast.ops.paths import REFERENCE
 from mmlm_fast.ops.qk_norm_rope import qk_norm_rope, qk_norm_rope_ref
 
 _OP = RECORDS["qk_norm_rope"]
-_LEAST = _OP.least()
+LEAST = _OP.least()
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def known(function: Any) -> Rotation | None:
 
 def rotated(function: Any, *args: Any, **kwargs: Any) -> Any:
     """What ``function(*args, **kwargs)`` gives, in one pass where that is faster."""
-    if not args or not isinstance(args[0], Tensor) or is_small(_LEAST, args[0]):
+    if not args or not isinstance(args[0], Tensor) or is_small(LEAST, args[0]):
         return function(*args, **kwargs)
     rotation = known(function)
     found = None if rotation is None else _rotated(rotation, function, args, kwargs)
