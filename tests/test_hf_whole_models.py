@@ -177,6 +177,52 @@ def test_only_this_model_changes(name):
     assert [set(vars(module)) for module in modules] == names
 
 
+@pytest.mark.parametrize("sizes", [[(28, 42)], [(28, 28), (56, 30), (28, 84)], [(28, 41), (45, 44)]])
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_patches_of_pictures_of_any_size(sizes, as_tensor):
+    """Mistral3's merger: rows and columns that make no whole patch are left out."""
+    from transformers.models.mistral3.modeling_mistral3 import Mistral3PatchMerger
+
+    vision = transformers.PixtralVisionConfig(hidden_size=8, patch_size=7, num_hidden_layers=1, num_attention_heads=1)
+    torch.manual_seed(0)
+    module = Mistral3PatchMerger(transformers.Mistral3Config(vision_config=vision, spatial_merge_size=2))
+    x = torch.randn(sum((h // 7) * (w // 7) for h, w in sizes), 8, requires_grad=True)
+    given = torch.tensor(sizes) if as_tensor else sizes
+
+    def run() -> list[torch.Tensor]:
+        out = module(x, given)
+        return [out, *torch.autograd.grad(out.square().sum(), [x, module.merging_layer.weight])]
+
+    expected = run()
+    done = accelerated(module)
+    assert [r.kind for r in done.replaced] == ["patch merger"]
+    for a, b in zip(run(), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    with pytest.raises(RuntimeError, match="split"):
+        module(x[1:], given)
+
+
+def test_merge_in_a_method_of_its_own():
+    """Idefics3's: too few or too many features are the original's error."""
+    tiny = MODELS["idefics3"]()
+    model = tiny.build("sdpa")
+    if "placeholder merge" not in {r.kind for r in accelerated(model).replaced}:
+        pytest.skip("this version of transformers merges by index")
+    inner = next(m for m in model.modules() if hasattr(m, "inputs_merger"))
+    ids = torch.zeros(2, 6, dtype=torch.int64)
+    ids[0, 1:4] = ids[1, 2] = inner.config.image_token_id
+    embeddings, features = torch.randn(2, 6, 32), torch.randn(2, 2, 32, requires_grad=True)
+    with forced(Path.NATIVE):
+        merged = inner.inputs_merger(ids, embeddings, features)
+    mask = ids == inner.config.image_token_id
+    assert torch.equal(merged[mask], features.flatten(0, 1))
+    assert torch.equal(merged[~mask], embeddings[~mask])
+    assert torch.equal(torch.autograd.grad(merged.sum(), features)[0], torch.ones(2, 2, 32))
+    for wrong in (features[:1], torch.randn(3, 2, 32)):
+        with pytest.raises(ValueError, match="do not match"):
+            inner.inputs_merger(ids, embeddings, wrong)
+
+
 def test_twice_and_in_parts():
     tiny = tiny_models.llava()
     model = tiny.build("sdpa")

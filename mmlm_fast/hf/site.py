@@ -73,7 +73,7 @@ def unless_tiny(cls: Any, least: int, ours: Callable[..., Any]) -> Any:
 
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        x = args[0] if args else next(iter(kwargs.values()), None)
+        x: Any = args[0] if args else next(iter(kwargs.values()), None)
         has_size = type(x) is Tensor and not is_dynamo_compiling() and not _is_tracing()
         if has_size and x.numel() < least and x.is_cpu and not FORCED and x.is_floating_point():
             return cls.forward(self, *args, **kwargs)

@@ -26,6 +26,7 @@ SHORT = {
     "patch convolution": "patches",
     "M-RoPE positions": "M-RoPE",
     "pixel shuffle": "shuffle",
+    "patch merger": "merger",
 }
 
 

@@ -11,6 +11,7 @@ from mmlm_fast.ops.merge_embeddings import scatter_features
 from mmlm_fast.ops.parts import RECORDS
 from mmlm_fast.ops.paths import REFERENCE
 
+KIND = "placeholder merge"
 _OP = RECORDS["merge_embeddings"]
 _LEAST = _OP.least()
 

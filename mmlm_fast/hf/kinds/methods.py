@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from mmlm_fast.hf import proof
 from mmlm_fast.hf.changing import change, is_eager, is_undone, layers_of, original_class
 from mmlm_fast.hf.fingerprint import fingerprint
-from mmlm_fast.hf.kinds.norms import taken
+from mmlm_fast.hf.kinds import merging
+from mmlm_fast.hf.kinds.norms import taken, twin
 from mmlm_fast.hf.site import ALREADY, Site
+from mmlm_fast.masks import require
 from mmlm_fast.ops.merge_embeddings import scatter_features
 from mmlm_fast.ops.paths import using_reference
 from mmlm_fast.positions import mrope_positions
@@ -201,6 +203,72 @@ def _prove_shuffle(module: Any, original: Callable[..., Any], ours: Callable[...
     return 0.0
 
 
+# ---- patches merged, a picture at a time -----------------------------------------------------------------------------
+
+
+MERGER = "patch merger"
+
+
+def _merged_patches(module: Any, image_features: Any = None, image_sizes: Any = None) -> Any:
+    """Sizes are read once, where the original waits for each number of each picture; a copy in place of an unfold."""
+    if not isinstance(image_features, Tensor) or image_features.dim() != 2:
+        return None
+    sizes = image_sizes.tolist() if isinstance(image_sizes, Tensor) else image_sizes
+    grids = [[int(n) // module.patch_size for n in size] for size in sizes]
+    if sum(h * w for h, w in grids) != image_features.shape[0]:
+        return None
+    m, size, merged = module.spatial_merge_size, image_features.shape[1], []
+    for tokens, (h, w) in zip(image_features.split([h * w for h, w in grids]), grids, strict=True):
+        if h < m or w < m:
+            return None
+        whole = tokens.view(h, w, size)[: h // m * m, : w // m * m]
+        cut = whole.unflatten(0, (h // m, m)).unflatten(2, (w // m, m))
+        merged.append(cut.permute(0, 2, 4, 1, 3).reshape(-1, size * m * m))
+    return module.merging_layer(merged[0] if len(merged) == 1 else torch.cat(merged))
+
+
+def _prove_merged_patches(module: Any, original: Callable[..., Any], ours: Callable[..., Any]) -> float:
+    """The patches that go into its layer, of pictures of two sizes, one of them with a rest: equal."""
+    made = twin(module, original_class(module), {"merging_layer": nn.Identity()})
+    side = module.patch_size * module.spatial_merge_size
+    sizes = [[2 * side, 3 * side + module.patch_size], [side, side]]
+    num = sum((h // module.patch_size) * (w // module.patch_size) for h, w in sizes)
+    x = torch.arange(num * 3, dtype=torch.float32, device="cpu").view(num, 3)
+    for given in (sizes, torch.tensor(sizes, device="cpu")):
+        if not torch.equal(taken(ours(made, x, given)), original(made, x, given)):
+            raise proof.RefusedError("the patches are in another order than the original's")
+    return 0.0
+
+
+# ---- placeholders, in a method of its own ----------------------------------------------------------------------------
+
+
+def _merged_inputs(
+    module: Any, input_ids: Any = None, inputs_embeds: Any = None, image_hidden_states: Any = None
+) -> Any:
+    if any(type(t) is not Tensor for t in (input_ids, inputs_embeds, image_hidden_states)):
+        return None
+    mask = (input_ids == module.config.image_token_id)[..., None].to(inputs_embeds.device)
+    features = image_hidden_states.to(inputs_embeds.device, inputs_embeds.dtype)
+    fits = mask.sum() * inputs_embeds.shape[-1] == features.numel()
+    if fits.is_cuda:
+        require(fits, "image features and image tokens do not match")
+    elif not fits:
+        return None  # the original's error
+    return merging.scattered(inputs_embeds, mask, features)
+
+
+def _prove_merged_inputs(module: Any, original: Callable[..., Any], ours: Callable[..., Any]) -> float:
+    weight = next((p for p in module.parameters() if p.is_floating_point()), None)
+    ids = torch.zeros(2, 8, dtype=torch.int64, device="cpu") + module.config.image_token_id + 1
+    ids[0, 1:5] = ids[1, 2:6] = module.config.image_token_id
+    x = torch.arange(2 * 8 * 4, dtype=torch.float32, device="cpu").view(2, 8, 4)
+    features = -torch.arange(2 * 4 * 4, dtype=torch.float32, device="cpu").view(2, 4, 4)
+    if not torch.equal(taken(ours(module, ids, x, features)), original(module, ids, x, features)):
+        raise proof.RefusedError("the result differs from the original's")
+    return merging.prove(weight)
+
+
 # By the fingerprint of the method; one of the classes that have it.
 METHODS = {
     "d020d93e784ed8b4": _positions_of(),  # Qwen2VLModel
@@ -211,6 +279,10 @@ METHODS = {
     "4802fb219c9756e2": Method("_deepstack_process", "deepstack", _deepstack, _prove_deepstack),  # Qwen3VLTextModel
     "00750cec2bc2f4e5": Method("pixel_shuffle", SHUFFLE, _shuffled, _prove_shuffle),  # InternVLModel
     "5c9d1c63db245c78": Method("pixel_shuffle", SHUFFLE, _shuffled_tokens, _prove_shuffle),  # Idefics3Connector
+    "6ff76190847e89c7": Method(
+        "forward", "patch merger", _merged_patches, _prove_merged_patches
+    ),  # Mistral3PatchMerger
+    "8c45ea83fdc508b1": Method("inputs_merger", merging.KIND, _merged_inputs, _prove_merged_inputs),  # Idefics3Model
 }
 NAMES = {method.name: method.kind for method in METHODS.values()}
 
@@ -224,6 +296,8 @@ def find(model: nn.Module) -> Iterator[Site]:
                 continue
             site = Site(kind, path, type(module).__name__, module)
             method = METHODS.get(fingerprint(cls, name) or "-")
+            if name == "forward" and (method is None or method.name != name):
+                continue
             if method is None or method.name != name:
                 site.reason = f"its {name} is none of those known"
             elif any(made is methods and options[0].name == name for made, options in layers_of(type(module))):

@@ -26,7 +26,7 @@ from mmlm_fast.hf.kinds import merging, norms, rotary
 from mmlm_fast.hf.rewriting import PREFIX, always, blocks, call, calls_of, replace, rewritten
 from mmlm_fast.hf.site import ALREADY, WIDEST, Site, unless_tiny
 
-SUM, ROPE, MERGE = "sum and norm", "rotary embedding", "placeholder merge"
+SUM, ROPE = "sum and norm", "rotary embedding"
 
 
 def find(model: nn.Module) -> Iterator[Site]:
@@ -265,7 +265,7 @@ class _Rotations(Part):
 class _Merges(Part):
     """``embeddings.masked_scatter(mask, features)``."""
 
-    kind, name, op = MERGE, "scattered", "merge_embeddings"
+    kind, name, op = merging.KIND, "scattered", "merge_embeddings"
     helper = staticmethod(merging.scattered)
 
     def names(self, module: nn.Module) -> tuple[str, ...] | None:
