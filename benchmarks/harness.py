@@ -2,11 +2,13 @@
 
 import ctypes
 import gc
+import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, NamedTuple
@@ -21,6 +23,17 @@ Call = Callable[..., Any]
 # wait for the device, and what Python and the driver need for them stays out of the number.
 SHORTEST_LEAD, LONGEST_LEAD = 1e-3, 0.05  # seconds
 LEAD_CLOCK_HZ = 2.0e9  # of the counter that `torch.cuda._sleep` waits on: not below that of any card
+OWN_FORMULA = "our own formula"  # the baseline where no library is installed that does the job: no headline counts it
+# What audio is compared with where it is installed, by the name that is imported.
+PEERS = {
+    "librosa": "librosa",
+    "torchaudio": "torchaudio",
+    "kaldi_native_fbank": "kaldi-native-fbank",
+    "whisper": "openai-whisper",
+    "scipy": "scipy",
+    "lhotse": "lhotse",
+    "soxr": "soxr",
+}
 
 
 class Example(NamedTuple):
@@ -76,6 +89,8 @@ class Row:
     ours_faster: float | None  # this provider's time over ours, median of paired ratios; None for ours
     ours_faster_p20: float | None
     ours_faster_p80: float | None
+    ours_faster_low: float | None  # 95 % confidence interval of that median
+    ours_faster_high: float | None
     peak_mib: float | None  # beyond what was held before the call
     relative_error: float | None  # norm, against float64
     allowed_error: float | None
@@ -128,7 +143,7 @@ def rows_of(
                 is_ours,
                 *(1e3 * t for t in spread(times)),
                 *speedup,
-                *((None, None, None) if is_ours else spread(over)),
+                *((None,) * 5 if is_ours else (*spread(over), *interval(over))),
                 peak_memory_mib(call, args),
                 worst.relative if worst else None,
                 worst.allowed / worst.scale if worst and worst.scale else None,
@@ -147,6 +162,18 @@ def spread(values: list[float]) -> tuple[float, float, float]:
         return values[0], values[0], values[0]
     cuts = quantiles(values, n=10, method="inclusive")
     return median(values), cuts[1], cuts[7]
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The 95 % confidence interval of a median, by order statistics: of few values it is all of them."""
+    ordered, n = sorted(values), len(values)
+    first = max(0, math.floor((n - 1.96 * math.sqrt(n)) / 2))
+    return ordered[first], ordered[n - 1 - first]
+
+
+def missing_peers() -> list[str]:
+    """Packages that could be compared with and are not installed."""
+    return [package for name, package in PEERS.items() if find_spec(name) is None]
 
 
 def time_pairs(
@@ -272,6 +299,28 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def others_load(seconds: float = 1.0) -> float | None:
+    """How much of a core, on average over all, other programs take while this one waits; None where it is not told.
+
+    The load average is no such number: it remembers what this program, or what installed it, did a minute ago.
+    """
+    before = _busy_and_total()
+    time.sleep(seconds)
+    after = _busy_and_total()
+    if before is None or after is None or after[1] == before[1]:
+        return None
+    return (after[0] - before[0]) / (after[1] - before[1])
+
+
+def _busy_and_total() -> tuple[int, int] | None:
+    """Clock ticks of all cores since the start, from Linux: busy or stolen by other machines, and all."""
+    fields = next((line.split()[1:] for line in _lines("/proc/stat") if line.startswith("cpu ")), [])
+    if len(fields) < 8:
+        return None
+    ticks = [int(field) for field in fields[:8]]
+    return sum(ticks) - ticks[3] - ticks[4], sum(ticks)  # less idle, waiting for a disk
+
+
 def commit() -> str | None:
     """Of the checkout: MMLM_COMMIT where a copy without git's data is measured, else what git says, where it is."""
     import subprocess
@@ -303,19 +352,7 @@ def environment(device: str) -> dict[str, Any]:
         (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
         platform.processor(),
     )
-    packages = [
-        "torch",
-        "triton",
-        "transformers",
-        "numpy",
-        "librosa",
-        "torchaudio",
-        "openai-whisper",
-        "scipy",
-        "kaldi-native-fbank",
-        "lhotse",
-        "soxr",
-    ]
+    packages = ["torch", "triton", "transformers", "numpy", *PEERS.values()]
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
         "device_type": device,

@@ -35,6 +35,8 @@ NO_CHECKPOINTING = {"granite_speech"}
 LEFT = {
     "qwen2_5_omni_thinker": {"M-RoPE positions"},  # of sounds, too
     "qwen2_5_vl": {"M-RoPE positions"},  # in 5.17, which rounds the seconds of a frame
+    "idefics3": {"placeholder merge"},  # in 5.17, by index
+    "smolvlm": {"placeholder merge"},  # the same
     "granite_speech": {"attention"},  # of its speech encoder, which looks nothing up
 }
 
@@ -200,6 +202,32 @@ def test_patches_of_pictures_of_any_size(sizes, as_tensor):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
     with pytest.raises(RuntimeError, match="split"):
         module(x[1:], given)
+
+
+def test_a_tiny_call_is_the_originals(monkeypatch):
+    """A step of decoding looks at no op; forced it does, and compiled code has no sizes in its guards."""
+    from mmlm_fast.hf import site
+
+    model, _ = llama()
+    layer = model.model.layers[0]
+    accelerated(model)
+    seen = []
+    monkeypatch.setattr(norms, "normalised", lambda *args: seen.append(args))
+    x, tables = torch.randn(1, 3, 32), model.model.rotary_emb(torch.randn(1, 3, 32), torch.arange(3)[None])
+    layer(x, position_embeddings=tables)
+    assert not seen
+    with forced(Path.NATIVE):
+        layer.input_layernorm(x)
+    assert len(seen) == 1
+
+    class Plain(torch.nn.Module):
+        def forward(self, x):
+            return x + 1
+
+    ours = site.unless_tiny(Plain, 10**6, lambda self, x: x + 2)
+    assert torch.equal(ours(Plain(), x), x + 1)
+    compiled = torch.compile(ours, backend="eager", fullgraph=True, dynamic=True)
+    assert torch.equal(compiled(Plain(), x), x + 2)
 
 
 def test_merge_in_a_method_of_its_own():
@@ -546,6 +574,7 @@ def test_a_patch_convolution_whose_input_learns():
 def test_a_lazy_head_below_other_changes(name, monkeypatch):
     monkeypatch.setattr(importlib.import_module("mmlm_fast.nn.lazy_logits"), "_is_few", lambda *_: False)
     tiny, kinds = MODELS[name](), []
+    need_the_original(tiny, labels_of(tiny))
     for only in (["language-model head"], None):
         model = tiny.build("sdpa").train()
         accelerated(model, only=only)

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from mmlm_benchmarks.audio.speech import RATE, against_float64, speech
-from mmlm_benchmarks.harness import Case
+from mmlm_benchmarks.harness import OWN_FORMULA, Case
 from mmlm_fast.audio import ParakeetFeatureExtractor, SeamlessM4TFeatureExtractor, kaldi_fbank, mfcc
 
 SHAPE = "80 mel bins, 25 ms every 10 ms, one thread"
@@ -67,7 +67,7 @@ def _plain() -> dict[str, Callable]:
         with reference():
             return kaldi_fbank(torch.from_numpy(x), num_mel_bins=80)
 
-    return {"reference": call}
+    return {OWN_FORMULA: call}
 
 
 def _function(kind: str, seconds: int) -> Case | None:

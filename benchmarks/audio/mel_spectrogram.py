@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from mmlm_benchmarks.audio.speech import RATE, against_float64, speech
-from mmlm_benchmarks.harness import Case
+from mmlm_benchmarks.harness import OWN_FORMULA, Case
 from mmlm_fast import reference
 from mmlm_fast.audio import log_mel, mel_spectrogram
 
@@ -44,7 +44,7 @@ def cases(device: str) -> list[Case]:
         bytes_moved=4 * (30 * RATE + 128 * 938),
         flops=75000 * 938,
     )
-    first = "torchaudio" if find_spec("torchaudio") else "reference"
+    first = "torchaudio" if find_spec("torchaudio") else OWN_FORMULA
     made = [
         Case(
             name="mel spectrogram 2048, 30 s",

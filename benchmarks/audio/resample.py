@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from mmlm_benchmarks.audio.speech import against_float64, speech
-from mmlm_benchmarks.harness import Case
+from mmlm_benchmarks.harness import OWN_FORMULA, Case
 from mmlm_fast.audio import resample
 from mmlm_fast.audio.resample import resample_ref
 
@@ -34,7 +34,7 @@ def cases(device: str) -> list[Case]:
         transform = torchaudio.transforms.Resample(48000, 16000)
         providers["torchaudio"] = lambda x: transform(_mono(x))
     else:
-        providers["reference"] = lambda x: resample_ref(_mono(x), 48000, 16000)
+        providers[OWN_FORMULA] = lambda x: resample_ref(_mono(x), 48000, 16000)
     if find_spec("soxr"):
         import soxr
 

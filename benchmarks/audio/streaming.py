@@ -6,7 +6,7 @@ from importlib.util import find_spec
 import numpy as np
 
 from mmlm_benchmarks.audio.speech import RATE, speech
-from mmlm_benchmarks.harness import Case
+from mmlm_benchmarks.harness import OWN_FORMULA, Case
 from mmlm_fast.audio import StreamingFbank, kaldi_fbank
 
 
@@ -46,7 +46,7 @@ def cases(device: str) -> list[Case]:
     """CPU only, one thread. That streams have the bits of the whole signal is tests/test_audio_streaming.py's."""
     if device != "cpu":
         return []
-    first = ("kaldi-native-fbank", _native) if find_spec("kaldi_native_fbank") else ("kaldi_fbank, again", _recomputing)
+    first = ("kaldi-native-fbank", _native) if find_spec("kaldi_native_fbank") else (OWN_FORMULA, _recomputing)
     stream = StreamingFbank(num_mel_bins=80)
     return [
         Case(

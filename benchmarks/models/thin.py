@@ -12,6 +12,7 @@ from mmlm_fast.data import load_image, load_prompts, load_speech
 from mmlm_fast.models import MMLMForConditionalGeneration, presets
 from mmlm_fast.testing import Difference, difference
 
+FUSIONS = ("merge", "concat", "attention")
 SIZE = {"hidden_size": 256, "image_size": 224}
 
 
@@ -70,11 +71,11 @@ def _check(model: Any, providers: tuple[str, ...]) -> Callable:
     return check
 
 
-def cases(device: str, full: bool = False) -> list[Case]:
-    """Training steps for three fusions and a forward pass; with `full` also a compiled training step (minutes)."""
+def cases(device: str, full: bool = False, fusions: tuple[str, ...] = FUSIONS) -> list[Case]:
+    """Training steps for the fusions and a forward pass; with `full` also a compiled training step (minutes)."""
     shape = "SigLIP, Whisper-style encoder, Qwen3, width 256, 10 s clips, batch of 2; 2 layers each (forward: 1 layer)"
     made = []
-    for fusion in ("merge", "concat", "attention"):
+    for fusion in fusions:
         model, _, batch = build(fusion, device)
         step = _step(model, batch["input_ids"].clone())
         providers: dict[str, Callable] = {"eager": _in_reference(step), "mmlm_fast": step}

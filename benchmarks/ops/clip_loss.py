@@ -8,7 +8,7 @@ from mmlm_benchmarks.harness import Case
 from mmlm_benchmarks.ops import op_case
 from mmlm_fast.ops import clip_loss
 
-SIZES = {"cpu": [(4096, 512)], "tiny": [(9, 16)], "cuda": [(16384, 768), (32768, 768)]}
+SIZES = {"cpu": [(1024, 512), (4096, 512)], "tiny": [(9, 16)], "cuda": [(16384, 768), (32768, 768)]}
 
 
 def eager(image_features, text_features, logit_scale):

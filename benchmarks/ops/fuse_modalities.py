@@ -5,6 +5,7 @@ from mmlm_benchmarks.ops import op_case
 from mmlm_fast.ops import fuse_modalities
 from mmlm_fast.ops.fuse_modalities import MODES, fuse_modalities_ref
 
+TELLING = "fuse_modalities attention, 3 modalities, forward + backward"
 # where the shape is from, batch, tokens, hidden size
 SIZES = {
     "cpu": ("Qwen2.5-0.5B width", 8, 256, 896),

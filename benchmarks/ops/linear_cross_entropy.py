@@ -10,7 +10,10 @@ from mmlm_fast.ops import linear_cross_entropy
 MOST_CHECKED = 1024  # tokens whose logits of 152k classes, several times in float64, fit beside everything else
 # name, where the shape is from, tokens, hidden size, vocabulary, share of tokens that count, options
 SIZES = {
-    "cpu": [("50k classes", "a 768-wide decoder, GPT-2's vocabulary", 2048, 768, 50_000, 1.0, {})],
+    "cpu": [
+        ("49k classes, 256 tokens", "SmolLM2-135M", 256, 576, 49_152, 1.0, {}),
+        ("50k classes", "a 768-wide decoder, GPT-2's vocabulary", 2048, 768, 50_000, 1.0, {}),
+    ],
     "tiny": [("50 classes", "none", 9, 24, 50, 0.5, {})],
     "cuda": [
         ("152k classes", "Qwen2.5-7B width 4096", 8192, 4096, 152_064, 1.0, {"ignore_index": None}),

@@ -1,4 +1,4 @@
-"""Figures of the report, as PNG bytes."""
+"""Curves of the report, as SVG; pictures of features as PNG."""
 
 import io
 from typing import Any
@@ -10,72 +10,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 COLOURS = {"mmlm_fast": "#0b6e4f", "torch.compile": "#d98e04", "eager": "#777777", "transformers": "#777777"}
-OTHER = ["#4c78a8", "#b279a2", "#9d755d", "#e45756", "#72b7b2"]
 Rows = list[dict[str, Any]]
 
 
-def _png(figure: Any) -> bytes:
+def _image(figure: Any, kind: str = "svg") -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110, bbox_inches="tight")
+    figure.savefig(buffer, dpi=110, bbox_inches="tight", format=kind)
     plt.close(figure)
     return buffer.getvalue()
-
-
-def _cases(rows: Rows) -> list[str]:
-    return list(dict.fromkeys(r["case"] for r in rows))
-
-
-def _colour(provider: str, providers: list[str]) -> str:
-    others = [p for p in providers if p not in COLOURS]
-    return COLOURS.get(provider) or OTHER[others.index(provider) % len(OTHER)]
-
-
-def speedups(rows: Rows, title: str) -> bytes:
-    """Horizontal bars: how many times as fast ours is as each alternative, with the 20th to 80th percentile."""
-    shown = [r for r in rows if not r["ours"]]
-    providers = list(dict.fromkeys(r["provider"] for r in shown))
-    labels, y = [], 0.0
-    figure, axes = plt.subplots(figsize=(9, 0.9 + 0.34 * (len(shown) + 0.6 * len(_cases(rows)))))
-    for case in _cases(rows):
-        for r in (r for r in shown if r["case"] == case):
-            value, low, high = r["ours_faster"], r["ours_faster_p20"], r["ours_faster_p80"]
-            colour = _colour(r["provider"], providers)
-            axes.barh(y, value, color=colour, height=0.85, xerr=[[value - low], [high - value]], ecolor="#333")
-            axes.text(high, y, f"  {value:.2f}×", va="center", fontsize=8)
-            labels.append((y, f"{case}, against {r['provider']}"))
-            y -= 1
-        y -= 0.6
-    axes.set_yticks([p for p, _ in labels], [t for _, t in labels], fontsize=8)
-    axes.axvline(1, color="black", linewidth=1)
-    axes.set_xlim(0, 1.15 * max(r["ours_faster_p80"] for r in shown))
-    axes.set_xlabel("times as fast as the alternative; below 1, left of the line, ours is slower")
-    axes.set_title(title)
-    return _png(figure)
-
-
-def peers(rows: Rows) -> bytes:
-    """Milliseconds of every audio provider, logarithmic."""
-    cases = _cases(rows)
-    providers = list(dict.fromkeys(r["provider"] for r in rows))
-    figure, axes = plt.subplots(figsize=(9, 0.8 + 0.32 * (len(rows) + len(cases))))
-    labels, y = [], 0.0
-    for case in cases:
-        for r in sorted((r for r in rows if r["case"] == case), key=lambda r: r["median_ms"]):
-            whisker = [[r["median_ms"] - r["p20_ms"]], [r["p80_ms"] - r["median_ms"]]]
-            axes.barh(
-                y, r["median_ms"], color=_colour(r["provider"], providers), height=0.85, xerr=whisker, ecolor="#333"
-            )
-            axes.text(r["p80_ms"], y, f"  {r['median_ms']:.3g} ms", va="center", fontsize=8)
-            labels.append((y, f"{case} — {r['provider']}"))
-            y -= 1
-        y -= 0.6
-    axes.set_yticks([p for p, _ in labels], [t for _, t in labels], fontsize=8)
-    axes.set_xscale("log")
-    axes.margins(y=0.01)
-    axes.set_xlim(right=4 * max(r["p80_ms"] for r in rows))
-    axes.set_xlabel("milliseconds a call, one thread, logarithmic; shorter is better")
-    axes.set_title("Audio features of real speech")
-    return _png(figure)
 
 
 def learning_curves(trainings: Rows) -> bytes:
@@ -96,7 +38,7 @@ def learning_curves(trainings: Rows) -> bytes:
     figure.supxlabel("epochs", fontsize=9)
     figure.supylabel("loss", fontsize=9)
     figure.tight_layout()
-    return _png(figure)
+    return _image(figure)
 
 
 def roofline(rows: Rows, machine: dict[str, float]) -> bytes:
@@ -122,31 +64,7 @@ def roofline(rows: Rows, machine: dict[str, float]) -> bytes:
     axes.set_ylabel("GFLOP/s reached")
     axes.set_title("Roofline")
     axes.legend(fontsize=8)
-    return _png(figure)
-
-
-def memory(rows: Rows) -> bytes:
-    """Peak memory of baseline, torch.compile and ours."""
-    rows = [r for r in rows if r["peak_mib"] is not None and r["provider"] in COLOURS]
-    cases = _cases(rows)
-    names = [p for p in COLOURS if any(r["provider"] == p for r in rows)]
-    figure, axes = plt.subplots(figsize=(9, 0.9 + 0.3 * len(cases) * len(names)))
-    ticks = []
-    for i, case in enumerate(cases):
-        group = [r for r in rows if r["case"] == case]
-        for j, r in enumerate(group):
-            y = -i - 0.8 * j / max(1, len(group))
-            axes.barh(y, max(r["peak_mib"], 0.01), height=0.8 / len(group), color=COLOURS[r["provider"]])
-            axes.text(max(r["peak_mib"], 0.01), y, f"  {r['peak_mib']:.1f}", va="center", fontsize=7)
-        ticks.append((-i - 0.25, case))
-    axes.set_yticks([p for p, _ in ticks], [t for _, t in ticks], fontsize=8)
-    axes.set_xscale("log")
-    axes.set_xlim(right=4 * max(r["peak_mib"] for r in rows))
-    axes.set_xlabel("MiB beyond what is held before the call, logarithmic")
-    handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[p]) for p in names]
-    axes.legend(handles, names, fontsize=8)
-    axes.set_title("Peak memory of a call")
-    return _png(figure)
+    return _image(figure)
 
 
 def scaling(points: Rows) -> bytes:
@@ -165,7 +83,7 @@ def scaling(points: Rows) -> bytes:
     axes.set_ylabel("milliseconds")
     axes.set_title("Log-mel over clip length")
     axes.legend(fontsize=8)
-    return _png(figure)
+    return _image(figure)
 
 
 def batch_memory(points: Rows) -> bytes:
@@ -187,7 +105,7 @@ def batch_memory(points: Rows) -> bytes:
     axes.set_ylabel("MiB beyond inputs and gradients")
     axes.set_title("Memory of a training step of the contrastive losses")
     axes.legend(fontsize=8)
-    return _png(figure)
+    return _image(figure)
 
 
 def features(arrays: dict[str, np.ndarray]) -> bytes:
@@ -199,4 +117,4 @@ def features(arrays: dict[str, np.ndarray]) -> bytes:
     figure.colorbar(image, ax=bottom, fraction=0.03, format="%.0e")
     bottom.set_title("Absolute error against float64")
     bottom.set_xlabel("frame, 10 ms each")
-    return _png(figure)
+    return _image(figure, "png")

@@ -93,7 +93,7 @@ def _meaning(name: str, function: FunctionType, cls: type | None, callers: tuple
         yield f"calls {name}"
         yield from _words_of(inspect.unwrap(value), None, callers)  # type: ignore[arg-type]
     elif hasattr(value, "__qualname__"):
-        yield f"{value.__module__}.{value.__qualname__}"  # type: ignore[union-attr]
+        yield f"{getattr(value, '__module__', None)}.{value.__qualname__}"  # type: ignore[union-attr]
     else:
         yield repr(value) if isinstance(value, (int, float, str, bool, type(None))) else type(value).__name__
 

@@ -291,6 +291,8 @@ def find(model: nn.Module) -> Iterator[Site]:
     """Methods whose fingerprint is known, and those of the same name whose is not."""
     for path, module in model.named_modules():
         cls = original_class(module)
+        if cls.__module__.startswith("torch."):
+            continue
         for name, kind in NAMES.items():
             if not callable(getattr(cls, name, None)):
                 continue
