@@ -1,6 +1,7 @@
 """Command line: `mmlm-fast report | train | accelerate | doctor`."""
 
 import argparse
+import functools
 import json
 import shlex
 import sys
@@ -58,6 +59,15 @@ def main(argv: list[str] | None = None) -> int:
         help="all cases of: an op's name, or some of: log_mel, kaldi, mel_spectrogram, resample, streaming, model, "
         "accelerated, learning",
     )
+    report.add_argument(
+        "--model",
+        help="of your own model instead: a folder, a config.json (random weights, as many layers as fit) or a name on "
+        "the hub: shares of time and memory, what accelerate() does, and what a forward pass, a training step and "
+        "generation gain",
+    )
+    report.add_argument("--data", type=Path, help='with --model: lines of text, or .jsonl with a "text" each')
+    report.add_argument("--layers", type=int, help="with --model: at most so many layers of each stack, random weights")
+    report.add_argument("--dtype", default="auto", help="with --model: of its weights (default: as they are saved)")
     report.add_argument("--out", type=Path, default=Path("report"), help="folder to write (default: %(default)s)")
     report.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     report.add_argument("--learning", action="store_true", help="also train and judge the presets on real data")
@@ -156,14 +166,18 @@ def _accelerate(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    for name in ("threads", "seconds", "budget"):
+    for name in ("threads", "seconds", "budget", "layers"):
         given = getattr(args, name)
         if given is not None and not given > 0:
             args.parser.error(f"--{name} must be more than 0, got {given}")
     jobs = tuple(args.ops or ())
+    if args.model is not None and (jobs or args.full or args.learning or args.resume):
+        args.parser.error("--model is a report of its own: without --ops, --full, --learning and --resume")
+    if args.model is None and (args.data or args.layers or args.dtype != "auto"):
+        args.parser.error("--data, --layers and --dtype are of --model, which is not given")
     learns = args.full or args.learning or "learning" in jobs
     needs = REPORT_NEEDS | (TRAIN_NEEDS if learns else {})
-    needs |= {"soundfile": "soundfile"} if not jobs or HEARS & set(jobs) else {}
+    needs |= {"soundfile": "soundfile"} if args.model is None and (not jobs or HEARS & set(jobs)) else {}
     missing = [package for module, package in needs.items() if find_spec(module) is None]
     if missing:
         print(f"mmlm-fast report needs {', '.join(missing)}: pip install 'mmlm-fast[report]'", file=sys.stderr)
@@ -173,6 +187,7 @@ def _report(args: argparse.Namespace) -> int:
     # By name, as the arrow from the command line to the benchmarks is the only one that way.
     measure = import_module("mmlm_benchmarks.report.measure")
     render = import_module("mmlm_benchmarks.report.render")
+    findings = import_module("mmlm_benchmarks.report.findings")
     unknown = sorted(set(jobs) - set(measure.JOBS))
     if unknown:
         args.parser.error(f"--ops must be among {', '.join(measure.JOBS)}, got {', '.join(unknown)}")
@@ -187,9 +202,13 @@ def _report(args: argparse.Namespace) -> int:
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         begun = json.loads((args.out / "results.json").read_text(encoding="utf-8")) if args.resume else None
-        results = measure.collect(
-            options, progress=not args.quiet, resume=begun, save=lambda found: render.write_report(found, args.out)
-        )
+        if args.model is not None:
+            own = {"layers": args.layers, "dtype": args.dtype, "data": args.data}
+            results = measure.collect_own(args.model, options, progress=not args.quiet, **own)
+            render.write_report(results, args.out)
+        else:
+            save = functools.partial(render.write_report, out=args.out)
+            results = measure.collect(options, progress=not args.quiet, resume=begun, save=save)
     except (OSError, ValueError) as error:
         print(f"mmlm-fast report: {_in_one_line(error)}", file=sys.stderr)
         return 2
@@ -197,7 +216,10 @@ def _report(args: argparse.Namespace) -> int:
         again = shlex.join([*_given(args), "--resume"])
         print(f"{args.out / 'index.html'}: what was measured so far; to go on: {again}", file=sys.stderr)
         return 130
-    print(f"{args.out / 'index.html'}: {len(results['rows'])} rows in {time.perf_counter() - start:.0f} s")
+    for line in findings.sentences(results) if args.model is not None else ():
+        print(line)
+    rows = len(results["rows"]) + len(results["accelerated"])
+    print(f"{args.out / 'index.html'}: {rows} rows in {time.perf_counter() - start:.0f} s")
     for skipped in dict.fromkeys(s["command"] for s in results["skipped"]):
         print(f"did not fit into the time: {skipped}")
     for failure in results["failures"]:

@@ -220,10 +220,8 @@ def measure(name: str, seconds: float, ladder: bool = False) -> Iterator[dict[st
             "case": job.name,
             "shape": job.shape,
             "kinds": stage,
-            "threads": torch.get_num_threads(),
-            "load": os.getloadavg()[0],
             **_compared(job, fast),
-            **_timed(job, fast, seconds),
+            **timing_of(job, fast, seconds),
         }
 
 
@@ -237,7 +235,8 @@ def _compared(job: Job, fast: list[Any]) -> dict[str, Any]:
     return {"difference": float(error / sum(b.double().square().sum() for b in theirs) ** 0.5)}
 
 
-def _timed(job: Job, fast: list[Any], seconds: float) -> dict[str, Any]:
+def timing_of(job: Job, fast: list[Any], seconds: float) -> dict[str, Any]:
+    """The part of a row that says how long a job takes, and how much memory, as it is and accelerated."""
     pairs: list[tuple[float, float]] = []
     while len(pairs) < 3 or sum(map(sum, pairs)) < seconds:
         pairs.append((timed(job.call, tuple(job.parts)), timed(job.call, tuple(fast))))
@@ -252,6 +251,8 @@ def _timed(job: Job, fast: list[Any], seconds: float) -> dict[str, Any]:
     modules = [part for part in job.parts if isinstance(part, nn.Module)]
     gradients = sum(p.grad.nbytes for m in modules for p in m.parameters() if p.grad is not None)
     return {
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
         "stock_s": median(a for a, _ in pairs),
         "ours_s": median(b for _, b in pairs),
         "speedup": middle,

@@ -77,6 +77,8 @@ def _both(first: dict[str, list[float]], last: dict[str, list[float]]) -> Iterat
 
 def sentences(results: Results) -> list[str]:
     """What a reader in a hurry needs, losses included."""
+    if results.get("own"):
+        return [*_accelerated(results), *_shortcomings(results)]
     found = compared(results)
     told = [
         f"{len(found)} cases against the best alternative that runs here, each checked against float64 before it was "
@@ -87,20 +89,37 @@ def sentences(results: Results) -> list[str]:
         even = len(found) - len(faster) - len(slower)
         told.append(f"Faster in {len(faster)}, slower in {len(slower)}, within noise in {even}.")
         told += [f"Slower: {c.ours['case']}, {c.ratio:.2f}× as fast as {c.best['provider']}." for c in slower]
-    for row in results.get("accelerated", []):
-        same = ("the same tokens" if row["equal"] else "OTHER TOKENS") if "equal" in row else None
-        same = same or f"loss and gradients differ by {row['difference']:.0e}"
-        low, high = row["speedup_low"], row["speedup_high"]
-        gain = f"{row['speedup']:.2f}× ({low:.2f} – {high:.2f}) as fast accelerated"
-        told.append(f"{row['case']}: {gain}, {same}. {row['shape']}.")
+    told += _accelerated(results)
     if results["generation"]:
         same_tokens = sum(g["equal"] for g in results["generation"])
         total = len(results["generation"])
         told.append(f"Greedy generation, fast against reference: {same_tokens} of {total} identical token by token.")
+    return told + _shortcomings(results)
+
+
+def _accelerated(results: Results) -> list[str]:
+    told = []
+    for row in results["accelerated"]:
+        gain = f"{row['speedup']:.2f}× ({row['speedup_low']:.2f} – {row['speedup_high']:.2f}) as fast accelerated"
+        told.append(f"{row['case']}: {gain}, {difference(row)}. {row['shape']}.")
+    return told
+
+
+def difference(row: Row) -> str:
+    """How far results of a model before and after lie apart, in words."""
+    if "equal" in row:
+        return "the same tokens" if row["equal"] else "OTHER TOKENS"
+    if "gradients_difference" in row:
+        return f"loss differs by {row['difference']:.0e}, gradients by {row['gradients_difference']:.0e}"
+    return f"results differ by {row['difference']:.0e}"
+
+
+def _shortcomings(results: Results) -> list[str]:
+    told = []
     own = sorted({r["case"] for r in results["rows"] if r["provider"] == OWN_FORMULA})
     if own:
         told.append(f"Compared with our own formula alone, so in no headline: {', '.join(own)}.")
-    if results.get("missing_peers"):
+    if results["missing_peers"] and results["rows"]:
         told.append(f"Not installed, not compared: {', '.join(results['missing_peers'])}.")
     if results["skipped"]:
         count = len(results["skipped"])
@@ -111,9 +130,10 @@ def sentences(results: Results) -> list[str]:
 def tiles(results: Results) -> list[tuple[str, str]]:
     """Up to five numbers, each with what it is of: the worst that it stands for comes first."""
     found, made = compared(results), []
-    for row in results.get("accelerated", [])[:1]:
+    whose = "your model, accelerated" if results.get("own") else "an accelerated Hugging Face model"
+    for row in results["accelerated"] if results.get("own") else results["accelerated"][:1]:
         around = f"{row['speedup_low']:.2f} – {row['speedup_high']:.2f}"
-        made.append((f"{row['speedup']:.2f}×", f"{row['case']} of an accelerated Hugging Face model ({around})"))
+        made.append((f"{row['speedup']:.2f}×", f"{row['case']} of {whose} ({around})"))
     for group, what in (("audio", "audio features"), ("model", "the thin model"), (None, "ops")):
         chosen = [c for c in found if (c.ours["group"] == group if group else _is_op(c.ours))]
         if chosen:

@@ -17,7 +17,7 @@ import mmlm_fast.ops
 from mmlm_benchmarks import contrastive, harness, learning
 from mmlm_benchmarks.audio import AUDIO, log_mel
 from mmlm_benchmarks.audio.speech import RATE, speech
-from mmlm_benchmarks.models import accelerated, thin
+from mmlm_benchmarks.models import accelerated, own, thin
 from mmlm_benchmarks.ops import OPS
 from mmlm_fast.audio import WhisperFeatureExtractor
 
@@ -120,6 +120,21 @@ def collect(
         finally:
             save(results)
     return results
+
+
+def collect_own(name: str, options: Options, *, progress: bool = True, **more: Any) -> Results:
+    """The same of a user's own model alone: see `mmlm_benchmarks.models.own.measure`, which takes `more`."""
+    transformers.logging.set_verbosity_error()
+    results = _started(options) | {"not_measured": []}
+    with tqdm(total=6, disable=not progress, unit="step", dynamic_ncols=True) as bar:
+
+        def step(what: str) -> None:
+            bar.set_description(what)
+            bar.update()
+
+        found = own.measure(name, seconds=10 * options.seconds, device=options.device, step=step, **more)
+    results["accelerated"] = found.pop("rows")
+    return results | {"own": found, "finished": True}
 
 
 def _started(options: Options) -> Results:

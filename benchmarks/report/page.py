@@ -109,6 +109,8 @@ def _sections(results: dict[str, Any]) -> Iterable[tuple[str, str]]:
     from mmlm_benchmarks.report import plots
 
     rows = results["rows"]
+    if results.get("own"):
+        yield from _own(results["own"])
     found = findings.compared(results)
     if found:
         bars = [(f"{c.ours['case']}, against {c.best['provider']}", c.ratio, c.interval) for c in found]
@@ -116,8 +118,9 @@ def _sections(results: dict[str, Any]) -> Iterable[tuple[str, str]]:
             "Times as fast as the best alternative, worst first, with the 95 % interval; left of the line it is slower."
         )
         yield "Every case", f"<p class=soft>{told}</p>{ratio_bars(bars)}"
-    if results.get("accelerated"):
-        yield "Hugging Face model", _accelerated(results["accelerated"])
+    if results["accelerated"]:
+        title = "Before and after" if results.get("own") else "Hugging Face model"
+        yield title, _accelerated(results["accelerated"], bool(results.get("own")))
     for group, title in GROUPS.items():
         chosen = [r for r in rows if r["group"] == group]
         if chosen:
@@ -143,7 +146,8 @@ def _sections(results: dict[str, Any]) -> Iterable[tuple[str, str]]:
         yield "Not run for want of time", _list(lines)
     if results["not_measured"]:
         yield "On a GPU", _gpu(results)
-    yield "The input", _inputs(any(r["group"] == "audio" for r in rows), plots)
+    if not results.get("own"):
+        yield "The input", _inputs(any(r["group"] == "audio" for r in rows), plots)
     machine = "".join(f"<tr><th>{a}</th><td>{_text(b)}</td></tr>" for a, b in environment_lines(results))
     yield "The machine", f"<div class=wide><table>{machine}</table></div>"
     yield "How it is measured", f"<p>{_text(METHOD)}</p>"
@@ -233,21 +237,38 @@ def _reproduced(rows: Rows) -> str:
     return f"<p class=soft>Again, with all its cases: <code>mmlm-fast report --ops {jobs}</code></p>"
 
 
-def _accelerated(rows: Rows) -> str:
+def _accelerated(rows: Rows, is_own: bool) -> str:
     lines = []
     for r in rows:
-        same = ("equal tokens" if r["equal"] else "OTHER TOKENS") if "equal" in r else f"{r['difference']:.0e}"
         cells = (
             r["case"], r["shape"], f"{_three(r['stock_s'])} / {_three(r['ours_s'])}",
             f"{r['speedup']:.2f}× ({r['speedup_low']:.2f} – {r['speedup_high']:.2f})",
-            f"{_three(r['stock_mib'])} / {_three(r['ours_mib'])}", same, ", ".join(r["kinds"]),
+            f"{_three(r['stock_mib'])} / {_three(r['ours_mib'])}", findings.difference(r), ", ".join(r["kinds"]),
         )  # fmt: skip
         lines.append(f"<tr>{''.join(f'<td class=text>{_text(c)}</td>' for c in cells)}</tr>")
     titles = ("job", "sizes", "stock / ours, s", "speed-up (95 %)", "stock / ours, MiB", "difference", "replaced")
     head = "".join(f"<th>{t}</th>" for t in titles)
     told = "As transformers has it, with sdpa, and after mmlm_fast.accelerate(model): in turns, on shared weights."
-    again = "<p class=soft>Of your own model: <code>mmlm-fast report --model FOLDER_OR_CONFIG</code></p>"
+    again = (
+        "" if is_own else "<p class=soft>Of your own model: <code>mmlm-fast report --model FOLDER_OR_CONFIG</code></p>"
+    )
     return f"<p class=soft>{told}</p><div class=wide><table><tr>{head}</tr>{''.join(lines)}</table></div>{again}"
+
+
+def _own(own: dict[str, Any]) -> Iterable[tuple[str, str]]:
+    """What is told of a user's model beside its times."""
+    about = f"{own['class']}, {own['parameters'] / 1e6:,.1f} million parameters, {own['dtype']}; {own['name']}."
+    yield "Your model", f"<p>{_text(about)}</p>{_list(own['notes'])}{_list(own['accelerate'])}"
+    titles = ("what a module is", "modules", "time of a forward pass", "memory kept for the backward pass", "MiB")
+    lines = []
+    for share in own["shares"]:
+        cells = f"<td>{_text(share['what'])}</td>" + _cell(share["modules"], str(share["modules"]))
+        cells += _cell(share["time"], f"{share['time']:.0%}") + _cell(share["memory"], f"{share['memory']:.0%}")
+        lines.append(f"<tr>{cells}{_cell(share['mib'], _three(share['mib']))}</tr>")
+    head = "".join(f'<th title="{t}">{t}</th>' for t in titles)
+    table = f"<table class=data><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    told = "As transformers has it. A module's time is what passes in it less what passes in the modules inside it."
+    yield "Where its time and memory go", f"<p class=soft>{told}</p><div class=wide>{table}</div>"
 
 
 def gpu_lines(results: dict[str, Any]) -> list[str]:

@@ -62,6 +62,11 @@ def markdown(results: dict[str, Any]) -> str:
     elif findings.tiles(results):
         parts += [*(f"- **{number}** {what}" for number, what in findings.tiles(results)), ""]
     parts += [*(f"- {line}" for line in findings.sentences(results)), ""]
+    if results.get("own"):
+        own = results["own"]
+        parts += [f"## {own['class']}", "", *(f"- {line}" for line in [*own["notes"], *own["accelerate"]]), ""]
+        lines = [(s["what"], str(s["modules"]), f"{s['time']:.0%}", f"{s['memory']:.0%}") for s in own["shares"]]
+        parts += [markdown_table(("what a module is", "modules", "time forward", "memory kept"), lines), ""]
     for group, title in GROUPS.items():
         rows = [r for r in results["rows"] if r["group"] == group]
         if rows:

@@ -79,11 +79,11 @@ TOP = {
 
 def problems(results: dict[str, Any]) -> list[str]:
     """What of `results` is not as described; empty where all is."""
-    found = list(_problems("results", results, TOP, {"machine", "last_gpu_result"}))
+    found = list(_problems("results", results, TOP, {"machine", "last_gpu_result", "own"}))
     for i, row in enumerate(results.get("rows", [])):
         found += _problems(f"rows[{i}]", row, ROW, set())
     for i, row in enumerate(results.get("accelerated", [])):
-        found += _problems(f"accelerated[{i}]", row, ACCELERATED, {"equal", "difference"})
+        found += _problems(f"accelerated[{i}]", row, ACCELERATED, {"equal", "difference", "gradients_difference"})
     return found
 
 
@@ -98,16 +98,14 @@ def _problems(where: str, found: dict[str, Any], fields: dict[str, Field], other
 
 def markdown() -> str:
     """The description as tables."""
-    parts = [
-        "# results.json",
-        "",
-        "Written by `mmlm-fast report`; made by `python -m mmlm_benchmarks.report.schema`.",
-        "",
-    ]
+    parts = ["# results.json", ""]
+    parts += ["Written by `mmlm-fast report`; this page by `python -m mmlm_benchmarks.report.schema`.", ""]
+    more = "Beside these there are `machine` (rates), `last_gpu_result`, and with --model `own`: the model, what "
+    more += "accelerate did and left, and the shares of time and memory by what a module is."
     for title, fields in (("The file", TOP), ("A row", ROW), ("A row of accelerated", ACCELERATED)):
         lines = [f"| `{n}` | {' or '.join(t.__name__ for t in f.types)} | {f.meaning} |" for n, f in fields.items()]
         parts += [f"## {title}", "", "| field | type | meaning |", "|---|---|---|", *lines, ""]
-    return "\n".join(parts)
+    return "\n".join([*parts, more, ""])
 
 
 if __name__ == "__main__":

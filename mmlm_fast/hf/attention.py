@@ -23,9 +23,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from mmlm_fast.hf.interval_mask import interval_mask, say_once
 from mmlm_fast.masks import IntervalMask, require
 from mmlm_fast.ops.interval_attention import interval_attention
+from mmlm_fast.ops.parts import RECORDS
 from mmlm_fast.ops.paths import FORCED, is_transformed
 
 NAME, PACKED_NAME = "mmlm_fast", "mmlm_flash"
+_LEAST = RECORDS["interval_attention"].least()
 
 
 def register() -> None:
@@ -76,10 +78,10 @@ def attention(
     Returns:
         ``[B, Q, Hq, D]``, and no weights.
     """
-    if attention_mask is None and query.is_cpu and query.shape[2] == 1 and not FORCED and not is_dynamo_compiling():
+    if attention_mask is None and query.is_cpu and not FORCED and not is_dynamo_compiling() and _is_small(query, key):
         plain = not dropout and softcap is None and s_aux is None and position_bias is None and cache is None
         plain = plain and not kwargs.get("output_attentions") and kwargs.get("cu_seq_lens_q") is None
-        if plain:  # a step of decoding, which a look at more would make slower
+        if plain:  # as torch's would be chosen in the end, and a look at more would make a small call slower
             return sdpa_attention_forward(module, query, key, value, None, 0.0, scaling, is_causal)
     if kwargs.get("output_attentions"):
         _say("mmlm_fast: attention weights are never formed, output_attentions=True gives none; use eager")
@@ -116,6 +118,11 @@ def attention(
         mask = _causal(query.shape[2], key.shape[2], query.device)
     out = interval_attention(query, key, value, mask, scale=scaling, softcap=softcap, sinks=s_aux)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _is_small(query: Tensor, key: Tensor) -> bool:
+    batch, heads, q_len, _ = query.shape
+    return q_len == 1 or batch * heads * q_len * key.shape[2] < _LEAST
 
 
 _PACKERS: list[type] = []  # attention modules that take ``cu_seqlens`` of their own

@@ -1,0 +1,474 @@
+"""A user's own model, by its folder, configuration or name on the hub: where its time goes, and what is gained."""
+
+import inspect
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+
+import mmlm_fast
+from mmlm_benchmarks.models.accelerated import Job, sharing, timing_of
+from mmlm_fast.data import load_prompts
+from mmlm_fast.hf.planning import model_class
+
+Results = dict[str, Any]
+MOST_PARAMETERS = 120_000_000  # that a step on two cores does in a second or two
+TOKENS, NEW_TOKENS, PAIRS = 256, 16, 8
+DEPTHS = ("num_hidden_layers", "depth", "encoder_layers", "decoder_layers", "num_layers", "n_layer", "n_layers")
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+
+
+class Own(NamedTuple):
+    """A model that is ready to be measured.
+
+    Args:
+        model: With its weights, or random ones.
+        inputs: Of its forward, without labels.
+        labels: More of them for a training step.
+        notes: What was left out or made up, in sentences.
+    """
+
+    model: Any
+    inputs: dict[str, Tensor]
+    labels: dict[str, Any]
+    notes: list[str]
+
+
+def measure(
+    name: str,
+    *,
+    seconds: float = 4.0,
+    layers: int | None = None,
+    dtype: str = "auto",
+    data: Path | None = None,
+    device: str = "cpu",
+    step: Callable[[str], None] = lambda what: None,
+) -> Results:
+    """Everything that the report says of a user's model.
+
+    Args:
+        name: A folder, a ``config.json`` or a name on the hub; without weights they are random.
+        seconds: Timed for each of forward, training step and generation.
+        layers: At most so many layers of each stack; by default as many as fit into two seconds a step.
+        dtype: Of the weights, such as bfloat16; by default as they are saved.
+        device: Where it runs.
+        data: Lines of text, or of JSON with a "text" each, in place of random tokens; needs the model's tokenizer.
+        step: Told what is done next.
+
+    Raises:
+        ValueError, OSError: where there is no such model, or none that can be run.
+    """
+    step("building the model")
+    own = load(name, layers, dtype, data, device)
+    model, notes = own.model, own.notes
+    step("what accelerate does")
+    done = mmlm_fast.accelerate(sharing(model), strict=False, quiet=True)
+    step("shares of time and memory")
+    shares = list(shares_of(own, {r.path: r.kind for r in done.replaced}))
+    rows = []
+    for job in jobs(own):
+        step(job.name)
+        fast = sharing(model)
+        mmlm_fast.accelerate(fast, strict=False, quiet=True)
+        row = {"case": job.name, "shape": job.shape, "kinds": sorted({r.kind for r in done.replaced})}
+        rows.append(row | compared(job, model, fast) | timing_of(job, [fast], seconds))
+    return {
+        "name": name,
+        "class": type(model).__name__,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch."),
+        "inputs": {k: list(v.shape) for k, v in own.inputs.items()},
+        "notes": notes,
+        "accelerate": str(done).splitlines(),
+        "shares": shares,
+        "rows": rows,
+    }
+
+
+# ---- the model -------------------------------------------------------------------------------------------------------
+
+
+def load(name: str, layers: int | None, dtype: str, data: Path | None, device: str = "cpu") -> Own:
+    """The model and inputs for it."""
+    folder = Path(name)
+    folder = folder.parent if folder.is_file() else folder
+    config = AutoConfig.from_pretrained(name)
+    cls = model_class(config)
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype must be auto or a dtype of torch such as bfloat16, got {dtype!r}")
+    wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
+    notes: list[str] = []
+    has_weights = not folder.is_dir() or any(next(folder.glob(pattern), None) for pattern in WEIGHTS)
+    if has_weights and layers is None and not Path(name).is_file():
+        model = cls.from_pretrained(name, dtype=wanted)
+    else:
+        left = _shrink(config, cls, layers)
+        notes.append("The weights are random." + (f" {left}" if left else ""))
+        torch.manual_seed(0)
+        options = {} if wanted == "auto" else {"dtype": wanted}
+        make = cls.from_config if cls.__name__.startswith("Auto") else cls._from_config
+        model = make(config, **options)
+    texts = None if data is None else _texts(data)
+    inputs, labels, more = inputs_of(model.eval(), name, texts)
+    moved = [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in given.items()} for given in (inputs, labels)]
+    return Own(model.to(device), *moved, notes + more)
+
+
+def _shrink(config: PretrainedConfig, cls: Any, layers: int | None) -> str:
+    """Leave layers out until the model fits; says which are left."""
+    before = {id(c): dict(_depths(c)) for c in _parts(config)}
+    most = layers if layers is not None else max((n for d in before.values() for n in d.values()), default=1)
+    while layers is None and most > 1 and _size(config, cls) > MOST_PARAMETERS:
+        most = most // 2
+        _cut(config, most)
+    if layers is not None:
+        _cut(config, most)
+    told = [
+        f"{n} of {before[id(c)][key]} ({type(c).__name__}.{key})"
+        for c in _parts(config)
+        for key, n in _depths(c)
+        if n != before[id(c)][key]
+    ]
+    return f"Layers left: {', '.join(told)}." if told else ""
+
+
+def _parts(config: PretrainedConfig) -> list[PretrainedConfig]:
+    found, waiting = [], [config]
+    while waiting:
+        found.append(waiting.pop())
+        waiting += [c for c in vars(found[-1]).values() if isinstance(c, PretrainedConfig)]
+    return found
+
+
+def _depths(config: PretrainedConfig) -> Iterator[tuple[str, int]]:
+    """Own attributes alone: some configurations have two names for one."""
+    for key in DEPTHS:
+        value = vars(config).get(key)
+        if isinstance(value, int) and value > 0:
+            yield key, value
+
+
+def _cut(config: PretrainedConfig, most: int) -> None:
+    """At most so many layers of each stack, and what is said of single layers."""
+    for part in _parts(config):
+        deepest = max((n for _, n in _depths(part)), default=0)
+        for key, n in list(_depths(part)):
+            setattr(part, key, min(n, most))
+        for key, value in list(vars(part).items()):
+            if isinstance(value, list) and value and deepest > most:
+                if len(value) == deepest:  # one for each layer
+                    setattr(part, key, value[:most])
+                elif key.endswith(("indexes", "indices", "layers")) and all(isinstance(v, int) for v in value):
+                    setattr(part, key, [v for v in value if v < most] or [most - 1])
+
+
+def _size(config: PretrainedConfig, cls: Any) -> int:
+    make = cls.from_config if cls.__name__.startswith("Auto") else cls._from_config
+    with torch.device("meta"):
+        return sum(p.numel() for p in make(config).parameters())
+
+
+# ---- its inputs ------------------------------------------------------------------------------------------------------
+
+
+def inputs_of(model: Any, name: str, texts: list[str] | None) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
+    """Inputs that the model takes: tokens of `texts`, or random ones, with a picture or sound where it takes such."""
+    takes, notes = inspect.signature(model.forward).parameters, []
+    generator = torch.Generator().manual_seed(0)
+    ids = None if texts is None else _tokens(name, texts)
+    for made in (_heard, _seen, _written):
+        try:
+            found = made(model, takes, generator, ids)
+            if found is None:
+                continue
+            with torch.no_grad():
+                model(**_of_dtype(found[0], model))
+            return _of_dtype(found[0], model), found[1], notes
+        except Exception as error:  # another model's conventions: said, and the next tried
+            notes.append(f"{made.__doc__}: not run, {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+    raise ValueError("; ".join(notes) or f"{type(model).__name__} takes neither text nor pictures nor sound")
+
+
+Found = tuple[dict[str, Tensor], dict[str, Any]]
+
+
+def _of_dtype(inputs: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+
+
+def _random_ids(model: Any, generator: torch.Generator, length: int) -> Tensor:
+    text = model.config.get_text_config()
+    most = min(length, getattr(text, "max_position_embeddings", length) or length)
+    special = {
+        v for k, v in model.config.to_dict().items() if k.endswith(("token_id", "token_index")) and type(v) is int
+    }
+    ids = torch.randint(3, max(4, text.vocab_size - 1), (1, most), generator=generator)
+    plain = next(n for n in range(3, text.vocab_size) if n not in special)
+    for token in special:
+        ids[ids == token] = plain
+    return ids
+
+
+def _heard(model: Any, takes: Any, generator: torch.Generator, ids: Tensor | None) -> Found | None:
+    """sound"""
+    config = model.config
+    if "input_values" in takes and "input_ids" not in takes:
+        inputs = {"input_values": torch.randn(1, 80_000, generator=generator)}
+        return inputs, {"labels": torch.randint(1, 20, (1, 12))} if "labels" in takes else {}
+    if "input_features" not in takes or not getattr(config, "num_mel_bins", None):
+        return None
+    frames = 2 * getattr(config, "max_source_positions", 1500)
+    inputs = {"input_features": torch.randn(1, config.num_mel_bins, frames, generator=generator)}
+    told = _random_ids(model, generator, 64) if ids is None else ids[:, : config.max_target_positions]
+    return inputs | {"decoder_input_ids": told}, {"labels": told}
+
+
+def _seen(model: Any, takes: Any, generator: torch.Generator, ids: Tensor | None) -> Found | None:
+    """pictures"""
+    config = model.config
+    vision = getattr(config, "vision_config", config if "pixel_values" in takes else None)
+    if "pixel_values" not in takes or vision is None:
+        return None
+    if "image_grid_thw" in takes:
+        merge, side = vision.spatial_merge_size, 16
+        size = getattr(vision, "in_channels", getattr(vision, "in_chans", 3)) * vision.temporal_patch_size
+        pixels = torch.randn(side * side, size * vision.patch_size**2, generator=generator)
+        inputs: dict[str, Tensor] = {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, side, side]])}
+        num = side * side // merge**2
+    else:
+        edge = vision.image_size
+        height, width = edge if isinstance(edge, (list, tuple)) else (edge, edge)
+        pixels = torch.randn(1, getattr(vision, "num_channels", 3), height, width, generator=generator)
+        inputs = {"pixel_values": pixels if not _takes_several(model) else pixels[None]}
+        if "image_sizes" in takes:
+            inputs["image_sizes"] = torch.tensor([[height, width]])
+        if "input_ids" not in takes:
+            return inputs, {"labels": torch.zeros(1, dtype=torch.int64)} if "labels" in takes else {}
+        num = _num_features(model, inputs)
+    tokens = _random_ids(model, generator, TOKENS) if ids is None else ids[:, :TOKENS]
+    picture = next(
+        (v for k in ("image_token_id", "image_token_index") if (v := getattr(config, k, None)) is not None), None
+    )
+    if picture is None:  # two towers: pairs, of which each is another's negative
+        tokens = tokens[:, : min(16, config.get_text_config().max_position_embeddings)]
+        ids_of_pairs = torch.stack([tokens[0].roll(i) for i in range(PAIRS)])
+        inputs = {
+            "input_ids": ids_of_pairs,
+            **{k: torch.stack([v[0].roll(i) for i in range(PAIRS)]) for k, v in inputs.items()},
+        }
+        return inputs, {"return_loss": True} if "return_loss" in takes else {}
+    start = [s for k in ("boi_token_id", "vision_start_token_id") if (s := getattr(config, k, None)) is not None]
+    row = torch.cat([tokens[0, :8], torch.tensor([*start, *[picture] * num], dtype=torch.int64), tokens[0, 8:]])[None]
+    inputs = {"input_ids": row, "attention_mask": torch.ones_like(row), **inputs}
+    kinds = (row == picture).long()
+    for key in ("mm_token_type_ids", "token_type_ids"):
+        if key in takes:
+            inputs[key] = kinds
+    return inputs, _language_labels(takes, torch.where(row == picture, -100, row))
+
+
+def _takes_several(model: Any) -> bool:
+    """Whether pictures come with an axis of how many a sample has."""
+    inner = getattr(model, "model", model)
+    return "pixel_attention_mask" in inspect.signature(inner.forward).parameters
+
+
+def _num_features(model: Any, inputs: dict[str, Tensor]) -> int:
+    """How many placeholders a picture takes: as many as it has features."""
+    find = getattr(model, "get_image_features", None)
+    if find is None:
+        return 0
+    with torch.no_grad():
+        found = find(**_of_dtype(inputs, model))
+    found = getattr(found, "pooler_output", found)
+    found = found if isinstance(found, (list, tuple)) else [found]
+    return sum(f.numel() // f.shape[-1] for f in found)
+
+
+def _written(model: Any, takes: Any, generator: torch.Generator, ids: Tensor | None) -> Found | None:
+    """text"""
+    if "input_ids" not in takes:
+        return None
+    tokens = _random_ids(model, generator, TOKENS) if ids is None else ids
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}, _language_labels(takes, tokens, model)
+
+
+def _language_labels(takes: Any, labels: Tensor, model: Any = None) -> dict[str, Any]:
+    if "labels" not in takes or (model is not None and model.get_output_embeddings() is None):
+        return {}
+    return {"labels": labels}
+
+
+def _texts(path: Path) -> list[str]:
+    lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    texts = [json.loads(line).get("text") if path.suffix in (".jsonl", ".json") else line for line in lines]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f'{path} must hold lines of text, or of JSON with a "text" each')
+    return texts
+
+
+def _tokens(name: str, texts: list[str]) -> Tensor:
+    """The first `TOKENS` tokens of all texts, one behind the other."""
+    folder = str(Path(name).parent) if Path(name).is_file() else name
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    found: list[int] = []
+    for text in texts or load_prompts():
+        found += tokenizer(text, add_special_tokens=not found)["input_ids"]
+    return torch.tensor([found[:TOKENS]])
+
+
+# ---- what is measured ------------------------------------------------------------------------------------------------
+
+
+def _loss(model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The loss, the model's or a mean square, and the largest output."""
+    out = model(**inputs)
+    tensors = [t for t in out.values() if isinstance(t, Tensor) and t.is_floating_point() and t.dim() > 0]
+    biggest = out["logits"] if isinstance(out.get("logits"), Tensor) else max(tensors, key=lambda t: t.numel())
+    loss = out.get("loss")
+    return (biggest.float().square().mean() if loss is None else loss), biggest
+
+
+def jobs(own: Own) -> Iterator[Job]:
+    """A forward pass, a training step, and greedy generation where the model generates."""
+    prompt = {k: v for k, v in own.inputs.items() if k != "decoder_input_ids"}
+    of = ", ".join(f"{k} {list(v.shape)}" for k, v in own.inputs.items())
+    parts = [own.model]
+
+    @torch.no_grad()
+    def forward(model: Any) -> list[Tensor]:
+        return [_loss(model.eval(), own.inputs)[1]]
+
+    def training(model: Any) -> list[Tensor]:
+        model.train()
+        model.zero_grad(set_to_none=True)
+        torch.manual_seed(0)  # dropout
+        loss, _ = _loss(model, own.inputs | own.labels)
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    @torch.no_grad()
+    def generation(model: Any) -> list[Tensor]:
+        options = dict(max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
+        return [model.eval().generate(**prompt, **options)]
+
+    yield Job("forward", of, parts, _waited_for(forward), False)
+    yield Job("training step", of, parts, _waited_for(training), False)
+    if own.model.can_generate():
+        yield Job(f"generation of {NEW_TOKENS} tokens", of, parts, _waited_for(generation), True)
+
+
+def _waited_for(call: Callable[[Any], list[Tensor]]) -> Callable[[Any], list[Tensor]]:
+    def waiting(model: Any) -> list[Tensor]:
+        found = call(model)
+        if found[0].is_cuda:
+            torch.cuda.synchronize()
+        return found
+
+    return waiting
+
+
+def compared(job: Job, stock: Any, fast: Any) -> dict[str, Any]:
+    """How far results lie apart: relative, of loss or output, and of all gradients together."""
+    theirs = [t.clone() for t in job.call(stock)]
+    ours = [t.clone() for t in job.call(fast)]
+    if job.same:
+        return {"equal": all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))}
+    assert len(ours) == len(theirs)
+    found = {"difference": _apart(ours[:1], theirs[:1])}
+    return found | ({"gradients_difference": _apart(ours[1:], theirs[1:])} if len(ours) > 1 else {})
+
+
+def _apart(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    error = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(ours, theirs, strict=True))
+    return float(np.sqrt(error / max(sum(float(b.double().square().sum()) for b in theirs), 1e-300)))
+
+
+def shares_of(own: Own, kinds: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """Of a forward pass in training: time, and memory kept for the backward pass, by what a module is.
+
+    A module's time is what passes in it less what passes in the modules inside it.
+    """
+    model = own.model.train()
+    names = {module: _what(path, module, kinds) for path, module in model.named_modules()}
+    with _watched(model, names) as (times, kept):
+        for _ in range(3):
+            for what in times:
+                times[what].append(0.0)
+            kept.clear()
+            loss, _ = _loss(model, own.inputs | own.labels)
+            del loss
+    model.eval()
+    best = {what: min(passed) for what, passed in times.items()}
+    all_time, all_kept = sum(best.values()) or 1, sum(kept.values()) or 1
+    for what in sorted(best, key=best.__getitem__, reverse=True):
+        count = sum(name == what for name in names.values())
+        share = {"time": round(best[what] / all_time, 4), "memory": round(kept.get(what, 0) / all_kept, 4)}
+        yield {"what": what, "modules": count, **share, "mib": round(kept.get(what, 0) / 2**20, 2)}
+
+
+@contextmanager
+def _watched(model: nn.Module, names: dict[nn.Module, str]) -> Iterator[tuple[dict[str, list[float]], dict[str, int]]]:
+    times: dict[str, list[float]] = {what: [] for what in names.values()}
+    kept: dict[str, int] = {}
+    stack: list[tuple[str, float]] = []
+    seen: set[int] = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def passed(now: float) -> None:
+        if stack:
+            what, since = stack[-1]
+            times[what][-1] += now - since
+
+    def enter(module: nn.Module, args: Any) -> None:
+        now = time.perf_counter()
+        passed(now)
+        stack.append((names[module], now))
+
+    def leave(module: nn.Module, args: Any, out: Any) -> None:
+        now = time.perf_counter()
+        passed(now)
+        stack.pop()
+        if stack:
+            stack[-1] = (stack[-1][0], now)
+
+    def pack(t: Tensor) -> Tensor:
+        place = t.untyped_storage().data_ptr()
+        if stack and place not in seen:
+            kept[stack[-1][0]] = kept.get(stack[-1][0], 0) + t.untyped_storage().nbytes()
+        return t
+
+    hooks = [m.register_forward_pre_hook(enter) for m in names] + [m.register_forward_hook(leave) for m in names]
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            yield times, kept
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _what(path: str, module: nn.Module, kinds: dict[str, str]) -> str:
+    """What a module's own time is spent on, in words."""
+    name = type(module).__name__
+    if isinstance(module, nn.Linear) or name.endswith("Linear"):
+        return "language-model head" if kinds.get(path) == "language-model head" else "linear layers"
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return "convolutions"
+    if isinstance(module, nn.Embedding):
+        return "embeddings"
+    if "Norm" in name:
+        return "norms"
+    if "Attention" in name:
+        return "attention and rotations"
+    if "MLP" in name or "Activation" in name or isinstance(module, (nn.GELU, nn.SiLU)):
+        return "activations and products of MLPs"
+    if name.endswith(("Layer", "Block")):
+        return "residual sums"
+    return "the rest: masks, merges, positions, loss"
