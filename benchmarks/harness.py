@@ -23,6 +23,7 @@ Call = Callable[..., Any]
 # wait for the device, and what Python and the driver need for them stays out of the number.
 SHORTEST_LEAD, LONGEST_LEAD = 1e-3, 0.05  # seconds
 LEAD_CLOCK_HZ = 2.0e9  # of the counter that `torch.cuda._sleep` waits on: not below that of any card
+LONG = 20.0  # seconds of one case
 OWN_FORMULA = "our own formula"  # the baseline where no library is installed that does the job: no headline counts it
 # What audio is compared with where it is installed, by the name that is imported.
 PEERS = {
@@ -165,10 +166,15 @@ def spread(values: list[float]) -> tuple[float, float, float]:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The 95 % confidence interval of a median, by order statistics: of few values it is all of them."""
+    """The 95 % confidence interval of a median, by order statistics; of fewer than six values their range."""
     ordered, n = sorted(values), len(values)
     first = max(0, math.floor((n - 1.96 * math.sqrt(n)) / 2))
     return ordered[first], ordered[n - 1 - first]
+
+
+def goes_on(pairs: int, passed: float, seconds: float) -> bool:
+    """Whether more pairs are to be timed: six at least, for an interval of 95 %, three where they take long."""
+    return pairs < 3 or passed < seconds or (pairs < 6 and passed < LONG)
 
 
 def missing_peers() -> list[str]:
@@ -187,7 +193,7 @@ def time_pairs(
             call(*inputs[-1])
         leads[provider] = lead_seconds(call, inputs[0])
     start, turn = time.perf_counter(), 0
-    while turn < 3 or (time.perf_counter() - start < seconds and turn < 1000):
+    while goes_on(turn, time.perf_counter() - start, seconds) and turn < 1000:
         args = inputs[turn % len(inputs)]
         for provider, pairs in samples.items():
             pairs.append(tuple(timed(providers[p], args, leads[p]) for p in (provider, ours)))

@@ -19,7 +19,7 @@ import transformers
 from torch import nn
 
 import mmlm_fast
-from mmlm_benchmarks.harness import environment, interval, peak_memory_mib, spread, timed
+from mmlm_benchmarks.harness import environment, goes_on, interval, peak_memory_mib, spread, timed
 
 PICTURE = 49_001  # token
 
@@ -238,7 +238,7 @@ def _compared(job: Job, fast: list[Any]) -> dict[str, Any]:
 def timing_of(job: Job, fast: list[Any], seconds: float) -> dict[str, Any]:
     """The part of a row that says how long a job takes, and how much memory, as it is and accelerated."""
     pairs: list[tuple[float, float]] = []
-    while len(pairs) < 3 or sum(map(sum, pairs)) < seconds:
+    while goes_on(len(pairs), sum(map(sum, pairs)), seconds):
         pairs.append((timed(job.call, tuple(job.parts)), timed(job.call, tuple(fast))))
     middle, low, high = spread([a / b for a, b in pairs])
     sure = interval([a / b for a, b in pairs])

@@ -4,7 +4,7 @@ import inspect
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,8 @@ Results = dict[str, Any]
 MOST_PARAMETERS = 120_000_000  # that a step on two cores does in a second or two
 TOKENS, NEW_TOKENS, PAIRS = 256, 16, 8
 DEPTHS = ("num_hidden_layers", "depth", "encoder_layers", "decoder_layers", "num_layers", "n_layer", "n_layers")
+FEWEST_CLASSES = 32_768
+COPIES = 4  # of the weights: themselves, gradients before and after, and what passes
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
@@ -109,7 +111,8 @@ def load(name: str, layers: int | None, dtype: str, data: Path | None, device: s
     if has_weights and layers is None and not Path(name).is_file():
         model = cls.from_pretrained(name, dtype=wanted)
     else:
-        left = _shrink(config, cls, layers)
+        saved = getattr(config, "dtype", None) if wanted == "auto" else wanted
+        left = _shrink(config, cls, layers, torch.empty(0, dtype=saved or torch.float32).element_size())
         notes.append("The weights are random." + (f" {left}" if left else ""))
         torch.manual_seed(0)
         options = {} if wanted == "auto" else {"dtype": wanted}
@@ -121,22 +124,59 @@ def load(name: str, layers: int | None, dtype: str, data: Path | None, device: s
     return Own(model.to(device), *moved, notes + more)
 
 
-def _shrink(config: PretrainedConfig, cls: Any, layers: int | None) -> str:
-    """Leave layers out until the model fits; says which are left."""
+def _shrink(config: PretrainedConfig, cls: Any, layers: int | None, item: int) -> str:
+    """Leave layers out until a step takes seconds, then classes until it takes little more; says what is left.
+
+    Raises:
+        ValueError: where even one layer does not fit into memory.
+    """
     before = {id(c): dict(_depths(c)) for c in _parts(config)}
+    text = config.get_text_config()
+    classes = getattr(text, "vocab_size", 0)
     most = layers if layers is not None else max((n for d in before.values() for n in d.values()), default=1)
     while layers is None and most > 1 and _size(config, cls) > MOST_PARAMETERS:
         most = most // 2
         _cut(config, most)
     if layers is not None:
         _cut(config, most)
+    while _size(config, cls) > 4 * MOST_PARAMETERS and getattr(text, "vocab_size", 0) > FEWEST_CLASSES:
+        _cut_classes(config, text.vocab_size // 2)
+    needed, free = COPIES * item * _size(config, cls), _free_memory()
+    if needed > 0.8 * free:
+        raise ValueError(
+            f"the model needs about {needed / 2**30:.0f} GiB "
+            f"even with {most} of each stack's layers, and "
+            f"{free / 2**30:.0f} GiB are free: a smaller configuration, or --layers"
+        )
     told = [
-        f"{n} of {before[id(c)][key]} ({type(c).__name__}.{key})"
+        f"{n} of {before[id(c)][key]} layers ({type(c).__name__}.{key})"
         for c in _parts(config)
         for key, n in _depths(c)
         if n != before[id(c)][key]
     ]
-    return f"Layers left: {', '.join(told)}." if told else ""
+    if getattr(text, "vocab_size", 0) != classes:
+        told.append(f"{text.vocab_size:,} of {classes:,} classes")
+    return f"To fit, these are left: {', '.join(told)}." if told else ""
+
+
+def _cut_classes(config: PretrainedConfig, most: int) -> None:
+    """At most so many classes; tokens with a meaning of their own become the last of these."""
+    moved: dict[int, int] = {}
+    for part in _parts(config):
+        if getattr(part, "vocab_size", 0) > most:
+            part.vocab_size = most
+        for key, value in list(vars(part).items()):
+            if key.endswith(("token_id", "token_index")) and isinstance(value, int) and value >= most:
+                setattr(part, key, moved.setdefault(value, most - 1 - len(moved)))
+
+
+def _free_memory() -> int:
+    """Bytes that programs can still take; without bounds where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 2**62
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), 2**62)
 
 
 def _parts(config: PretrainedConfig) -> list[PretrainedConfig]:
@@ -247,12 +287,10 @@ def _seen(model: Any, takes: Any, generator: torch.Generator, ids: Tensor | None
         edge = vision.image_size
         height, width = edge if isinstance(edge, (list, tuple)) else (edge, edge)
         pixels = torch.randn(1, getattr(vision, "num_channels", 3), height, width, generator=generator)
-        inputs = {"pixel_values": pixels if not _takes_several(model) else pixels[None]}
-        if "image_sizes" in takes:
-            inputs["image_sizes"] = torch.tensor([[height, width]])
         if "input_ids" not in takes:
-            return inputs, {"labels": torch.zeros(1, dtype=torch.int64)} if "labels" in takes else {}
-        num = _num_features(model, inputs)
+            labels = {"labels": torch.zeros(1, dtype=torch.int64)} if "labels" in takes else {}
+            return {"pixel_values": pixels}, labels
+        inputs, num = _picture(model, takes, pixels)
     tokens = _random_ids(model, generator, TOKENS) if ids is None else ids[:, :TOKENS]
     picture = next(
         (v for k in ("image_token_id", "image_token_index") if (v := getattr(config, k, None)) is not None), None
@@ -275,10 +313,19 @@ def _seen(model: Any, takes: Any, generator: torch.Generator, ids: Tensor | None
     return inputs, _language_labels(takes, torch.where(row == picture, -100, row))
 
 
-def _takes_several(model: Any) -> bool:
-    """Whether pictures come with an axis of how many a sample has."""
-    inner = getattr(model, "model", model)
-    return "pixel_attention_mask" in inspect.signature(inner.forward).parameters
+def _picture(model: Any, takes: Any, pixels: Tensor) -> tuple[dict[str, Tensor], int]:
+    """A picture in the form that the model takes, and how many placeholders: the first of those in use that it does."""
+    sizes = {"image_sizes": torch.tensor([list(pixels.shape[-2:])])}
+    forms: list[dict[str, Tensor]] = [{"pixel_values": pixels}, {"pixel_values": pixels[None]}]
+    if "image_sizes" in takes:
+        edge = pixels.shape[-1]  # with the whole picture tiles of it: two by two where that is among the shapes
+        tiles = pixels[None].expand(1, 5, -1, -1, -1)
+        whole = {"image_sizes": torch.tensor([[2 * edge, 2 * edge]])}
+        forms += [f | sizes for f in forms] + [{"pixel_values": tiles} | whole]
+    for form in forms[:-1]:
+        with suppress(Exception):
+            return form, _num_features(model, form)
+    return forms[-1], _num_features(model, forms[-1])
 
 
 def _num_features(model: Any, inputs: dict[str, Tensor]) -> int:
@@ -378,11 +425,9 @@ def _waited_for(call: Callable[[Any], list[Tensor]]) -> Callable[[Any], list[Ten
 
 def compared(job: Job, stock: Any, fast: Any) -> dict[str, Any]:
     """How far results lie apart: relative, of loss or output, and of all gradients together."""
-    theirs = [t.clone() for t in job.call(stock)]
-    ours = [t.clone() for t in job.call(fast)]
+    theirs, ours = job.call(stock), job.call(fast)  # gradients are dropped before a step, not zeroed
     if job.same:
         return {"equal": all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))}
-    assert len(ours) == len(theirs)
     found = {"difference": _apart(ours[:1], theirs[:1])}
     return found | ({"gradients_difference": _apart(ours[1:], theirs[1:])} if len(ours) > 1 else {})
 

@@ -43,7 +43,7 @@ text-decoration:none}.track i{background:var(--ours);border-radius:2px}.track i.
 font-variant-numeric:tabular-nums;text-align:right}.wide{overflow-x:auto}table{border-collapse:collapse;
 font-size:.85rem;width:100%}td,th{padding:.25rem .5rem;border-bottom:1px solid var(--line);text-align:left;
 vertical-align:top}th[title]{cursor:pointer}td.n{text-align:right;font-variant-numeric:tabular-nums;
-white-space:nowrap}td:first-child,td.text{min-width:11rem}tr.ours{background:var(--tint)}figure{margin:1rem 0}
+white-space:nowrap}td:first-child{min-width:11rem}td.text{min-width:7rem}tr.ours{background:var(--tint)}figure{margin:1rem 0}
 img{max-width:100%;height:auto;background:#fff}code{font-size:.85em}figcaption{color:var(--soft);
 font-size:.85rem}input{font:inherit;color:inherit;background:var(--paper);border:1px solid var(--line);
 padding:.3rem .5rem;width:100%;max-width:20rem}@media(max-width:640px){.bar{grid-template-columns:1fr 4.8rem}
@@ -167,10 +167,10 @@ METHOD = (
     "First every provider's result is compared with the formula in float64: ours may err at most twice as much as"
     " the formula in its own precision, and on audio at most as much as the library compared with; a case that "
     "misses this is not timed. Then every other provider is timed in turn with ours, on rotating inputs: “ours is"
-    " faster” is the median of the ratios of neighbouring calls, and its interval holds that median with 95 %. "
-    "Then one call's peak memory. “Of limit” is the time that bytes and flops of the job need at the rates "
-    "measured here on as many threads, over the time taken; the rates are themselves a measurement, so it can "
-    "pass 100 %."
+    " faster” is the median of the ratios of neighbouring calls, and its interval holds that median with 95 %; of"
+    " fewer than six pairs, of what takes long, it is their range. Then one call's peak memory. “Of limit” is the"
+    " time that bytes and flops of the job need at the rates measured here on as many threads, over the time "
+    "taken; the rates are themselves a measurement, so it can pass 100 %."
 )
 
 
