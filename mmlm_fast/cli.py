@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     report.add_argument(
         "--budget",
         type=float,
-        help="seconds after which no case is begun any more (default: 140; with --ops, --learning and --full: none)",
+        help="seconds after which no case is begun any more (default: 155; with --ops, --learning and --full: none)",
     )
     report.add_argument("--threads", type=int, help="threads of torch and of the native core (default: torch's)")
     report.add_argument("--quiet", action="store_true", help="no progress bar")

@@ -24,7 +24,7 @@ from mmlm_fast.audio import WhisperFeatureExtractor
 JOBS = (*OPS, *AUDIO, "model", "accelerated", "learning")
 RESULTS = Path(__file__).parents[1] / "results"
 SCALING_SECONDS = (1, 3, 10, 30, 120, 600)
-BUDGET = 140.0  # seconds, of the report of three minutes: imports, the last case and the page come on top
+BUDGET = 155.0  # seconds, of the report of three minutes: imports, the last case and the page come on top
 SAVED_EVERY = 10.0  # seconds
 BUSY = 0.4  # of a core, by other programs
 DRIFT = 1.25  # of the machine's rates, between the start and the end

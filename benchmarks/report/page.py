@@ -43,8 +43,8 @@ text-decoration:none}.track i{background:var(--ours);border-radius:2px}.track i.
 font-variant-numeric:tabular-nums;text-align:right}.wide{overflow-x:auto}table{border-collapse:collapse;
 font-size:.85rem;width:100%}td,th{padding:.25rem .5rem;border-bottom:1px solid var(--line);text-align:left;
 vertical-align:top}th[title]{cursor:pointer}td.n{text-align:right;font-variant-numeric:tabular-nums;
-white-space:nowrap}td:first-child{min-width:11rem}td.text{min-width:7rem}tr.ours{background:var(--tint)}figure{margin:1rem 0}
-img{max-width:100%;height:auto;background:#fff}code{font-size:.85em}figcaption{color:var(--soft);
+white-space:nowrap}td:first-child{min-width:11rem}td.text{min-width:7rem}tr.ours{background:var(--tint)}figure{
+margin:1rem 0}img{max-width:100%;height:auto;background:#fff}code{font-size:.85em}figcaption{color:var(--soft);
 font-size:.85rem}input{font:inherit;color:inherit;background:var(--paper);border:1px solid var(--line);
 padding:.3rem .5rem;width:100%;max-width:20rem}@media(max-width:640px){.bar{grid-template-columns:1fr 4.8rem}
 .bar .track{grid-row:2;grid-column:1/3}.bar b{grid-column:2}}@media print{body{max-width:none;font-size:11px;
