@@ -50,7 +50,8 @@ def main(argv: list[str] | None = None) -> int:
         "times and peak memory, against eager PyTorch, torch.compile and each audio library that is installed. Takes "
         "three minutes on two cores and ends then: what did not fit is listed with its command. --ops measures some of "
         "it with all cases, --full everything. With --model it is about your own model.",
-        epilog="exit codes: 0 done, 1 a case failed and is reported, 2 wrong usage, 130 interrupted (--resume goes on)",
+        epilog="exit codes: 0 done, 1 a case failed or is slower than in --against, 2 wrong usage, 130 interrupted "
+        "(--resume goes on)",
     )
     report.add_argument(
         "--ops",
@@ -84,6 +85,13 @@ def main(argv: list[str] | None = None) -> int:
         "--budget",
         type=float,
         help="seconds after which no case is begun any more (default: 155; with --ops, --learning and --full: none)",
+    )
+    report.add_argument(
+        "--against",
+        type=Path,
+        metavar="FILE",
+        help="earlier results.json of this kind of machine: exit code 1 where ours gains clearly less than then, as a "
+        "ratio to the others in the same run",
     )
     report.add_argument("--threads", type=int, help="threads of torch and of the native core (default: torch's)")
     report.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -202,6 +210,7 @@ def _report(args: argparse.Namespace) -> int:
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         begun = json.loads((args.out / "results.json").read_text(encoding="utf-8")) if args.resume else None
+        earlier = None if args.against is None else json.loads(args.against.read_text(encoding="utf-8"))
         if args.model is not None:
             own = {"layers": args.layers, "dtype": args.dtype, "data": args.data}
             results = measure.collect_own(args.model, options, progress=not args.quiet, **own)
@@ -209,6 +218,7 @@ def _report(args: argparse.Namespace) -> int:
         else:
             save = functools.partial(render.write_report, out=args.out)
             results = measure.collect(options, progress=not args.quiet, resume=begun, save=save)
+        slower = [] if earlier is None else findings.slower_than(results, earlier)
     except (OSError, ValueError) as error:
         print(f"mmlm-fast report: {_in_one_line(error)}", file=sys.stderr)
         return 2
@@ -224,7 +234,9 @@ def _report(args: argparse.Namespace) -> int:
         print(f"did not fit into the time: {skipped}")
     for failure in results["failures"]:
         print(f"FAILED {failure['case']}: {failure['error']}", file=sys.stderr)
-    return 1 if results["failures"] else 0
+    for case in slower:
+        print(f"SLOWER than in {args.against}: {case}", file=sys.stderr)
+    return 1 if results["failures"] or slower else 0
 
 
 def _given(args: argparse.Namespace) -> list[str]:
@@ -232,7 +244,7 @@ def _given(args: argparse.Namespace) -> list[str]:
     words = ["mmlm-fast", "report", *(["--ops", *args.ops] if args.ops else [])]
     for name in ("full", "learning", "quiet"):
         words += [f"--{name}"] if getattr(args, name) else []
-    for name in ("out", "device", "seconds", "budget", "threads"):
+    for name in ("out", "device", "seconds", "budget", "against", "threads"):
         value = getattr(args, name)
         words += [f"--{name}", str(value)] if value not in (None, args.parser.get_default(name)) else []
     return words

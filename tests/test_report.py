@@ -254,6 +254,56 @@ def test_other_programs_are_seen(monkeypatch):
     assert harness.others_load(0) is None
 
 
+def toy(milliseconds):
+    """What a case of waiting gives: theirs takes 4 ms."""
+
+    def wait(ms):
+        def call(x):
+            end = time.perf_counter() + ms / 1e3
+            while time.perf_counter() < end:
+                pass
+
+        return call
+
+    providers = {"eager": wait(4), "mmlm_fast": wait(milliseconds)}
+    case = harness.Case("glu", "waiting", "", lambda: [(torch.ones(3),)], providers, lambda calls, args: {})
+    return harness.rows_as_json(harness.run(case, 0.3))
+
+
+def test_a_planted_slowdown_is_seen(results):
+    before = {**results, "rows": toy(2.0), "accelerated": []}
+    assert findings.slower_than({**before, "rows": toy(2.0)}, before) == []
+    assert findings.slower_than({**before, "rows": toy(1.6)}, before) == []
+    (told,) = findings.slower_than({**before, "rows": toy(2.5)}, before)
+    assert re.fullmatch(r"waiting: 1\.\d\d× over eager, [12]\.\d\d× before", told)
+
+
+def test_a_provider_that_became_faster_is_no_slowdown(results):
+    before, case = with_ratios(results, eager=3.0, torch_compile=2.0)
+    after, _ = with_ratios(results, eager=3.0, torch_compile=1.5)
+    assert findings.slower_than(after, before) == []
+    after, _ = with_ratios(results, eager=2.4, torch_compile=1.6)
+    assert findings.slower_than(after, before) == [
+        f"{case}: 2.40× over eager, 3.00× before, 1.60× over torch.compile, 2.00× before"
+    ]
+    other = {**before, "environment": before["environment"] | {"device": "another"}}
+    with pytest.raises(ValueError, match="ratios of another machine say nothing"):
+        findings.slower_than(after, other)
+
+
+def test_against_earlier_results(tmp_path, steps, results, capsys):
+    earlier, _ = with_ratios(results, eager=3.0, torch_compile=2.0)
+    now, _ = with_ratios(results, eager=2.0, torch_compile=1.0)
+    (tmp_path / "before.json").write_text(json.dumps(earlier))
+    command = ["report", "--ops", "glu", "--out", str(tmp_path / "out"), "--quiet", "--against"]
+    steps(again=lambda found: found["rows"].extend(now["rows"]))
+    assert main([*command, str(tmp_path / "before.json")]) == 1
+    assert "SLOWER than in " in capsys.readouterr().err
+    steps(again=lambda found: found["rows"].extend(earlier["rows"]))
+    assert main([*command, str(tmp_path / "before.json")]) == 0
+    assert main([*command, str(tmp_path / "none.json")]) == 2
+
+
 # ---- how it measures -------------------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ from mmlm_benchmarks.report.measure import BUSY, DRIFT
 Row = dict[str, Any]
 Results = dict[str, Any]
 NOISE = 0.05  # of a ratio: within it nothing is called faster or slower
+SLOWER = 0.1  # of an earlier ratio: what a regression is beyond
 
 
 class Compared(NamedTuple):
@@ -155,3 +156,42 @@ def tiles(results: Results) -> list[tuple[str, str]]:
 
 def _is_op(row: Row) -> bool:
     return row["group"] not in ("audio", "model")
+
+
+def slower_than(results: Results, baseline: Results) -> list[str]:
+    """Cases whose gain is clearly less than in earlier results: a check of our own code, on the same kind of machine.
+
+    Ratios to other providers in the same run are compared, not times. Ours has become slower where the whole interval
+    of now lies a tenth below the earlier ratio, for every provider of the case: one alone has become faster itself.
+
+    Raises:
+        ValueError: where the baseline is of another device, or holds none of the cases.
+    """
+    now, then = results["environment"], baseline["environment"]
+    if now["device"] != then["device"] or now["threads"] != then["threads"]:
+        raise ValueError(
+            f"the baseline is of {then['device']} with {then['threads']} threads, this is {now['device']} with "
+            f"{now['threads']}: ratios of another machine say nothing"
+        )
+    earlier = {(r["case"], r["provider"]): r["ours_faster"] for r in baseline["rows"] if not r["ours"]}
+    earlier |= {(r["case"], "stock"): r["speedup"] for r in baseline.get("accelerated", [])}
+    found: dict[str, list[tuple[str, float, float, float]]] = {}
+    for r in (r for r in results["rows"] if not r["ours"]):
+        _put(found, earlier, r["case"], r["provider"], r["ours_faster"], r["ours_faster_high"])
+    for r in results["accelerated"]:
+        _put(found, earlier, r["case"], "stock", r["speedup"], r["speedup_high"])
+    if not found:
+        raise ValueError("the baseline holds none of the cases that were measured")
+    return [
+        f"{case}: " + ", ".join(f"{new:.2f}× over {provider}, {old:.2f}× before" for provider, new, _, old in pairs)
+        for case, pairs in found.items()
+        if all(high < (1 - SLOWER) * old for _, _, high, old in pairs)
+    ]
+
+
+def _put(
+    found: dict[str, list[tuple[str, float, float, float]]], earlier: dict[tuple[str, str], float],
+    case: str, provider: str, new: float, high: float,
+) -> None:  # fmt: skip
+    if (case, provider) in earlier:
+        found.setdefault(case, []).append((provider, new, high, earlier[case, provider]))
