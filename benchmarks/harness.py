@@ -31,10 +31,13 @@ PEERS = {
     "torchaudio": "torchaudio",
     "kaldi_native_fbank": "kaldi-native-fbank",
     "whisper": "openai-whisper",
+    "faster_whisper": "faster-whisper",
     "scipy": "scipy",
     "lhotse": "lhotse",
     "soxr": "soxr",
 }
+
+GPU_PEERS = ("FlexAttention", "Liger", "cuDNN")  # their kernels, or those that beat eager, are a GPU's
 
 
 class Example(NamedTuple):
@@ -177,9 +180,12 @@ def goes_on(pairs: int, passed: float, seconds: float) -> bool:
     return pairs < 3 or passed < seconds or (pairs < 6 and passed < LONG)
 
 
-def missing_peers() -> list[str]:
-    """Packages that could be compared with and are not installed."""
-    return [package for name, package in PEERS.items() if find_spec(name) is None]
+def missing_peers(device: str) -> list[str]:
+    """What could be compared with and is not, each with the reason."""
+    found = [f"{package} (not installed)" for name, package in PEERS.items() if find_spec(name) is None]
+    if device == "cpu":
+        return [*found, *(f"{name} (on a GPU alone)" for name in GPU_PEERS)]
+    return [*found, *(["Liger (not installed)"] if find_spec("liger_kernel") is None else [])]
 
 
 def time_pairs(

@@ -30,6 +30,7 @@ HEARS = {
     "resample",
     "streaming",
     "model",
+    "curves",
     "learning",
 }  # jobs that read recordings
 
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         nargs="+",
         metavar="JOB",
         help="all cases of: an op's name, or some of: log_mel, kaldi, mel_spectrogram, resample, streaming, model, "
-        "accelerated, learning",
+        "accelerated, curves (over length, batch and threads; cold starts), learning",
     )
     report.add_argument(
         "--model",

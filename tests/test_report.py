@@ -231,9 +231,10 @@ def test_no_headline_counts_our_own_formula(results):
 
 def test_missing_peers_are_listed(results, monkeypatch):
     monkeypatch.setitem(harness.PEERS, "no_such_module", "no-such-package")
-    assert harness.missing_peers() == [*results["missing_peers"], "no-such-package"]
-    told = findings.sentences({**results, "missing_peers": ["librosa", "soxr"]})
-    assert "Not installed, not compared: librosa, soxr." in told
+    assert "no-such-package (not installed)" in harness.missing_peers("cpu")
+    assert "Liger (on a GPU alone)" in results["missing_peers"]
+    told = findings.sentences({**results, "missing_peers": ["librosa (not installed)", "soxr (not installed)"]})
+    assert "Not compared: librosa (not installed), soxr (not installed)." in told
 
 
 def test_an_interval_holds_the_median():

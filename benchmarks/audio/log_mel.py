@@ -1,8 +1,10 @@
 """Whisper's log-mel on real speech, against every peer that is installed."""
 
+import runpy
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -46,6 +48,11 @@ def peers() -> dict[str, Callable]:
         import whisper
 
         found["openai-whisper"] = lambda x: whisper.log_mel_spectrogram(torch.from_numpy(x))
+    if (spec := find_spec("faster_whisper")) is not None and spec.origin is not None:
+        # The file alone: the package imports what runs the model, too.
+        path = Path(spec.origin).with_name("feature_extractor.py")
+        theirs = runpy.run_path(str(path))["FeatureExtractor"]()
+        found["faster-whisper"] = lambda x: theirs(x, padding=0)
     if find_spec("torchaudio"):
         import torchaudio
 
@@ -91,7 +98,7 @@ def _tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.hann_window(400, device=device), torch.from_numpy(np.array(mel_filters(80), np.float32)).to(device)
 
 
-def _stft_chain(x: torch.Tensor) -> torch.Tensor:
+def stft_chain(x: torch.Tensor) -> torch.Tensor:
     """What transformers' torch path does, on the whole batch, with its tables at hand."""
     window, filters = _tables(x.device)
     power = torch.stft(x, 400, 160, window=window, return_complex=True)[..., :-1].abs() ** 2
@@ -129,7 +136,7 @@ def _batched_cases(device: str, num_clips: int, seconds: int) -> list[Case]:
             name=f"log-mel on the device, {num_clips} clips of {seconds} s",
             shape_from="Whisper, 80 mel bins",
             inputs=lambda: [(clips().to(device).roll(i, 0),) for i in range(4)],
-            providers={"torch.stft chain": _stft_chain, "mmlm_fast": lambda x: log_mel(x)},
+            providers={"torch.stft chain": stft_chain, "mmlm_fast": lambda x: log_mel(x)},
             check=close,
             bytes_moved=4 * num_clips * (seconds * RATE + 80 * frames),
             flops=num_clips * frames * 12200,

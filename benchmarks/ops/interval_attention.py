@@ -69,11 +69,11 @@ def _repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q, *(x[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) if groups > 1 else x for x in (k, v))
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, dense: Tensor) -> Tensor:
+def dense_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, dense: Tensor) -> Tensor:
     return sdpa(*_repeated(q, k, v), attn_mask=dense)
 
 
-def _ours(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, dense: Tensor | None = None) -> Tensor:
+def ours(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, dense: Tensor | None = None) -> Tensor:
     return interval_attention(q, k, v, mask)
 
 
@@ -188,14 +188,14 @@ def masked(device: str, sizes: str) -> list[Case]:
             drawn = [_inputs(device, *shape) for _ in range(1 if shape[3] > 8192 else 2)]
             return [(*(x.requires_grad_(grad) for x in qkv), mask, dense) for qkv in drawn]
 
-        providers: dict[str, Callable] = {"SDPA, repeated keys, dense mask": _dense}
+        providers: dict[str, Callable] = {"SDPA, repeated keys, dense mask": dense_sdpa}
         if name.startswith("causal"):
             providers["SDPA, repeated keys, is_causal"] = _causal_sdpa
         if gpu and name.startswith("causal"):
             providers["cuDNN, is_causal"] = _cudnn
         if gpu:
             providers["FlexAttention"] = _flex
-        providers["mmlm_fast"] = _ours
+        providers["mmlm_fast"] = ours
         shape = f"{source}, {'bfloat16' if gpu else 'float32'}"
         moved = batch * (2 * heads * q_len + 2 * kv_heads * kv_len) * size * (2 if gpu else 4)
         for kind, wrap in (("forward", _no_grad), ("forward + backward", _step))[: 1 + backward]:
@@ -301,7 +301,7 @@ def decoding(device: str, sizes: str) -> list[Case]:
                 for _ in range(4)]  # fmt: skip
 
     moved = 2 * int((used + 1).sum()) * kv_heads * size * (2 if gpu else 4)
-    providers = {"SDPA, repeated keys, dense mask": _no_grad(_dense), "mmlm_fast": _no_grad(_ours)}
+    providers = {"SDPA, repeated keys, dense mask": _no_grad(dense_sdpa), "mmlm_fast": _no_grad(ours)}
     source = "Qwen2.5-7B" if gpu else "Qwen2.5-0.5B"
     return [
         Case(

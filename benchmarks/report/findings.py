@@ -125,7 +125,7 @@ def _shortcomings(results: Results) -> list[str]:
     if own:
         told.append(f"Compared with our own formula alone, so in no headline: {', '.join(own)}.")
     if results["missing_peers"] and results["rows"]:
-        told.append(f"Not installed, not compared: {', '.join(results['missing_peers'])}.")
+        told.append(f"Not compared: {', '.join(results['missing_peers'])}.")
     if results["skipped"]:
         count = len(results["skipped"])
         told.append(f"{count} cases did not fit into the time; the commands that run them are listed below.")

@@ -14,14 +14,14 @@ import transformers
 from tqdm import tqdm
 
 import mmlm_fast.ops
-from mmlm_benchmarks import contrastive, harness, learning
+from mmlm_benchmarks import contrastive, curves, harness, learning
 from mmlm_benchmarks.audio import AUDIO, log_mel
 from mmlm_benchmarks.audio.speech import RATE, speech
 from mmlm_benchmarks.models import accelerated, own, thin
 from mmlm_benchmarks.ops import OPS
 from mmlm_fast.audio import WhisperFeatureExtractor
 
-JOBS = (*OPS, *AUDIO, "model", "accelerated", "learning")
+JOBS = (*OPS, *AUDIO, "model", "accelerated", "curves", "learning")
 RESULTS = Path(__file__).parents[1] / "results"
 SCALING_SECONDS = (1, 3, 10, 30, 120, 600)
 BUDGET = 155.0  # seconds, of the report of three minutes: imports, the last case and the page come on top
@@ -142,6 +142,7 @@ def _started(options: Options) -> Results:
     load = harness.others_load()
     results["environment"]["others_load"] = None if load is None else round(load, 2)
     results |= {"rows": [], "accelerated": [], "generation": [], "learning": [], "scaling": [], "memory": []}
+    results |= {"curves": [], "starts": []}
     results |= {
         "rates": [],
         "not_measured": [],
@@ -150,7 +151,7 @@ def _started(options: Options) -> Results:
         "seconds_by_case": {},
         "finished": False,
     }
-    results["missing_peers"] = harness.missing_peers()
+    results["missing_peers"] = harness.missing_peers(options.device)
     if options.device == "cpu":
         results["not_measured"] = _gpu_rows(options)
         results["last_gpu_result"] = last_gpu_result()
@@ -270,6 +271,10 @@ def _steps(options: Options, results: Results, folder: Path) -> Iterator[Step]:
                 op,
                 lambda op=op, n=num_scalars: results["memory"].extend(_memory(op, n)),
             )
+    if options.has("curves") and device == "cpu" and not options.is_short:
+        for curve in curves.curves(every):
+            yield Step(curve.name, "curves", lambda c=curve: results["curves"].extend(curves.measure(c, seconds)))
+        yield Step("cold starts", "curves", lambda: results["starts"].extend(curves.cold_starts()))
     yield Step("machine rates again", "", limits)
     if options.has("learning"):  # after what is timed, as it would heat the machine
         for experiment in learning.experiments(full):

@@ -132,6 +132,16 @@ def _sections(results: dict[str, Any]) -> Iterable[tuple[str, str]]:
         yield "Memory", f"<p class=soft>{told}</p>{ratio_bars(sorted(memory, key=lambda bar: bar[1]))}"
     if results["scaling"]:
         yield "Log-mel over clip length", _figure(plots.scaling(results["scaling"]), "From one second to ten minutes")
+    for name in dict.fromkeys(p["curve"] for p in results["curves"]):
+        points = [p for p in results["curves"] if p["curve"] == name]
+        yield name.capitalize(), _figure(plots.curve(points), f"{name}: time and peak memory over {points[0]['along']}")
+    if results["starts"]:
+        lines = "".join(
+            f"<tr><td>{_text(s['what'])}</td>{_cell(s['seconds'], _three(s['seconds']))}</tr>"
+            for s in results["starts"]
+        )
+        head = "<tr><th>a fresh process that does</th><th>seconds</th></tr>"
+        yield "Cold start", f"<table>{head}{lines}</table>"
     if results["memory"]:
         caption = "Linear in the batch, where the formula is square"
         yield "Memory of the contrastive losses", _figure(plots.batch_memory(results["memory"]), caption)

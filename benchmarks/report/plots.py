@@ -86,6 +86,27 @@ def scaling(points: Rows) -> bytes:
     return _image(figure)
 
 
+def curve(points: Rows) -> bytes:
+    """Milliseconds, and beside them peak memory, over what changes."""
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6))
+    for provider in dict.fromkeys(p["provider"] for p in points):
+        own = [p for p in points if p["provider"] == provider]
+        x = [p["x"] for p in own]
+        style = {"marker": "o", "color": COLOURS.get(provider, "#777777"), "label": provider}
+        spread = [[p["ms"] - p["p20_ms"] for p in own], [p["p80_ms"] - p["ms"] for p in own]]
+        panels[0].errorbar(x, [p["ms"] for p in own], yerr=spread, **style)
+        if all(p["peak_mib"] is not None for p in own):
+            panels[1].plot(x, [max(0.1, p["peak_mib"]) for p in own], **style)
+    for panel, what in zip(panels, ("milliseconds", "peak MiB of a call"), strict=True):
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log")
+        panel.set_xlabel(points[0]["along"])
+        panel.set_ylabel(what)
+    panels[0].legend(fontsize=8)
+    figure.tight_layout()
+    return _image(figure)
+
+
 def batch_memory(points: Rows) -> bytes:
     figure, axes = plt.subplots(figsize=(7, 4))
     for op in dict.fromkeys(p["op"] for p in points):
