@@ -1,11 +1,14 @@
 """The presets learn real things: scaled down from what the report trains, with shuffled-modality controls."""
 
+import pytest
+
 from mmlm_benchmarks.learning import Experiment, experiments, run
 
 PAIRS = ("data.train_count=2000", "data.eval_count=200")
 QUESTION = ("data.train_count=10000", "data.eval_count=200")
 
 
+@pytest.mark.slow  # two minutes: make test ARGS="-m slow tests/test_learning.py"
 def test_alignment_then_a_question_that_needs_three_modalities(tmp_path):
     """Seeds are the configurations' (0). Without one of the three, an answer can be right in at most about 55 % of the
     cases: half of the questions are after what is left, one in ten of the others is right by chance."""

@@ -29,7 +29,7 @@ def report(tmp_path_factory):
     """A real report of one op, timed briefly."""
     out = tmp_path_factory.mktemp("report")
     torch.compiler.reset()  # the slow full report in this process would use up Dynamo's recompile limit
-    code = main(["report", "--ops", "fuse_modalities", "--seconds", "0.01", "--out", str(out), "--quiet"])
+    code = main(["report", "--ops", "gated_add", "--seconds", "0.01", "--out", str(out), "--quiet"])
     assert code == 0, json.loads((out / "results.json").read_text())["failures"]
     return out
 

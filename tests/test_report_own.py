@@ -42,8 +42,7 @@ def test_inputs_of_families(name, tmp_path):
             assert len(results) > 5
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3", "whisper"])
-@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize(("name", "weights"), [("qwen2_5_vl", True), ("gemma3", False), ("whisper", False)])
 def test_the_report_of_a_model(name, weights, tmp_path, capsys):
     folder = saved(name, tmp_path / "model", weights)
     out = tmp_path / "report"
