@@ -240,7 +240,7 @@ def _steps(options: Options, results: Results, folder: Path) -> Iterator[Step]:
             yield Step(
                 f"accelerated: {name}",
                 "accelerated",
-                lambda name=name: results["accelerated"].extend(accelerated.measure(name, 10 * seconds)),
+                lambda name=name: results["accelerated"].extend(accelerated.measure(name, 10 * seconds, full)),
             )
     for family in AUDIO:
         if options.has(family):
