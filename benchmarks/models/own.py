@@ -15,7 +15,6 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 import mmlm_fast
 from mmlm_benchmarks.models.accelerated import Job, sharing, timing_of
-from mmlm_fast.data import load_prompts
 from mmlm_fast.hf.planning import model_class
 
 Results = dict[str, Any]
@@ -380,7 +379,7 @@ def _tokens(name: str, texts: list[str]) -> Tensor:
         raise ValueError(f"{folder} holds no tokenizer, which --data needs")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     found: list[int] = []
-    for text in texts or load_prompts():
+    for text in texts:
         found += tokenizer(text, add_special_tokens=not found)["input_ids"]
     return torch.tensor([found[:TOKENS]])
 
