@@ -144,6 +144,24 @@ def test_interrupted_and_resumed(tmp_path, steps, capsys):
     assert main(["report", "--out", str(tmp_path / "none"), "--resume"]) == 2
 
 
+def test_a_case_that_fails_halfway_leaves_no_rows(tmp_path, monkeypatch):
+    """They would be there twice when it goes on."""
+
+    def halfway(*args):
+        yield {"case": "half"}
+        raise RuntimeError("stopped")
+
+    monkeypatch.setattr(measure.accelerated, "measure", halfway)
+    monkeypatch.setattr(measure.curves, "measure", halfway)
+    options = Options("cpu", ("accelerated", "curves"))
+    results = measure._started(options)
+    for step in measure._steps(options, results, tmp_path):
+        if step.job and step.name != "cold starts":
+            with pytest.raises(RuntimeError, match="stopped"):
+                step.run()
+    assert results["accelerated"] == results["curves"] == []
+
+
 def test_a_killed_report_leaves_what_was_done(tmp_path):
     """By SIGKILL, which nothing can catch: the files are whole, at most some seconds old."""
     code = """

@@ -240,7 +240,7 @@ def _steps(options: Options, results: Results, folder: Path) -> Iterator[Step]:
             yield Step(
                 f"accelerated: {name}",
                 "accelerated",
-                lambda name=name: results["accelerated"].extend(accelerated.measure(name, 10 * seconds, full)),
+                lambda name=name: results["accelerated"].extend(list(accelerated.measure(name, 10 * seconds, full))),
             )
     for family in AUDIO:
         if options.has(family):
@@ -273,7 +273,7 @@ def _steps(options: Options, results: Results, folder: Path) -> Iterator[Step]:
             )
     if options.has("curves") and device == "cpu" and not options.is_short:
         for curve in curves.curves(every):
-            yield Step(curve.name, "curves", lambda c=curve: results["curves"].extend(curves.measure(c, seconds)))
+            yield Step(curve.name, "curves", lambda c=curve: results["curves"].extend(list(curves.measure(c, seconds))))
         yield Step("cold starts", "curves", lambda: results["starts"].extend(curves.cold_starts()))
     yield Step("machine rates again", "", limits)
     if options.has("learning"):  # after what is timed, as it would heat the machine
