@@ -159,8 +159,8 @@ NAMED = {name.split()[0] for name in CASES}
 CASES |= {e.name: of_cases(op, e) for op in OPS if op not in NAMED for e in examples(op)}
 NOT_DIFFERENTIABLE = {"patchify"}  # integers alone
 FORMED = {name for name, (function, *_) in CASES.items() if function == "_FormedGradients"}
-# Not of a public op of one process: below, in test_distributed.py, and in test_lazy_logits.py.
-ELSEWHERE = {"_Refusal", "_Gathered", "_ScatteredSum", "_LinearLayer", "_CrossEntropy"}
+# Not of a public op of one process: below, in test_distributed.py, test_lazy_logits.py, and test_hf_contrastive.py.
+ELSEWHERE = {"_Refusal", "_Gathered", "_ScatteredSum", "_LinearLayer", "_CrossEntropy", "_Similarity"}
 
 
 def functions_of_the_package():

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import mmlm_fast
-from mmlm_fast.nn import LazyLinear, LazyLogits
+from mmlm_fast.nn import LazyLinear, LazyLogits, on_demand
 from mmlm_fast.nn import lazy_logits as module
 from mmlm_fast.nn.lazy_logits import logits_on_demand
 from mmlm_fast.ops.paths import Path, forced
@@ -488,7 +488,7 @@ def test_copies_share_what_the_originals_share():
 def test_threads_read_the_same_memory():
     head, x, _ = make()
     for _ in range(20):
-        module._HABITS.clear()
+        on_demand._HABITS.clear()
         z, found = logits_of(head, x, fast=True), []
         read = functools.partial(lambda z, found: found.append(z.logits().data_ptr()), z, found)
         threads = [threading.Thread(target=read) for _ in range(2)]

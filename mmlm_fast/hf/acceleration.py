@@ -141,6 +141,7 @@ def accelerate(
     - the audio feature extractor of a processor, or a feature extractor itself.
     - the head of a language model: in training ``model(**inputs, labels=labels)`` computes its loss without logits; who
       reads ``outputs.logits`` gets those of the forward pass then.
+    - the loss of a CLIP or SigLIP: ``model(**inputs, return_loss=True)`` in training, likewise without logits.
     - attention that transformers looks up by name, where that is its default, sdpa.
     - RMS norms, with the sum before them where a layer's forward allows; layer norms with such a sum.
     - gated MLPs, rotary embeddings, activations of several passes, placeholders filled by ``masked_scatter``,

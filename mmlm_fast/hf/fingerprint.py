@@ -39,6 +39,24 @@ def _fingerprint(function: Any, cls: Any) -> str | None:
     return hashlib.sha256(" ".join(words).encode()).hexdigest()[:_LENGTH]
 
 
+def fingerprint_of_statements(body: list[ast.stmt], globals_: dict[str, Any]) -> tuple[str, list[str]]:
+    """Hash statements of a function in the same way, but for what they call.
+
+    Args:
+        body: Some that follow each other.
+        globals_: Of the function: these names count as such.
+
+    Returns:
+        16 hexadecimal digits, and the names that the statements take from before.
+    """
+    names = [n for b in body for n in ast.walk(b) if isinstance(n, ast.Name)]
+    stored = {n.id for n in names if isinstance(n.ctx, ast.Store)}
+    own = dict.fromkeys(n.id for n in names if n.id in stored or not (n.id in globals_ or hasattr(builtins, n.id)))
+    words = [w for b in body for w in _words(b, {name: f"v{i}" for i, name in enumerate(own)})]
+    digest = hashlib.sha256(" ".join(words).encode()).hexdigest()[:_LENGTH]
+    return digest, [name for name in own if name not in stored]
+
+
 def source_tree(function: FunctionType) -> ast.FunctionDef:
     """The syntax tree of a function, with the line numbers of its file.
 

@@ -22,7 +22,7 @@ class RefusedError(Exception):
 def random(*shape: int, like: Tensor, scale: float = 1.0, seed: int = 0) -> Tensor:
     """Normal numbers in dtype and on the device of `like`, the same whatever torch's own generator is at."""
     generator = torch.Generator().manual_seed(seed)
-    numbers = torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu") * scale
+    numbers = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") * scale
     return numbers.to(device=like.device, dtype=like.dtype)
 
 

@@ -1,8 +1,6 @@
 """Logits that are computed when something reads them; the loss of a language model does not."""
 
 import threading
-import warnings
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmlm_fast.nn.on_demand import OnDemand, Values
+from mmlm_fast.nn.on_demand import OnDemand, Values, habit_of
 from mmlm_fast.nn.plain import is_plain
 from mmlm_fast.ops.linear_cross_entropy import linear_cross_entropy
 from mmlm_fast.ops.parts import graph_is_kept, is_seen_through
@@ -53,7 +51,7 @@ class _Head:
         self.needs = [t is not None and t.requires_grad for t in parts]
         self.hidden, self.weight, self.bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
         self.versions = [t._version for t in parts if t is not None]
-        self.habit = _HABITS.setdefault(module, _Habit())
+        self.habit = habit_of(module)
         self.lossed = False
         self.bits = _sum_of_bits(self.weight)
 
@@ -80,29 +78,6 @@ def _sum_of_bits(weight: Tensor) -> Tensor:
         return weight.view(torch.int64).sum()  # a tenth of the time of summing narrower integers
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
     return weight.view(integers).sum(dtype=torch.int64)
-
-
-class _Habit:
-    """How often the logits of a head were read beside its loss: then they are better computed at once."""
-
-    def __init__(self) -> None:
-        self.losses = self.reads = 0
-        self.plain = False
-
-    def is_plain(self) -> bool:
-        """Decide, at the start of a forward pass; one that is repeated for a backward pass is plain anyway."""
-        if not self.plain and self.reads >= 2 and 2 * self.reads > self.losses:
-            self.plain = True
-            where = "beside its loss" if self.losses else "by its loss"
-            warnings.warn(
-                f"mmlm_fast: this model's logits are read {where}, so that not computing them saves nothing: from now "
-                "on its head computes them at once, as the original does",
-                stacklevel=4,
-            )
-        return self.plain
-
-
-_HABITS: "weakref.WeakKeyDictionary[nn.Module, _Habit]" = weakref.WeakKeyDictionary()
 
 
 class _Stage:
@@ -508,7 +483,7 @@ def _lazily(head: Any, hidden: Tensor) -> Tensor | None:
         return None
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1] or not any(t.requires_grad for t in parts):
         return None
-    if _HABITS.setdefault(head, _Habit()).is_plain() or (weight.requires_grad and _is_few(hidden, weight)):
+    if habit_of(head).is_plain() or (weight.requires_grad and _is_few(hidden, weight)):
         return None
     dtype = hidden.dtype
     if torch.is_autocast_enabled(hidden.device.type):

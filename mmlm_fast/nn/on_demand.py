@@ -1,12 +1,14 @@
 """Tensors of the autograd graph whose numbers are computed when something reads them."""
 
 import threading
+import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._mode_utils import no_dispatch
 
@@ -72,6 +74,34 @@ def as_in_the_forward() -> Iterator[None]:
         yield
 
 
+class Habit:
+    """How often the logits of a module were read beside its loss: then they are better computed at once."""
+
+    def __init__(self) -> None:
+        self.losses = self.reads = 0
+        self.plain = False
+
+    def is_plain(self) -> bool:
+        """Decide, at the start of a forward pass; one that is repeated for a backward pass is plain anyway."""
+        if not self.plain and self.reads >= 2 and 2 * self.reads > self.losses:
+            self.plain = True
+            where = "beside its loss" if self.losses else "by its loss"
+            warnings.warn(
+                f"mmlm_fast: this model's logits are read {where}, so that not computing them saves nothing: from now "
+                "on it computes them at once, as the original does",
+                stacklevel=4,
+            )
+        return self.plain
+
+
+_HABITS: "weakref.WeakKeyDictionary[nn.Module, Habit]" = weakref.WeakKeyDictionary()
+
+
+def habit_of(module: nn.Module) -> Habit:
+    """The one record of a module."""
+    return _HABITS.setdefault(module, Habit())
+
+
 class OnDemand(Tensor):
     """A tensor with shape, strides, graph and views of its own, and numbers only once an operator reads them.
 
@@ -101,10 +131,10 @@ class OnDemand(Tensor):
 
     def _lazily(self, func: Any, args: tuple, kwargs: dict) -> "OnDemand | None":
         """The result of an operator on this tensor without its numbers; None where there is no such way."""
-        raise NotImplementedError
+        return None
 
     def _view(self, func: Any, args: tuple, kwargs: dict, meta: Tensor) -> "OnDemand":
-        raise NotImplementedError
+        return OnDemand(self._shared, meta, self.device)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:

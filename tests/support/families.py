@@ -27,6 +27,7 @@ SHORT = {
     "M-RoPE positions": "M-RoPE",
     "pixel shuffle": "shuffle",
     "patch merger": "merger",
+    "contrastive loss": "contrastive",
 }
 
 

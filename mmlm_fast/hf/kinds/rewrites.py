@@ -22,7 +22,7 @@ from mmlm_fast.hf.changing import (
     why_unreachable,
 )
 from mmlm_fast.hf.fingerprint import source_tree
-from mmlm_fast.hf.kinds import merging, norms, rotary
+from mmlm_fast.hf.kinds import contrastive, merging, norms, rotary
 from mmlm_fast.hf.rewriting import PREFIX, always, blocks, call, calls_of, replace, rewritten
 from mmlm_fast.hf.site import ALREADY, WIDEST, Site, unless_tiny
 
@@ -47,12 +47,12 @@ def find(model: nn.Module) -> Iterator[Site]:
 
 
 def _site(path: str, module: nn.Module, part: "Part", names: tuple[str, ...]) -> Site:
-    site = Site(part.kind, path, type(module).__name__, module, op=part.op)
+    cls = original_class(module)
+    site = Site(part.kind, path, type(module).__name__, module, op=part.op_in(cls))
     if any(made is methods and options[0] == part.kind for made, options in layers_of(type(module))):
         site.reason = ALREADY
     elif has_own_forward(module):
         site.reason = OWN_FORWARD
-    cls = original_class(module)
     site.alike, site.prove = part.proof(module, cls, names)
     site.like = next((p for p in module.parameters() if p.is_floating_point()), None)
     site.also = tuple(type(getattr(module, name)).__name__ for name in names)
@@ -132,7 +132,11 @@ class Part(ABC):
     name: str
     op: str
     least = 0
-    helper: Callable[..., Any]
+    helper: Any
+
+    def op_in(self, cls: Any) -> str:
+        """The record of the expressions in the forward of a class."""
+        return self.op
 
     @abstractmethod
     def names(self, module: nn.Module) -> tuple[str, ...] | None:
@@ -286,5 +290,51 @@ class _Merges(Part):
         return like, functools.partial(merging.prove, weight)
 
 
-PARTS: tuple[Part, ...] = (_Sums(), _Rotations(), _Merges())
+class _Losses(Part):
+    """``loss_of(similarities)`` where the similarities are a product that nothing else need read."""
+
+    kind, name, op = contrastive.KIND, "contrastive", "clip_loss"
+    helper = contrastive.Contrastive
+
+    def names(self, module: nn.Module) -> tuple[str, ...] | None:
+        return ()
+
+    def change(self, tree: ast.FunctionDef, names: tuple[str, ...], globals_: dict[str, Any]) -> int:
+        found = list(contrastive.losses(tree, globals_))
+        for loss in found:
+            self._change(tree, loss)
+        return len(found)
+
+    def op_in(self, cls: Any) -> str:
+        return self._of(cls).op
+
+    def _of(self, cls: Any) -> contrastive.Loss:
+        forward = inspect.unwrap(cls.forward)
+        return next(contrastive.losses(source_tree(forward), forward.__globals__))
+
+    def _change(self, tree: ast.FunctionDef, loss: contrastive.Loss) -> None:
+        this, wanted = ast.Name(tree.args.args[0].arg, ast.Load()), ast.Name(loss.test, ast.Load())
+        options = [this, wanted, ast.Constant(loss.op)]
+        replace(tree, [loss.product], lambda n: self._call("product", *options, *n.args))
+        if loss.call is not None:
+            replace(tree, [loss.call], lambda n: self._call("clip_loss", n.func, *n.args))
+            return
+        body: list[Any] = loss.branch.body
+        name = body[-1].targets[0].id
+        ours = ast.Assign([ast.Name(name, ast.Store())], self._call("siglip_loss", ast.Name(loss.logits, ast.Load())))
+        is_none = ast.Compare(ast.Name(name, ast.Load()), [ast.Is()], [ast.Constant(None)])
+        loss.branch.body = [ast.copy_location(new, body[0]) for new in (ours, ast.If(is_none, body, []))]
+
+    def _call(self, method: str, *arguments: ast.expr) -> ast.Call:
+        helper = ast.Name(f"{PREFIX}{self.name}", ast.Load())
+        return ast.Call(ast.Attribute(helper, method, ast.Load()), list(arguments), [])
+
+    def proof(self, module: nn.Module, cls: Any, names: tuple[str, ...]) -> tuple[Any, Callable[[], float] | None]:
+        loss, forward = self._of(cls), inspect.unwrap(cls.forward)
+        weight = next((p for p in module.parameters() if p.is_floating_point()), None)
+        like = None if weight is None else (weight.dtype, weight.device)
+        return (cls, like), functools.partial(contrastive.prove, loss, forward.__globals__, weight)
+
+
+PARTS: tuple[Part, ...] = (_Sums(), _Rotations(), _Merges(), _Losses())
 _PART = {part.kind: part for part in PARTS}
