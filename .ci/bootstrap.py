@@ -1,18 +1,22 @@
 #!/usr/bin/env python3
-"""Make .venv ready for `make test` and `make report`; python3 with pip and a C++ compiler are all it needs.
+"""Make .venv ready for `make test` and `make report`; python3 with pip or uv, and a C++ compiler, are all it needs.
 
-Quick the second time: nothing is done while the inputs are unchanged.
+Quick the second time: nothing is done while the inputs are unchanged, and what is installed is not fetched again.
 
 MMLM_FAST_TORCH        auto (default): the torch this Python already has, else the pinned one; or a pip requirement
 MMLM_FAST_TORCH_INDEX  index to take torch from, such as PyTorch's index of CPU wheels
 MMLM_FAST_VENV         where to make the environment (default .venv)
 MMLM_FAST_PEERS        1 (default): also the libraries that tests and benchmarks compare with; 0: without them
+MMLM_FAST_INSTALLER    pip, uv, or auto (default): pip where there is one, else uv; uv is told pip's indexes
 """
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,12 +40,33 @@ PEERS = [
 ]
 BUILD = ["setuptools>=77", "wheel", "pybind11>=2.13", "ninja"]
 NEW_SETUPTOOLS = "import setuptools; assert int(setuptools.__version__.split('.')[0]) >= 77"
+BUILDS = f"import wheel, pybind11, ninja; {NEW_SETUPTOOLS}"
 # The kernels must compile with the Triton of the GPU machine too: test_aot.py looks here.
 OTHER_TRITON, OTHER_TRITON_FOLDER = "triton==3.6.0", VENV / "triton-3.6"
+# Seconds of each step on two quiet cores, packages at hand; those that are done say how much slower this machine is.
+STEPS = {"environment": 6, "torch": 40, "build tools": 4, "mmlm-fast": 120, "peers": 60, "other Triton": 12}
+# Settings of pip, by their names and those of uv, which does not read pip's files.
+INDEXES = {"index-url": "UV_DEFAULT_INDEX", "extra-index-url": "UV_INDEX", "find-links": "UV_FIND_LINKS"}
 
 
 def say(text: str) -> None:
     print(f"=== {text}", flush=True)
+
+
+class Progress:
+    """Says which step begins and about how long the rest takes."""
+
+    def __init__(self, steps: list[str]) -> None:
+        self.steps, self.expected, self.done, self.start = steps, 0.0, 0.0, time.monotonic()
+
+    def begin(self, name: str, text: str) -> None:
+        now, at = time.monotonic() - self.start, self.steps.index(name)
+        left = sum(STEPS[step] for step in self.steps[at:])
+        slower = now / self.expected if self.expected > 20 else 1.0  # the first steps say little
+        minutes = left * slower / 60
+        about = f"about {minutes:.0f} min left" if minutes > 1.5 else "about a minute left"
+        say(f"{at + 1} of {len(self.steps)}: {text} ({about}{'' if self.expected else ', more over a slow network'})")
+        self.expected += STEPS[name]
 
 
 def run(*command: object) -> None:
@@ -57,10 +82,36 @@ def tried(*command: object) -> bool:
     return subprocess.run([str(part) for part in command], check=False).returncode == 0
 
 
+def finds_uv() -> bool:
+    """Whether uv installs: where it is asked for, or there is no pip."""
+    wanted = os.environ.get("MMLM_FAST_INSTALLER", "auto")
+    if wanted not in ("auto", "pip", "uv"):
+        sys.exit(f"MMLM_FAST_INSTALLER must be auto, pip or uv, got {wanted!r}")
+    if wanted == "uv" and shutil.which("uv") is None:
+        sys.exit("MMLM_FAST_INSTALLER is uv, but there is no uv")
+    has_pip = can(sys.executable, "import pip") or can(sys.executable, "import ensurepip")
+    return wanted == "uv" or (wanted == "auto" and not has_pip and shutil.which("uv") is not None)
+
+
+def tell_uv_indexes() -> None:
+    """What pip takes packages from, unless uv has been told."""
+    for setting, variable in INDEXES.items():
+        value = os.environ.get("PIP_" + setting.upper().replace("-", "_"))
+        if value is None:
+            ask = [sys.executable, "-m", "pip", "config", "get", f"global.{setting}"]
+            value = subprocess.run(ask, capture_output=True, text=True, check=False).stdout.strip()
+        if value:
+            joined = ",".join(value.split()) if variable == "UV_FIND_LINKS" else " ".join(value.split())
+            os.environ.setdefault(variable, joined)
+            os.environ.setdefault("UV_INDEX_STRATEGY", "unsafe-best-match")  # as pip: the newest of all indexes
+
+
 def create_venv(folder: Path, python: object = sys.executable, system_site_packages: bool = False) -> None:
     """A virtual environment, also from a Python without ensurepip: Debian's and Ubuntu's without python3-venv."""
     options = ["--system-site-packages"] if system_site_packages else []
-    if can(python, "import ensurepip"):
+    if finds_uv():
+        run("uv", "venv", "-q", "--python", python, *options, folder)
+    elif can(python, "import ensurepip"):
         run(python, "-m", "venv", "--symlinks", *options, folder)
     elif can(python, "import virtualenv"):
         run(python, "-m", "virtualenv", "-q", *options, folder)
@@ -76,12 +127,20 @@ def pip_of(python: object) -> list[object]:
     if can(sys.executable, "import pip; assert int(pip.__version__.split('.')[0]) >= 23"):
         return [sys.executable, "-m", "pip", "--python", python, quiet]
     sys.exit(f"no pip for {python}: {sys.executable} has neither ensurepip (on Debian and Ubuntu: apt install "
-             "python3-venv), virtualenv, nor pip 23 or newer")  # fmt: skip
+             "python3-venv), virtualenv, nor pip 23 or newer, and there is no uv")  # fmt: skip
+
+
+def installer(python: object) -> Callable[..., list[object]]:
+    """What makes a command of pip's, or of uv's of the same name, for a virtual environment."""
+    if finds_uv():
+        tell_uv_indexes()
+        return lambda command, *rest: ["uv", "pip", command, "--python", python, *rest]
+    pip = pip_of(python)
+    return lambda command, *rest: [*pip, command, *rest]
 
 
 def install_peers(install: list[object]) -> None:
     """All at once, else one by one, so that a package that is not to be had does not cost the others."""
-    say("libraries to compare with (MMLM_FAST_PEERS=0 leaves them out)")
     if not tried(*install, "-q", *PEERS):
         for name in PEERS:
             if not tried(*install, "-q", name):
@@ -100,11 +159,9 @@ def install_peers(install: list[object]) -> None:
         say("torchaudio: " + ("its PyTorch part" if can(PYTHON, "import torchaudio") else "does not load here"))
 
 
-def install_other_triton(pip: list[object]) -> None:
-    if (OTHER_TRITON_FOLDER / "triton").exists():
-        return
+def install_other_triton(pip: Callable[..., list[object]]) -> None:
     # Apart from the environment's, whose constraints name the other version.
-    if not tried(*pip, "install", "-q", "--no-deps", "--target", OTHER_TRITON_FOLDER, OTHER_TRITON):
+    if not tried(*pip("install", "-q", "--no-deps", "--target", OTHER_TRITON_FOLDER, OTHER_TRITON)):
         say(f"not installed: {OTHER_TRITON}; kernels are compiled by one Triton only")
 
 
@@ -131,29 +188,42 @@ def main() -> None:
     torch = os.environ.get("MMLM_FAST_TORCH", "auto")
     # A cluster module, a container, a GPU machine: its torch, and what else it has, is what must be tested.
     uses_system = torch == "auto" and can(sys.executable, "import torch")
-    if not PYTHON.exists():
-        say(f"virtual environment in {VENV}")
+    peers = not uses_system and os.environ.get("MMLM_FAST_PEERS", "1") != "0"
+    wants_triton = peers and not (OTHER_TRITON_FOLDER / "triton").exists()
+    new = not PYTHON.exists()
+    planned = {
+        "environment": new,
+        "torch": not uses_system and (new or not can(PYTHON, "import torch")),
+        "build tools": new or not can(PYTHON, BUILDS),
+        "mmlm-fast": True,
+        "peers": peers,
+        "other Triton": wants_triton,
+    }
+    progress = Progress([step for step, is_wanted in planned.items() if is_wanted])
+    if new:
+        progress.begin("environment", f"virtual environment in {VENV}")
         create_venv(VENV, system_site_packages=uses_system)
     if uses_system and sys.prefix != sys.base_prefix:  # python3 is itself a virtual environment: show its packages
         site = next((VENV / "lib").glob("python3*")) / "site-packages"
         paths = [p for p in sys.path if p.endswith("site-packages")]
         (site / "_outer_environment.pth").write_text("\n".join(paths) + "\n")
-    pip = pip_of(PYTHON)
-    install = [*pip, "install"]
+    pip = installer(PYTHON)
     pins = [] if uses_system else ["-c", ROOT / "constraints.txt"]
+    install = pip("install", *pins)
 
-    if not can(PYTHON, "import torch"):
+    if planned["torch"]:
         requirement = "torch" if torch == "auto" else torch
         index = os.environ.get("MMLM_FAST_TORCH_INDEX")
-        say(f"{requirement} (the largest part)")
-        run(*install, *(pins if torch == "auto" else []), requirement, *(["--index-url", index] if index else []))
+        progress.begin("torch", f"{requirement}, the largest part")
+        from_index = ["--index-url", index] if index else []
+        run(*pip("install", *(pins if torch == "auto" else []), requirement, *from_index))
     if uses_system and not can(PYTHON, NEW_SETUPTOOLS) and can(sys.executable, NEW_SETUPTOOLS):
         # Up to Python 3.11 a new environment brings an old setuptools, which hides the outer one.
-        run(*pip, "uninstall", "-q", "-y", "setuptools")
-    if not can(PYTHON, f"import wheel, pybind11, ninja; {NEW_SETUPTOOLS}"):
-        say("build tools")
-        run(*install, *pins, *BUILD)
-    say("mmlm-fast: compiling csrc, installing test and report tools")
+        run(*pip("uninstall", "-q", *([] if finds_uv() else ["-y"]), "setuptools"))
+    if planned["build tools"] and not can(PYTHON, BUILDS):
+        progress.begin("build tools", "build tools")
+        run(*install, *BUILD)
+    progress.begin("mmlm-fast", "mmlm-fast: compiling csrc, installing test and report tools")
     os.environ.setdefault("MMLM_FAST_WIDE", "1")  # the tests run every width of vectors on every machine
     if uses_system:  # no network may be there: take what is installed, and say what is missing
         run(*install, "--no-build-isolation", "--no-deps", "-e", ROOT)
@@ -165,12 +235,15 @@ def main() -> None:
         if absent:
             say(f"not installed here, tests that need it skip or fail: {', '.join(absent)}")
     else:
-        run(*install, *pins, "--no-build-isolation", "-e", f"{ROOT}[test,lint]")
-        if os.environ.get("MMLM_FAST_PEERS", "1") != "0":
-            install_peers([*install, *pins])
-            install_other_triton(pip)
+        run(*install, "--no-build-isolation", "-e", f"{ROOT}[test,lint]")
+    if peers:
+        progress.begin("peers", "libraries to compare with (MMLM_FAST_PEERS=0 leaves them out)")
+        install_peers(install)
+    if wants_triton:
+        progress.begin("other Triton", f"{OTHER_TRITON}, which GPU machines have")
+        install_other_triton(pip)
     stamp.write_text(wanted)
-    say("ready")
+    say(f"ready, {(time.monotonic() - progress.start) / 60:.1f} min")
 
 
 if __name__ == "__main__":
