@@ -9,9 +9,9 @@ BIN    := $(MMLM_FAST_VENV)/bin
 RUN    := $(BIN)/python -P -m
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu')
 
-.PHONY: help env gpu-env gpu-env-test test-versions gpu-carry gpu-rehearsal report test lint format bench aot-tables schemas arrows families sweep mutations wheel sanitize clean
+.PHONY: help env gpu-env gpu-env-test test-versions gpu-carry gpu-rehearsal report test lint format bench baseline aot-tables schemas arrows families sweep mutations wheel sanitize clean
 help:
-	@sed -n 's/^# make/make/p' Makefile; echo "more: lint format bench aot-tables schemas arrows families sweep mutations wheel sanitize test-versions gpu-env gpu-env-test gpu-carry gpu-rehearsal clean"
+	@sed -n 's/^# make/make/p' Makefile; echo "more: lint format bench baseline aot-tables schemas arrows families sweep mutations wheel sanitize test-versions gpu-env gpu-env-test gpu-carry gpu-rehearsal clean"
 
 env:
 	@$(PYTHON) .ci/bootstrap.py
@@ -59,6 +59,12 @@ format: env
 # The same cases under pytest-benchmark, grouped by op.
 bench: env
 	$(RUN) pytest benchmarks --benchmark-only --benchmark-group-by=group $(ARGS)
+
+# benchmarks/results/baselines: what `mmlm-fast report --against` compares with on a machine like this one.
+baseline: env
+	$(RUN) mmlm_fast.cli report --out report/baseline --ops \
+	  $$($(BIN)/python -P -c 'from mmlm_benchmarks.report.measure import JOBS; print(*[j for j in JOBS if j not in ("curves", "learning")])')
+	$(RUN) mmlm_benchmarks.report.baseline report/baseline/results.json
 
 # tests/aot_tables: registers and spills of every kernel under both Tritons, which the tests take for what has not changed.
 aot-tables: env

@@ -213,7 +213,7 @@ setup(
     package_dir=RENAMED,
     package_data={
         "mmlm_fast": ["data/*", "py.typed", "training/configs/*.toml"],
-        "mmlm_benchmarks": ["results/*.json"],
+        "mmlm_benchmarks": ["results/*.json", "results/baselines/*.json"],
     },
     ext_modules=[Extension("mmlm_fast._C", sources=[])],
     cmdclass={"build_ext": NinjaBuild},

@@ -22,6 +22,7 @@ TRAIN_NEEDS = {
     "PIL": "pillow",
     "soundfile": "soundfile",
 }
+COMMITTED = Path("committed baseline")  # what --against alone means
 REPORT_NEEDS = {"matplotlib": "matplotlib", "PIL": "pillow"}
 HEARS = {
     "log_mel",
@@ -90,9 +91,11 @@ def main(argv: list[str] | None = None) -> int:
     report.add_argument(
         "--against",
         type=Path,
+        nargs="?",
+        const=COMMITTED,
         metavar="FILE",
-        help="earlier results.json of this kind of machine: exit code 1 where ours gains clearly less than then, as a "
-        "ratio to the others in the same run",
+        help="earlier results.json of this kind of machine (default: the committed baseline): exit code 1 where ours "
+        "gains clearly less than then, as a ratio to the others in the same run",
     )
     report.add_argument("--threads", type=int, help="threads of torch and of the native core (default: torch's)")
     report.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -211,6 +214,9 @@ def _report(args: argparse.Namespace) -> int:
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         begun = json.loads((args.out / "results.json").read_text(encoding="utf-8")) if args.resume else None
+        if args.against == COMMITTED:
+            baseline = import_module("mmlm_benchmarks.report.baseline")
+            args.against = baseline.committed(import_module("mmlm_benchmarks.harness").environment(device))
         earlier = None if args.against is None else json.loads(args.against.read_text(encoding="utf-8"))
         if args.model is not None:
             own = {"layers": args.layers, "dtype": args.dtype, "data": args.data}

@@ -16,7 +16,7 @@ import torch
 from mmlm_benchmarks import harness
 from mmlm_benchmarks.audio import AUDIO
 from mmlm_benchmarks.ops import OPS
-from mmlm_benchmarks.report import findings, measure, render, schema
+from mmlm_benchmarks.report import baseline, findings, measure, render, schema
 from mmlm_benchmarks.report.measure import Options, Step
 from mmlm_fast.cli import main
 from mmlm_fast.testing import difference
@@ -293,7 +293,7 @@ def test_a_planted_slowdown_is_seen(results):
     before = {**results, "rows": toy(2.0), "accelerated": []}
     assert findings.slower_than({**before, "rows": toy(2.0)}, before) == []
     assert findings.slower_than({**before, "rows": toy(1.6)}, before) == []
-    (told,) = findings.slower_than({**before, "rows": toy(2.5)}, before)
+    (told,) = findings.slower_than({**before, "rows": toy(2.4)}, before)
     assert re.fullmatch(r"waiting: 1\.\d\d× over eager, [12]\.\d\d× before", told)
 
 
@@ -321,6 +321,22 @@ def test_against_earlier_results(tmp_path, steps, results, capsys):
     steps(again=lambda found: found["rows"].extend(earlier["rows"]))
     assert main([*command, str(tmp_path / "before.json")]) == 0
     assert main([*command, str(tmp_path / "none.json")]) == 2
+
+
+def test_the_committed_baseline(tmp_path, results):
+    """What a report is compared with where no file is named: ratios of the same kind of machine, and no other's."""
+    kept = baseline.ratios(results)
+    assert findings.slower_than(results, kept) == []
+    (tmp_path / "a.json").write_text(json.dumps(kept))
+    assert baseline.committed(results["environment"], tmp_path) == tmp_path / "a.json"
+    with pytest.raises(ValueError, match=r"no committed baseline is of another with .* threads \(.*\): give --against"):
+        baseline.committed(results["environment"] | {"device": "another"}, tmp_path)
+    with pytest.raises(ValueError, match="no baseline"):
+        baseline.ratios({**results, "failures": [{"case": "x"}]})
+    for path in baseline.FOLDER.glob("*.json"):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        assert len(found["rows"]) > 50
+        assert {r["case"] for r in found["accelerated"]}
 
 
 # ---- how it measures -------------------------------------------------------------------------------------------------
