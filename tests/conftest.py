@@ -1,3 +1,4 @@
+import gc
 import importlib.util
 import os
 import sys
@@ -61,6 +62,12 @@ def pytest_addoption(parser):
 def pytest_report_header():
     missing = importlib.util.find_spec("soundfile") is None
     return "soundfile is not installed: synthetic voices in place of the recordings" if missing else None
+
+
+def pytest_collection_finish(session):
+    """What thousands of tests are made of stays to the end: each collection, such as Trainer's, need not look at it."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(config, items):

@@ -32,12 +32,15 @@ CORE_LINES = {
     "csrc/glue/ops.h": ['#include "glue/blend.inl"\n'],
     "csrc/python/glue.cpp": ['  bind(m, "blend_fwd", &blend_fwd);\n'],
 }
-SWEEPS = [
+PLACES = [
     "tests/test_blend.py",
     "tests/test_layering.py::test_every_op_has_its_files",
     "tests/test_layering.py::test_imports_follow_the_arrows",
     "tests/test_layering.py::test_underscores_stay_in_their_package",
     "tests/test_paths.py::test_every_op_has_a_record",
+]
+SWEEPS = [
+    *PLACES,
     "tests/test_schemas.py",
     "tests/test_derivatives.py::test_second_derivatives[small-blend-torch.float32]",
     "tests/test_gpu_suite.py::test_the_plan_names_what_there_is",
@@ -63,7 +66,8 @@ def run(copy: Copy, *command: str, **environment: str) -> str:
     return done.stdout
 
 
-def test_four_files_and_a_line(tmp_path):
+@pytest.mark.parametrize("where", [PLACES, pytest.param(SWEEPS, marks=pytest.mark.slow)], ids=["places", "sweeps"])
+def test_four_files_and_a_line(tmp_path, where):
     """Without a kernel for CPUs: the record says so, and PyTorch is what runs there."""
     copy = Copy(tmp_path)
     add(copy, FILES, LINES)
@@ -74,8 +78,11 @@ def test_four_files_and_a_line(tmp_path):
     text = text[:start] + portable + text[end:]
     text = text.replace("native=_native_fwd", "portable=_native_fwd")
     op.write_text(text.replace("from mmlm_fast.ops._native import as_rows, core, num_rows, number_type, rows\n", ""))
-    assert "mmlm_fast::blend_fwd(Tensor x, Tensor y, float t) -> Tensor" in run(copy, "tests/test_schemas.py")
-    run(copy, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *SWEEPS)
+    if where is SWEEPS:
+        assert "mmlm_fast::blend_fwd(Tensor x, Tensor y, float t) -> Tensor" in run(copy, "tests/test_schemas.py")
+    run(copy, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *where)
+    if where is PLACES:
+        return
     told = run(copy, "-m", "mmlm_fast.cli", "doctor", "blend", "--dtype", "float32")
     assert told == "blend, float32 on CPU, any numbers: the PyTorch formula: the native core has none for a CPU\n"
     compiled = run(copy, "tests/support/aot.py", "90", "blend")

@@ -82,7 +82,7 @@ def test_a_table_that_does_not_reproduce_is_noticed(tmp_path):
 
 @pytest.mark.aot
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
-@pytest.mark.parametrize("arch", [80, 90, 100, 120])
+@pytest.mark.parametrize("arch", [90, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (80, 100, 120))])
 def test_cuda_sources_compile_without_spills(arch, tmp_path):
     for source in sorted((HERE.parent / "csrc").rglob("*.cu")):
         command = ["nvcc", "-std=c++17", "-O3", f"-I{HERE.parent / 'csrc'}", f"-arch=sm_{arch}", "-Xptxas", "-v", "-c"]

@@ -1,10 +1,12 @@
 """Several processes over Gloo, started by torchrun."""
 
+import functools
 import os
 import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -30,31 +32,29 @@ def torchrun(count: int, *names: str, options: tuple[str, ...] = (), **environme
     )
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4])
-def test_equals_one_process_on_the_whole_batch(count):
-    """Value and gradients to 1e-6, batches of different sizes (one empty), both exchanges; parameters under DDP."""
-    done = torchrun(count, "losses", "ring", "half", "gather", "training")
+@pytest.mark.parametrize(
+    ("count", "more"),
+    [(1, ["derivatives"]), (2, ["derivatives", "compiled"]), (3, []), pytest.param(4, [], marks=pytest.mark.slow)],
+    ids=["one", "two", "three", "four"],
+)
+def test_equals_one_process_on_the_whole_batch(count, more):
+    """Value and gradients to 1e-6, batches of different sizes (one empty), both exchanges; parameters under DDP.
+
+    More: derivatives of each kind, and a compiled function.
+    """
+    done = torchrun(count, "losses", "ring", "half", "gather", "training", *more)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_derivatives_over_processes(count):
-    done = torchrun(count, "derivatives")
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-def test_in_a_compiled_function():
-    done = torchrun(2, "compiled")
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-@pytest.mark.parametrize("exchange", ["gather", "ring"])
-def test_a_dead_process_ends_the_job(exchange):
+def test_a_dead_process_ends_the_job():
+    """The others have time to say it before torchrun ends them, on a busy machine too."""
     start = time.perf_counter()
-    # The others have time to say it before torchrun ends them, on a busy machine too.
-    done = torchrun(3, "dead", options=("--monitor-interval=5",), EXCHANGE=exchange)
-    assert done.returncode != 0
-    assert "lost the others in an exchange of features: a process died" in done.stderr
+    run = functools.partial(torchrun, 3, "dead", options=("--monitor-interval=5",))
+    with ThreadPoolExecutor() as pool:  # most of it is waiting
+        jobs = [pool.submit(run, EXCHANGE=exchange) for exchange in ("gather", "ring")]
+        for done in [job.result() for job in jobs]:
+            assert done.returncode != 0
+            assert "lost the others in an exchange of features: a process died" in done.stderr
     assert time.perf_counter() - start < 60
 
 

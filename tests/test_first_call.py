@@ -78,7 +78,7 @@ def test_first_call(name, way):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in ("bert", "paligemma") else pytest.mark.slow) for n in tiny_models.MODELS]
+    "name", [pytest.param(n, marks=() if n == "bert" else pytest.mark.slow) for n in tiny_models.MODELS]
 )
 def test_first_call_compiled(name):
     check(name, "compile")

@@ -14,8 +14,8 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU rounds as it does")
 
 FEW = "chunked or latest_image or causal"
-FILES = ("add_norm", "qk_norm_rope", "siglip_loss", "clip_loss", "linear_cross_entropy")
-MORE = ("glu", "gated_add", "norm_pixel_shuffle", "concat_linear")
+FILES = ("interval_attention", "add_norm", "qk_norm_rope", "siglip_loss")
+MORE = ("clip_loss", "linear_cross_entropy", "glu", "gated_add", "norm_pixel_shuffle", "concat_linear")
 
 
 def number_passed(files, words):
@@ -60,10 +60,10 @@ def test():
 
 
 def test_accuracy():
-    assert number_passed(["interval_attention"], f"kernel and float32 and ({FEW})") >= 3
-    assert number_passed(FILES, "kernel and float32 and not compile") >= 20
+    words = f"kernel and float32 and not compile and (not interval_attention or {FEW})"
+    assert number_passed(FILES, words) >= 18
 
 
 @pytest.mark.slow
 def test_accuracy_everywhere():
-    assert number_passed(["interval_attention", *FILES, *MORE], "kernel and float32") >= 100
+    assert number_passed([*FILES, *MORE], "kernel and float32") >= 100

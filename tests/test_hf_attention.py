@@ -548,7 +548,7 @@ def test_compiles_in_one_graph():
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("fullgraph", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_any_padding_compiles(fullgraph):
     """Also what is no interval, with gradients and without, where the lengths change too; as eager computes it."""
     config = LlamaConfig(**tiny_models.text(num_hidden_layers=1))

@@ -153,6 +153,7 @@ def test_trainer_in_bfloat16(checkpointing, computed, tmp_path):
     torch.testing.assert_close(*histories, rtol=torch.finfo(torch.bfloat16).eps, atol=0)
 
 
+@pytest.mark.slow
 def test_a_real_whisper_on_real_speech(computed):
     """51,864 classes, tied to the embedding: the loss of the words it writes, and what it would learn from them."""
     from mmlm_fast.audio import WhisperFeatureExtractor

@@ -93,8 +93,14 @@ def exact(tiny, labels):
     return run(model.train(tiny.generates), inputs, labels)
 
 
-@pytest.mark.parametrize("checkpointing", [None, True, False])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "checkpointing"),
+    [
+        pytest.param(name, how, marks=() if how is not True or name in ("llama", "qwen2_5_vl") else pytest.mark.slow)
+        for name in NAMES
+        for how in (None, True, False)  # True: the reentrant kind
+    ],
+)
 def test_training_step(name, checkpointing):
     if checkpointing is not None and name in NO_CHECKPOINTING:
         pytest.skip("transformers' own has none")
@@ -428,14 +434,17 @@ def test_offloading_hooks_of_accelerate():
     assert torch.equal(tiny_models.output_of(model, tiny.inputs), expected)
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
-def test_compiled(name):
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [*(pytest.param(n, "aot_eager", marks=pytest.mark.slow) for n in ("llava", "qwen2_5_vl")), ("llama", "eager")],
+)
+def test_compiled(name, backend):
     tiny = MODELS[name]()
     model = tiny.build("sdpa")
     expected = tiny_models.output_of(model, tiny.inputs)
     accelerated(model)
     torch._dynamo.reset()
-    out = tiny_models.output_of(torch.compile(model, backend="aot_eager"), tiny.inputs)
+    out = tiny_models.output_of(torch.compile(model, backend=backend), tiny.inputs)
     torch.testing.assert_close(out, expected, **SAME)
 
 

@@ -210,7 +210,8 @@ def test_portable_instruction_sets(isa, native):
 )
 @pytest.mark.parametrize("name", MASKS)
 def test_kernel_masks(name, dtype, device, kernel):
-    check_once(MASKS[name](77, 90), *draw(77, 90, 16, dtype, 2, 1, device=device))
+    sizes = (77, 90) if name in ("causal", "not_monotone", "image_blocks_window") else (50, 60)
+    check_once(MASKS[name](*sizes), *draw(*sizes, 16, dtype, 2, 1, device=device))
 
 
 @pytest.mark.parametrize(
@@ -370,8 +371,15 @@ SEE_ALL = {
 }
 
 
-@pytest.mark.parametrize("path", PATHS, indirect=True)
-@pytest.mark.parametrize("name", SEE_ALL)
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        pytest.param(name, path, marks=() if path != "kernel" or name in ("full", "causal") else pytest.mark.slow)
+        for name in SEE_ALL
+        for path in PATHS
+    ],
+    indirect=["path"],
+)
 def test_keys_behind_those_of_the_mask_are_hidden(name, path, device):
     """A static cache with room, a padded context: what lies there must not matter, nor get a gradient."""
     q, k, v = draw(7, 40, 16, torch.float32, device=device)
@@ -407,9 +415,17 @@ def test_varlen_and_compiled_with_keys_behind_those_of_the_mask():
         torch.testing.assert_close(compiled(q, k, v, mask), interval_attention_ref(q, k, v, mask))
 
 
-@pytest.mark.parametrize("path", PATHS, indirect=True)
-@pytest.mark.parametrize("scale", [0.0, -0.3, -1, 0])
-@pytest.mark.parametrize("name", ["none", "causal", "right_padding", "not_monotone"])
+@pytest.mark.parametrize(
+    ("name", "scale", "path"),
+    [
+        pytest.param(name, scale, path, marks=() if path != "kernel" or (name, scale) in few else pytest.mark.slow)
+        for few in [(("none", 0.0), ("causal", -0.3), ("none", -1))]
+        for name in ("none", "causal", "right_padding", "not_monotone")
+        for scale in (0.0, -0.3, -1, 0)
+        for path in PATHS
+    ],
+    indirect=["path"],
+)
 def test_scales_of_any_sign(name, scale, path, device):
     """What is masked with −inf and scaled afterwards would be NaN; torch's own causal attention is."""
     found = []
@@ -643,8 +659,9 @@ def test_addresses_beyond_32_bits(path, device, request):
 @pytest.mark.parametrize("path", ["portable", "kernel"])
 def test_same_bits_every_time(path, device, request):
     request.getfixturevalue("kernel" if path == "kernel" else "native")
-    q, k, v = (x.requires_grad_() for x in draw(70, 70, 24, torch.float32, 6, 2, device=device))
-    mask = MASKS["image_blocks"](70, 70).to(device)
+    length = 40 if path == "kernel" else 70
+    q, k, v = (x.requires_grad_() for x in draw(length, length, 24, torch.float32, 6, 2, device=device))
+    mask = MASKS["image_blocks"](length, length).to(device)
 
     def run():
         out = interval_attention(q, k, v, mask)

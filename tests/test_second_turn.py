@@ -316,6 +316,7 @@ def test_the_same_pictures_again_but_for_rounding(fusion, dtype):
                 model.generate(**which, **x, past_key_values=copy.deepcopy(c), **GREEDY)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fusion", ["mean", "gated_cross_attention"])
 def test_the_same_pictures_again_compiled(fusion):
     model, processor = build(fusion)

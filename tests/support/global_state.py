@@ -172,9 +172,8 @@ def in_a_fork(work: Callable[[Callable], None]) -> tuple[list, int]:
     return said, os.waitstatus_to_exitcode(status)
 
 
-def main(functions: dict[str, Function], states: list[str]) -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
+def found(functions: dict[str, Function], states: list[str]) -> dict:
+    """What is wrong, by state and order, and without any."""
 
     def alone(say: Callable) -> None:
         for name, function in functions.items():
@@ -183,10 +182,10 @@ def main(functions: dict[str, Function], states: list[str]) -> None:
             except Exception as error:
                 say(name, f"{type(error).__name__}: {error}")
 
-    found, code = in_a_fork(alone)
-    assert code == 0, found[-1:]
-    results: dict = {"without": {k: v for k, v in found if isinstance(v, str)}}
-    expected = {k: v for k, v in found if not isinstance(v, str)}
+    said, code = in_a_fork(alone)
+    assert code == 0, said[-1:]
+    results: dict = {"without": {k: v for k, v in said if isinstance(v, str)}}
+    expected = {k: v for k, v in said if not isinstance(v, str)}
     for state in states:
         for order in ORDERS:
             said, code = in_a_fork(lambda say, s=state, o=order: run(functions, expected, s, o, say))
@@ -194,7 +193,7 @@ def main(functions: dict[str, Function], states: list[str]) -> None:
             if code != 0:
                 wrong[said[-1][0] if said else "?"] = f"the process ended with {code}"
             results[f"{state} {order}"] = wrong
-    json.dump(results, sys.stdout)
+    return results
 
 
 # ---- audio ----------------------------------------------------------------------------------------------------------
@@ -350,5 +349,9 @@ if __name__ == "__main__":
     sys.path.append(str(Path(__file__).resolve().parents[1]))
     if "MMLM_FAST_SANITIZED" in os.environ:
         import conftest  # noqa: F401
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        main({"audio": audio_functions, "ops": op_functions}[sys.argv[1]](folder), sys.argv[2:])
+        made = {"audio": audio_functions(folder), "ops": op_functions(folder)}
+        results = {what: found(made[what], states) for what, states in json.loads(sys.argv[1]).items()}
+    json.dump(results, sys.stdout)

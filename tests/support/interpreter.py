@@ -8,6 +8,7 @@ repaired, which is what a machine with a GPU may have.
 """
 
 from collections.abc import Iterable, Iterator
+from functools import cache
 
 import numpy as np
 import torch
@@ -98,6 +99,73 @@ class _Memory:
             )
 
 
+class _Language:
+    """What of Triton's language the launch under way has replaced; None between launches."""
+
+    replaced: set | None = None
+
+
+def _patch_lang(fn, _original=interpreter._patch_lang):
+    """Triton replaces the language again at each call of a device function, which takes half of a kernel's time."""
+    modules = _modules_of(fn)
+    if _Language.replaced is not None and modules <= _Language.replaced:
+        return None
+    scope = _original(fn)
+    if _Language.replaced is not None:
+        _Language.replaced |= modules
+    return scope
+
+
+@cache
+def _modules_of(fn) -> frozenset[str]:
+    return frozenset(v.__name__ for v in fn.__globals__.values() if v is tl or v is tl.core)
+
+
+def _launch(self, *args, _original=interpreter.GridExecutor.__call__, **kwargs):
+    before, _Language.replaced = _Language.replaced, set()
+    try:
+        return _original(self, *args, **kwargs)
+    finally:
+        _Language.replaced = before
+
+
+def _numbers(shape) -> tuple:
+    return tuple(x.value if isinstance(x, tl.constexpr) else x for x in getattr(shape, "values", shape))
+
+
+def _block_init(self, element_ty, shape, _original=tl.block_type.__init__, _known={}) -> None:  # noqa: B006
+    """Of each shape once: half of what the interpreter does is to describe shapes."""
+    key = _numbers(shape)
+    if key not in _known:
+        _original(self, element_ty, shape)
+        _known[key] = self.shape, self.numel
+    self.element_ty = element_ty
+    self.shape, self.numel = _known[key]
+    self.name = f"<{self.shape}, {element_ty}>"
+
+
+def _tensor_init(self, handle, type, _original=tl.tensor.__init__, _known={}) -> None:  # noqa: B006
+    key = _numbers(type.shape) if type.is_block() else ()
+    if key not in _known:
+        _original(self, handle, type)
+        _known[key] = self.shape, self.numel
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+    self.shape, self.numel = _known[key]
+
+
+_NUMPY = {dtype.name: interpreter._get_np_dtype(dtype) for dtype in (
+    tl.int1, tl.float16, tl.float32, tl.float64, tl.int8, tl.uint8, tl.int16, tl.uint16, tl.int32, tl.uint32, tl.int64,
+    tl.uint64, tl.bfloat16,
+)}  # fmt: skip
+
+
+def _get_np_dtype(dtype, _original=interpreter._get_np_dtype):
+    """The original makes its table at each call."""
+    scalar = getattr(dtype, "element_ty", dtype) if isinstance(dtype, tl.block_type) else dtype
+    known = None if isinstance(scalar, tl.pointer_type) else _NUMPY.get(scalar.name)
+    return _original(dtype) if known is None else known
+
+
 def _init_args_hst(self, args, kwargs, _original=interpreter.GridExecutor._init_args_hst):
     on_host, named = _original(self, args, kwargs)
     _Memory.of_launch([*on_host, *named.values()])
@@ -115,6 +183,11 @@ def _masked_store(self, ptrs, value, mask, *rest, _original=interpreter.Interpre
 
 
 def install() -> None:
+    interpreter.GridExecutor.__call__ = _launch
+    interpreter._patch_lang = _patch_lang
+    tl.block_type.__init__ = _block_init
+    tl.tensor.__init__ = _tensor_init
+    interpreter._get_np_dtype = _get_np_dtype
     interpreter.GridExecutor._init_args_hst = _init_args_hst
     interpreter.InterpreterBuilder.create_masked_load = _masked_load
     interpreter.InterpreterBuilder.create_masked_store = _masked_store
