@@ -29,7 +29,9 @@ def ratios(results: dict[str, Any]) -> dict[str, Any]:
         for r in results["rows"]
         if not r["ours"]
     ]
-    accelerated = [{"case": r["case"], "speedup": round(r["speedup"], 3)} for r in results["accelerated"]]
+    accelerated = [
+        {"case": r["case"], "shape": r["shape"], "speedup": round(r["speedup"], 3)} for r in results["accelerated"]
+    ]
     environment = {key: results["environment"].get(key) for key in KEPT}
     return {"environment": environment, "rows": rows, "accelerated": accelerated}
 

@@ -174,12 +174,12 @@ def slower_than(results: Results, baseline: Results) -> list[str]:
             f"{now['threads']}: ratios of another machine say nothing"
         )
     earlier = {(r["case"], r["provider"]): r["ours_faster"] for r in baseline["rows"] if not r["ours"]}
-    earlier |= {(r["case"], "stock"): r["speedup"] for r in baseline.get("accelerated", [])}
+    earlier |= {(_sized(r), "stock"): r["speedup"] for r in baseline.get("accelerated", [])}
     found: dict[str, list[tuple[str, float, float, float]]] = {}
     for r in (r for r in results["rows"] if not r["ours"]):
         _put(found, earlier, r["case"], r["provider"], r["ours_faster"], r["ours_faster_high"])
     for r in results["accelerated"]:
-        _put(found, earlier, r["case"], "stock", r["speedup"], r["speedup_high"])
+        _put(found, earlier, _sized(r), "stock", r["speedup"], r["speedup_high"])
     if not found:
         raise ValueError("the baseline holds none of the cases that were measured")
     return [
@@ -187,6 +187,11 @@ def slower_than(results: Results, baseline: Results) -> list[str]:
         for case, pairs in found.items()
         if all(high < (1 - SLOWER) * old for _, _, high, old in pairs)
     ]
+
+
+def _sized(row: dict[str, Any]) -> str:
+    """Of accelerated models, which are measured at several sizes."""
+    return f"{row['case']}, {row['shape']}"
 
 
 def _put(
