@@ -26,6 +26,13 @@ if INTERPRETED:
         gpu_rounding.install()
 
 
+# Begun first, so that no process of two is left alone with one of them at the end.
+LONG = (
+    "test_training_resume", "test_hf_whole_models", "test_audio_extractors", "test_interval_attention",
+    "test_distributed", "test_second_turn", "test_global_state", "test_report", "test_presets", "test_adding_an_op",
+)  # fmt: skip
+
+
 @pytest.fixture
 def device() -> str:
     return "cpu" if INTERPRETED else "cuda"
@@ -75,6 +82,7 @@ def pytest_collection_modifyitems(config, items):
         kept = [i for i in items if "device" in i.fixturenames or i.get_closest_marker("gpu")]
         config.hook.pytest_deselected(items=[i for i in items if i not in set(kept)])
         items[:] = kept
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     if torch.cuda.is_available():
         return
     for item in items:

@@ -114,7 +114,7 @@ print((peak() - before) * 1024 / (result.numel() * 4))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("extension", ["wav", "flac", "mka"])
+@pytest.mark.parametrize("extension", ["wav", *(pytest.param(e, marks=pytest.mark.slow) for e in ("flac", "mka"))])
 def test_memory_of_the_result(tmp_path, extension):
     """Of three minutes of 48 kHz stereo: the result, a few blocks, and half of it where the length is not known."""
     av = need("av") if extension == "mka" else None

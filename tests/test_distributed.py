@@ -34,7 +34,12 @@ def torchrun(count: int, *names: str, options: tuple[str, ...] = (), **environme
 
 @pytest.mark.parametrize(
     ("count", "more"),
-    [(1, ["derivatives"]), (2, ["derivatives", "compiled"]), (3, []), pytest.param(4, [], marks=pytest.mark.slow)],
+    [
+        pytest.param(1, ["derivatives"], marks=pytest.mark.slow),
+        (2, ["derivatives", "compiled"]),
+        (3, []),
+        pytest.param(4, [], marks=pytest.mark.slow),
+    ],
     ids=["one", "two", "three", "four"],
 )
 def test_equals_one_process_on_the_whole_batch(count, more):

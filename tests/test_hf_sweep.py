@@ -25,7 +25,10 @@ def test_every_class():
     assert sweep.main([]) == 0
 
 
-@pytest.mark.parametrize("name", ["OPTModel", "T5ForConditionalGeneration", "DogeModel", "ElectraModel"])
+@pytest.mark.parametrize(
+    "name",
+    ["OPTModel", "DogeModel", pytest.param("T5ForConditionalGeneration", marks=pytest.mark.slow), "ElectraModel"],
+)
 def test_some_classes(name, capsys):
     """Of one that reads its attention mask, a decoder, an encoder, and one of both."""
     if not hasattr(transformers, name):

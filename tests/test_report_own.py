@@ -42,7 +42,10 @@ def test_inputs_of_families(name, tmp_path):
             assert len(results) > 5
 
 
-@pytest.mark.parametrize(("name", "weights"), [("qwen2_5_vl", True), ("gemma3", False), ("whisper", False)])
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [("qwen2_5_vl", True), pytest.param("gemma3", False, marks=pytest.mark.slow), ("whisper", False)],
+)
 def test_the_report_of_a_model(name, weights, tmp_path, capsys):
     folder = saved(name, tmp_path / "model", weights)
     out = tmp_path / "report"

@@ -84,7 +84,7 @@ OPTIONS = {
         "training.gradient_accumulation_steps=3", "training.dataloader_persistent_workers={persist}",
     ],
 }  # fmt: skip
-USUAL = [("epoch", 0), ("middle", 1), ("accumulated", 0), ("accumulated", 2)]
+USUAL = [("epoch", 0), ("middle", 1), ("accumulated", 2)]
 
 
 @pytest.mark.parametrize(
