@@ -82,8 +82,14 @@ def expected(name, way):
     return tiny, first_step(tiny.build("eager"), tiny, way), first_step(tiny.build("sdpa", torch.float64), tiny, way)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        pytest.param(n, w, marks=pytest.mark.slow if w.startswith("reentrant") and n not in FAMILIES[2:4] else ())
+        for n in FAMILIES
+        for w in WAYS
+    ],
+)
 def test_first_step(name, way, monkeypatch):
     read, logits = [], LazyLogits.logits
     monkeypatch.setattr(LazyLogits, "logits", lambda self: read.append(self) or logits(self))

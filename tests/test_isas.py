@@ -229,7 +229,9 @@ def large_results(dtype):
         return [results_of(call, torch.float32) for call in large_calls(dtype)]
 
 
-@pytest.mark.parametrize("dtype", ALLOWED, ids=str)
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(d, marks=pytest.mark.slow if d == torch.bfloat16 else ()) for d in ALLOWED], ids=str
+)
 def test_ops_past_the_caches(dtype, several_tiles, isa):
     for call, expected in zip(large_calls(dtype), large_results(dtype), strict=True):
         within_fences(call, dtype, expected, f"{call.op} {call.name}")

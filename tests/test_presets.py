@@ -121,7 +121,13 @@ def test_every_trained_parameter_has_a_gradient(name):
     assert not unused, unused
 
 
-@pytest.mark.parametrize("name", presets.PRESETS)
+# Each is trained from a configuration in test_training.py, too.
+USUAL = ("token_merge_vlm", "two_encoder_seq2seq", "resnet_text_classifier", "joint_pretrain")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in USUAL else pytest.mark.slow) for n in presets.PRESETS]
+)
 def test_trains_saves_and_loads(name, tmp_path):
     """A few steps of Trainer lower the loss of the samples seen; what is loaded gives the same bits."""
     model, processor = build(name)
