@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     """Print what fails or differs; with ``--write`` keep all rows beside those of other versions."""
     parser = argparse.ArgumentParser(prog="python -m support.sweep", description=__doc__)
     parser.add_argument("words", nargs="*", metavar="WORD", help="only classes whose name contains one of these")
-    parser.add_argument("--write", action="store_true", help="into docs/sweep/")
+    parser.add_argument("--write", action="store_true", help="into docs/sweep/, in place of the rows of these classes")
     args = parser.parse_args(argv)
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
@@ -162,8 +162,10 @@ def main(argv: list[str] | None = None) -> int:
     print(f"transformers {transformers.__version__}: {len(rows)} classes, {len(bad)} fail or differ; {dict(ends)}")
     if args.write:
         FOLDER.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(rows, indent=1, ensure_ascii=False)
-        (FOLDER / f"{transformers.__version__}.json").write_text(text + "\n", encoding="utf-8")
+        path = FOLDER / f"{transformers.__version__}.json"
+        if args.words and path.exists():  # a part replaces its own rows
+            rows = json.loads(path.read_text(encoding="utf-8")) | rows
+        path.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return 1 if bad else 0
 
 
