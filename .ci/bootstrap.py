@@ -57,7 +57,7 @@ class Progress:
     """Says which step begins and about how long the rest takes."""
 
     def __init__(self, steps: list[str]) -> None:
-        self.steps, self.expected, self.done, self.start = steps, 0.0, 0.0, time.monotonic()
+        self.steps, self.expected, self.start = steps, 0.0, time.monotonic()
 
     def begin(self, name: str, text: str) -> None:
         now, at = time.monotonic() - self.start, self.steps.index(name)

@@ -321,10 +321,10 @@ def test_in_trainer_with_bfloat16(tmp_path):
         trainer = Trainer(model, options, train_dataset=rows, data_collator=collate)
         trainer.train()
         losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
-        if model is not None and len(losses) == 1:
-            habit = on_demand.habit_of(model)
-            assert (habit.losses, habit.reads) == (4, 0)
-    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=2e-3, atol=0)
+        habit = on_demand.habit_of(model)  # of the original nothing is counted
+        assert (habit.losses, habit.reads) == ((4, 0) if len(losses) == 1 else (0, 0))
+    tolerance = torch.finfo(torch.bfloat16).eps / 4  # the original's logits are rounded to it
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=tolerance, atol=0)
 
 
 def test_a_loss_that_is_another_is_left():

@@ -121,7 +121,7 @@ def test_every_trained_parameter_has_a_gradient(name):
     assert not unused, unused
 
 
-# Each is trained from a configuration in test_training.py, too.
+# Of each kind of decoder or head one; the others are in the slow set.
 USUAL = ("token_merge_vlm", "two_encoder_seq2seq", "resnet_text_classifier", "joint_pretrain")
 
 
