@@ -32,23 +32,26 @@ def torchrun(count: int, *names: str, options: tuple[str, ...] = (), **environme
     )
 
 
+OTHERS = ["half", "gather", "training"]
+
+
 @pytest.mark.parametrize(
     ("count", "more"),
     [
-        pytest.param(1, ["derivatives"], marks=pytest.mark.slow),
-        (2, ["derivatives", "compiled"]),
+        pytest.param(1, [*OTHERS, "derivatives"], marks=pytest.mark.slow),
+        (2, [*OTHERS, "derivatives", "compiled"]),
         (3, []),  # one of them without a row
-        pytest.param(4, [], marks=pytest.mark.slow),
+        pytest.param(3, OTHERS, marks=pytest.mark.slow),
+        pytest.param(4, OTHERS, marks=pytest.mark.slow),
     ],
-    ids=["one", "two", "three", "four"],
+    ids=["one", "two", "three", "three, others", "four"],
 )
 def test_equals_one_process_on_the_whole_batch(count, more):
     """Value and gradients to 1e-6, batches of different sizes (one empty), both exchanges; parameters under DDP.
 
     More: derivatives of each kind, and a compiled function.
     """
-    others = ["half", "gather", "training"] if count < 3 else []
-    done = torchrun(count, "losses", "ring", *others, *more)
+    done = torchrun(count, "losses", "ring", *more)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -54,7 +54,7 @@ def test_transcripts_of_whisper():
     speech.need_recordings()
     model, tokenizer = real_whisper.load()
     extractor = transformers.WhisperFeatureExtractor()
-    clips = speech.WAVEFORMS[:2]
+    clips = speech.WAVEFORMS[:4]
 
     @torch.no_grad()
     def transcripts(**options: object) -> list[str]:
