@@ -118,12 +118,15 @@ def measure(curve: Curve, seconds: float) -> Iterator[dict[str, Any]]:
         ours = [own for pairs in samples.values() for _, own in pairs]
         for provider, times in {**theirs, "mmlm_fast": ours}.items():
             peak = harness.peak_memory_mib(providers[provider], args)
-            middle, low, high = (round(1e3 * t, 4) for t in harness.spread(times))
-            about = {"curve": curve.name, "along": curve.along, "x": x, "provider": provider}
-            yield about | {
-                "ms": middle,
-                "p20_ms": low,
-                "p80_ms": high,
+            passed = harness.spread(times)
+            yield {
+                "curve": curve.name,
+                "along": curve.along,
+                "x": x,
+                "provider": provider,
+                "ms": round(1e3 * passed.median, 4),
+                "p20_ms": round(1e3 * passed.p20, 4),
+                "p80_ms": round(1e3 * passed.p80, 4),
                 "peak_mib": None if peak is None else round(peak, 2),
             }
 

@@ -130,49 +130,74 @@ def rows_of(
     """One row for each provider, by default all of the case, from what `time_pairs` measured; measures memory."""
     providers = case.providers if providers is None else providers
     baseline = next(iter(samples))
+    baseline_seconds = median(theirs for theirs, _ in samples[baseline])
     rows = []
     for provider, call in providers.items():
         is_ours = provider == case.ours
-        times = [own for _, own in samples[baseline]] if is_ours else [theirs for theirs, _ in samples[provider]]
-        over = [theirs / own for theirs, own in samples[baseline if is_ours else provider]]
-        speedup = spread(over) if is_ours else (median(t for t, _ in samples[baseline]) / median(times), None, None)
-        found = (differences or {}).get(provider, [])
-        worst = max(found, key=lambda d: d.error / d.allowed if d.allowed else 0.0, default=None)
+        pairs = samples[baseline if is_ours else provider]
+        seconds = spread([own if is_ours else theirs for theirs, own in pairs])
+        ratios = [theirs / own for theirs, own in pairs]
+        ratio, certain = spread(ratios), interval(ratios)
+        errors = (differences or {}).get(provider, [])
+        worst = max(errors, key=lambda d: d.error / d.allowed if d.allowed else 0.0, default=None)
         rows.append(
             Row(
-                case.group,
-                case.name,
-                case.shape_from,
-                provider,
-                is_ours,
-                *(1e3 * t for t in spread(times)),
-                *speedup,
-                *((None,) * 5 if is_ours else (*spread(over), *interval(over))),
-                peak_memory_mib(call, args),
-                worst.relative if worst else None,
-                worst.allowed / worst.scale if worst and worst.scale else None,
-                torch.get_num_threads(),
-                case.bytes_moved,
-                case.flops,
-                1e6 * host_seconds(call, args) if on_cuda(args) else None,
+                group=case.group,
+                case=case.name,
+                shape_from=case.shape_from,
+                provider=provider,
+                ours=is_ours,
+                median_ms=1e3 * seconds.median,
+                p20_ms=1e3 * seconds.p20,
+                p80_ms=1e3 * seconds.p80,
+                speedup=ratio.median if is_ours else baseline_seconds / seconds.median,
+                speedup_p20=ratio.p20 if is_ours else None,
+                speedup_p80=ratio.p80 if is_ours else None,
+                ours_faster=None if is_ours else ratio.median,
+                ours_faster_p20=None if is_ours else ratio.p20,
+                ours_faster_p80=None if is_ours else ratio.p80,
+                ours_faster_low=None if is_ours else certain.low,
+                ours_faster_high=None if is_ours else certain.high,
+                peak_mib=peak_memory_mib(call, args),
+                relative_error=worst.relative if worst else None,
+                allowed_error=worst.allowed / worst.scale if worst and worst.scale else None,
+                threads=torch.get_num_threads(),
+                bytes_moved=case.bytes_moved,
+                flops=case.flops,
+                host_us=1e6 * host_seconds(call, args) if on_cuda(args) else None,
             )
         )
     return rows
 
 
-def spread(values: list[float]) -> tuple[float, float, float]:
-    """Median, 20th and 80th percentile."""
+class Spread(NamedTuple):
+    """Hold the median of some values, and their 20th and 80th percentile."""
+
+    median: float
+    p20: float
+    p80: float
+
+
+def spread(values: list[float]) -> Spread:
+    """Return the median, the 20th and the 80th percentile of values."""
     if len(values) < 2:
-        return values[0], values[0], values[0]
+        return Spread(median=values[0], p20=values[0], p80=values[0])
     cuts = quantiles(values, n=10, method="inclusive")
-    return median(values), cuts[1], cuts[7]
+    return Spread(median=median(values), p20=cuts[1], p80=cuts[7])
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The 95 % confidence interval of a median, by order statistics; of fewer than six values their range."""
+class Interval(NamedTuple):
+    """Hold the ends of a confidence interval."""
+
+    low: float
+    high: float
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Return the 95 % confidence interval of a median, by order statistics; of fewer than six values their range."""
     ordered, n = sorted(values), len(values)
     first = max(0, math.floor((n - 1.96 * math.sqrt(n)) / 2))
-    return ordered[first], ordered[n - 1 - first]
+    return Interval(low=ordered[first], high=ordered[n - 1 - first])
 
 
 def goes_on(pairs: int, passed: float, seconds: float) -> bool:
@@ -202,7 +227,8 @@ def time_pairs(
     while goes_on(turn, time.perf_counter() - start, seconds) and turn < 1000:
         args = inputs[turn % len(inputs)]
         for provider, pairs in samples.items():
-            pairs.append(tuple(timed(providers[p], args, leads[p]) for p in (provider, ours)))
+            theirs = timed(providers[provider], args, leads[provider])
+            pairs.append((theirs, timed(providers[ours], args, leads[ours])))
         turn += 1
     return samples
 

@@ -240,8 +240,8 @@ def timing_of(job: Job, fast: list[Any], seconds: float) -> dict[str, Any]:
     pairs: list[tuple[float, float]] = []
     while goes_on(len(pairs), sum(map(sum, pairs)), seconds):
         pairs.append((timed(job.call, tuple(job.parts)), timed(job.call, tuple(fast))))
-    middle, low, high = spread([a / b for a, b in pairs])
-    sure = interval([a / b for a, b in pairs])
+    ratios = [stock / ours for stock, ours in pairs]
+    speedup, certain = spread(ratios), interval(ratios)
     memory = []
     for parts in (job.parts, fast):
         for part in parts:
@@ -253,13 +253,13 @@ def timing_of(job: Job, fast: list[Any], seconds: float) -> dict[str, Any]:
     return {
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
-        "stock_s": median(a for a, _ in pairs),
-        "ours_s": median(b for _, b in pairs),
-        "speedup": middle,
-        "speedup_p20": low,
-        "speedup_p80": high,
-        "speedup_low": sure[0],
-        "speedup_high": sure[1],
+        "stock_s": median(stock for stock, _ in pairs),
+        "ours_s": median(ours for _, ours in pairs),
+        "speedup": speedup.median,
+        "speedup_p20": speedup.p20,
+        "speedup_p80": speedup.p80,
+        "speedup_low": certain.low,
+        "speedup_high": certain.high,
         "stock_mib": memory[0],
         "ours_mib": memory[1],
         "gradients_mib": gradients / 2**20,  # part of both

@@ -302,8 +302,16 @@ def _scaling() -> list[dict[str, Any]]:
 
     def add(provider: str, num_threads: int, length: int, times: list[float]) -> None:
         label = f"{provider}, {num_threads} thread{'s' if num_threads > 1 else ''}"
-        median, low, high = (round(1e3 * t, 5) for t in harness.spread(times))
-        points.append({"provider": label, "seconds": length, "ms": median, "p20_ms": low, "p80_ms": high})
+        passed = harness.spread(times)
+        points.append(
+            {
+                "provider": label,
+                "seconds": length,
+                "ms": round(1e3 * passed.median, 5),
+                "p20_ms": round(1e3 * passed.p20, 5),
+                "p80_ms": round(1e3 * passed.p80, 5),
+            }
+        )
 
     for length in SCALING_SECONDS:
         clips = [(c,) for c in speech(length * RATE, 4)]
