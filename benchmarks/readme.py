@@ -8,7 +8,7 @@ from typing import Any
 
 from mmlm_benchmarks.learning import section
 from mmlm_benchmarks.report.measure import RESULTS
-from mmlm_benchmarks.report.render import markdown_table
+from mmlm_benchmarks.tables import markdown_table, or_dash
 from mmlm_fast.audio.extractors import EXTRACTORS, NOT_REPLACED
 
 README = Path(__file__).parents[1] / "README.md"
@@ -50,7 +50,7 @@ def lines(results: dict[str, Any]) -> list[tuple[str, ...]]:
                     f"{ours['median_ms']:.3g}",
                     f"{other['ours_faster']:.2f}×",
                     f"{other['ours_faster_p20']:.2f} – {other['ours_faster_p80']:.2f}",
-                    f"{_or_dash(other['peak_mib'], '.1f')} / {_or_dash(ours['peak_mib'], '.1f')}",
+                    f"{or_dash(other['peak_mib'], '.1f')} / {or_dash(ours['peak_mib'], '.1f')}",
                     *_last_columns(ours, other, results["environment"]["device_type"]),
                 )
             )
@@ -59,13 +59,9 @@ def lines(results: dict[str, Any]) -> list[tuple[str, ...]]:
 
 def _last_columns(ours: dict[str, Any], other: dict[str, Any], device_type: str) -> tuple[str, ...]:
     if device_type == "cuda":
-        host = f"{_or_dash(other.get('host_us'), '.0f')} / {_or_dash(ours.get('host_us'), '.0f')}"
-        return _or_dash(ours.get("fraction_of_limit"), ".0%"), host
-    return (f"{_or_dash(other['relative_error'], '.1e')} / {_or_dash(ours['relative_error'], '.1e')}",)
-
-
-def _or_dash(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
+        host = f"{or_dash(other.get('host_us'), '.0f')} / {or_dash(ours.get('host_us'), '.0f')}"
+        return or_dash(ours.get("fraction_of_limit"), ".0%"), host
+    return (f"{or_dash(other['relative_error'], '.1e')} / {or_dash(ours['relative_error'], '.1e')}",)
 
 
 def table(device_type: str, folder: Path | None = None) -> str:
@@ -108,7 +104,7 @@ def memory_curve() -> str:
     points = {(p["op"], p["provider"], p["batch"]): p["mib"] for p in results["memory"]}
     columns = [(op, provider) for op in ("clip_loss", "siglip_loss") for provider in ("eager", "mmlm_fast")]
     rows = [
-        (f"{batch:,}", *(_or_dash(points.get((*column, batch)), ".1f") for column in columns))
+        (f"{batch:,}", *(or_dash(points.get((*column, batch)), ".1f") for column in columns))
         for batch in sorted({p["batch"] for p in results["memory"]})
     ]
     titles = ("batch", *(f"{op}, {'ours' if provider == 'mmlm_fast' else provider}" for op, provider in columns))
@@ -123,7 +119,7 @@ def learning() -> str:
         return "Not measured yet."
     name, results = found
     told = [*section.sentences(results["learning"]), f"From `benchmarks/results/{name}`."]
-    return "\n\n".join([*told, section.markdown_table(*section.table(results["learning"]))])
+    return "\n\n".join([*told, section.markdown(results["learning"])])
 
 
 def accelerated() -> str:

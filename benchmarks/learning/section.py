@@ -4,6 +4,8 @@ import html
 from collections.abc import Callable
 from typing import Any
 
+from mmlm_benchmarks.tables import LEFT, markdown_table
+
 INTRODUCTION = (
     "Each training below is a shipped configuration on real data. “Shuffled” repeats the evaluation with one "
     "modality taken from other samples; the interval is of the mean loss of score by that (95 %, bootstrap over "
@@ -76,14 +78,15 @@ def sentences(trainings: list[Training]) -> list[str]:
     return told
 
 
-def markdown_table(header: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
-    rows = (header, ("---",) * len(header), *lines)
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+def markdown(trainings: list[Training]) -> str:
+    """Write the table of trainings in Markdown."""
+    header, lines = table(trainings)
+    return markdown_table(header, lines, alignment=[f" {LEFT} "] * len(header))
 
 
 def markdown_parts(trainings: list[Training]) -> list[str]:
     told = [f"{s}\n" for s in sentences(trainings)]
-    return ["## Learning on real data", "", *told, markdown_table(*table(trainings)), ""]
+    return ["## Learning on real data", "", *told, markdown(trainings), ""]
 
 
 def html_parts(trainings: list[Training], figure: Callable[[bytes, str], str]) -> list[str]:

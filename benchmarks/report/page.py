@@ -12,6 +12,7 @@ from mmlm_benchmarks.learning import section
 from mmlm_benchmarks.ops import OPS
 from mmlm_benchmarks.report import findings
 from mmlm_benchmarks.report.measure import sample_features
+from mmlm_benchmarks.tables import or_dash, rounded
 from mmlm_fast.data import load_image, load_prompts, load_speech
 
 GROUPS = {"audio": "Audio features", "model": "The thin model", **{op: op for op in OPS}}
@@ -137,7 +138,7 @@ def _sections(results: dict[str, Any]) -> Iterable[tuple[str, str]]:
         yield name.capitalize(), _figure(plots.curve(points), f"{name}: time and peak memory over {points[0]['along']}")
     if results["starts"]:
         lines = "".join(
-            f"<tr><td>{_text(s['what'])}</td>{_cell(s['seconds'], _three(s['seconds']))}</tr>"
+            f"<tr><td>{_text(s['what'])}</td>{_cell(s['seconds'], rounded(s['seconds']))}</tr>"
             for s in results["starts"]
         )
         head = "<tr><th>a fresh process that does</th><th>seconds</th></tr>"
@@ -169,7 +170,7 @@ def _memory_bars(rows: Rows) -> Iterable[tuple[str, float, None]]:
     for r in rows:
         own, theirs = ours.get(r["case"]), r["peak_mib"]
         if not r["ours"] and own is not None and theirs is not None and max(own, theirs) >= 1:
-            label = f"{r['case']}: {_three(theirs)} MiB by {r['provider']}, {_three(own)} by ours"
+            label = f"{r['case']}: {rounded(theirs)} MiB by {r['provider']}, {rounded(own)} by ours"
             yield label, max(theirs, 0.1) / max(own, 0.1), None
 
 
@@ -197,22 +198,15 @@ def ratio_bars(bars: list[tuple[str, float, tuple[float, float] | None]]) -> str
         at = place(value)
         lost = " class=lost" if value < 1 else ""
         marks = f'<i{lost} style="left:{min(at, middle):.1f}%;width:{abs(at - middle):.1f}%"></i>'
-        told = f"{_three(value)}×"
+        told = f"{rounded(value)}×"
         if around:
             first, last = map(place, around)
             marks += f'<s style="left:{first:.1f}%;width:{max(last - first, 0.3):.1f}%"></s>'
-            told += f" <small>{_three(around[0])}–{_three(around[1])}</small>"
+            told += f" <small>{rounded(around[0])}–{rounded(around[1])}</small>"
         marks += f'<u style="left:{middle:.1f}%"></u>'
         track = f"<span class=track aria-hidden=true>{marks}</span>"
         lines.append(f"<div class=bar><span>{_text(label)}</span>{track}<b>{told}</b></div>")
     return f"<div class=bars>{''.join(lines)}</div>"
-
-
-def _three(value: float | None) -> str:
-    """Three significant digits."""
-    if value is None:
-        return "–"
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def _cell(value: float | None, told: str) -> str:
@@ -223,17 +217,16 @@ def _table(rows: Rows) -> str:
     head = "".join(f'<th title="{_text(what or name)}">{name}</th>' for name, what in COLUMNS)
     lines = []
     for r in rows:
-        around = "" if r["ours"] else f"{_three(r['ours_faster_low'])}–{_three(r['ours_faster_high'])}"
-        faster = "" if r["ours"] else f"{_three(r['ours_faster'])}× <small>{around}</small>"
+        around = "" if r["ours"] else f"{rounded(r['ours_faster_low'])}–{rounded(r['ours_faster_high'])}"
+        faster = "" if r["ours"] else f"{rounded(r['ours_faster'])}× <small>{around}</small>"
         limit, error = r["fraction_of_limit"], r["relative_error"]
+        passed = f"{rounded(r['median_ms'])} <small>{rounded(r['p20_ms'])}–{rounded(r['p80_ms'])}</small>"
         cells = [
-            _cell(
-                r["median_ms"], f"{_three(r['median_ms'])} <small>{_three(r['p20_ms'])}–{_three(r['p80_ms'])}</small>"
-            ),
+            _cell(r["median_ms"], passed),
             _cell(r["ours_faster"], faster),
-            _cell(r["peak_mib"], _three(r["peak_mib"])),
-            _cell(error, "–" if error is None else f"{error:.0e}"),
-            _cell(limit, "–" if limit is None else f"{limit:.0%}"),
+            _cell(r["peak_mib"], rounded(r["peak_mib"])),
+            _cell(error, or_dash(error, ".0e")),
+            _cell(limit, or_dash(limit, ".0%")),
         ]
         names = f"<td>{_text(r['case'])}</td><td>{_text(r['provider'])}</td>"
         lines.append(f"<tr{' class=ours' if r['ours'] else ''}>{names}{''.join(cells)}</tr>")
@@ -251,9 +244,9 @@ def _accelerated(rows: Rows, is_own: bool) -> str:
     lines = []
     for r in rows:
         cells = (
-            r["case"], r["shape"], f"{_three(r['stock_s'])} / {_three(r['ours_s'])}",
+            r["case"], r["shape"], f"{rounded(r['stock_s'])} / {rounded(r['ours_s'])}",
             f"{r['speedup']:.2f}× ({r['speedup_low']:.2f} – {r['speedup_high']:.2f})",
-            f"{_three(r['stock_mib'])} / {_three(r['ours_mib'])}", findings.difference(r), ", ".join(r["kinds"]),
+            f"{rounded(r['stock_mib'])} / {rounded(r['ours_mib'])}", findings.difference(r), ", ".join(r["kinds"]),
         )  # fmt: skip
         lines.append(f"<tr>{''.join(f'<td class=text>{_text(c)}</td>' for c in cells)}</tr>")
     titles = ("job", "sizes", "stock / ours, s", "speed-up (95 %)", "stock / ours, MiB", "difference", "replaced")
@@ -274,7 +267,7 @@ def _own(own: dict[str, Any]) -> Iterable[tuple[str, str]]:
     for share in own["shares"]:
         cells = f"<td>{_text(share['what'])}</td>" + _cell(share["modules"], str(share["modules"]))
         cells += _cell(share["time"], f"{share['time']:.0%}") + _cell(share["memory"], f"{share['memory']:.0%}")
-        lines.append(f"<tr>{cells}{_cell(share['mib'], _three(share['mib']))}</tr>")
+        lines.append(f"<tr>{cells}{_cell(share['mib'], rounded(share['mib']))}</tr>")
     head = "".join(f'<th title="{t}">{t}</th>' for t in titles)
     table = f"<table class=data><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
     told = "As transformers has it. A module's time is what passes in it less what passes in the modules inside it."

@@ -8,6 +8,7 @@ from typing import Any
 from mmlm_benchmarks.learning import section
 from mmlm_benchmarks.report import findings
 from mmlm_benchmarks.report.page import GROUPS, METHOD, environment_lines, gpu_lines, page
+from mmlm_benchmarks.tables import markdown_table, or_dash
 
 COLUMNS = ("case", "by", "median ms", "p20 – p80 ms", "ours is faster (95 %)", "peak MiB", "error", "of limit")
 
@@ -26,10 +27,6 @@ def write_report(results: dict[str, Any], out: Path) -> None:
         os.replace(part, out / name)
 
 
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
-
-
 def _cells(r: dict[str, Any]) -> tuple[str, ...]:
     faster = (
         f"{r['ours_faster']:.2f}× ({r['ours_faster_low']:.2f} – {r['ours_faster_high']:.2f})" if not r["ours"] else ""
@@ -37,18 +34,13 @@ def _cells(r: dict[str, Any]) -> tuple[str, ...]:
     return (
         r["case"],
         r["provider"],
-        _number(r["median_ms"], ".3f"),
+        or_dash(r["median_ms"], ".3f"),
         f"{r['p20_ms']:.3f} – {r['p80_ms']:.3f}",
         faster,
-        _number(r["peak_mib"], ".1f"),
-        _number(r["relative_error"], ".1e"),
-        _number(r["fraction_of_limit"], ".0%"),
+        or_dash(r["peak_mib"], ".1f"),
+        or_dash(r["relative_error"], ".1e"),
+        or_dash(r["fraction_of_limit"], ".0%"),
     )
-
-
-def markdown_table(header: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
-    rule = "|".join(["---", "---", *["---:"] * (len(header) - 2)])
-    return "\n".join([f"| {' | '.join(header)} |", f"|{rule}|", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
 def markdown(results: dict[str, Any]) -> str:

@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+from mmlm_benchmarks.tables import LEFT, markdown_table
+
 NUMBER = (int, float)
 MAYBE = (int, float, type(None))
 
@@ -105,8 +107,8 @@ def markdown() -> str:
     more = "Beside these there are `machine` (rates), `last_gpu_result`, and with --model `own`: the model, what "
     more += "accelerate did and left, and the shares of time and memory by what a module is."
     for title, fields in (("The file", TOP), ("A row", ROW), ("A row of accelerated", ACCELERATED)):
-        lines = [f"| `{n}` | {' or '.join(t.__name__ for t in f.types)} | {f.meaning} |" for n, f in fields.items()]
-        parts += [f"## {title}", "", "| field | type | meaning |", "|---|---|---|", *lines, ""]
+        lines = [(f"`{n}`", " or ".join(t.__name__ for t in f.types), f.meaning) for n, f in fields.items()]
+        parts += [f"## {title}", "", markdown_table(("field", "type", "meaning"), lines, alignment=[LEFT] * 3), ""]
     return "\n".join([*parts, more, ""])
 
 
