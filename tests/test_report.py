@@ -15,7 +15,7 @@ import torch
 
 from mmlm_benchmarks import harness
 from mmlm_benchmarks.audio import AUDIO
-from mmlm_benchmarks.ops import OPS
+from mmlm_benchmarks.ops import OPS, TrainingStep, gated_add
 from mmlm_benchmarks.report import baseline, findings, measure, render, schema
 from mmlm_benchmarks.report.measure import Options, Step
 from mmlm_fast.cli import main
@@ -357,6 +357,21 @@ def test_wrong_result_is_not_timed():
     )
     with pytest.raises(AssertionError, match="doubled: error"):
         harness.run(case, 0.01)
+
+
+def test_a_case_checks_the_providers_it_is_given():
+    forward, step = gated_add.cases("cpu", "tiny")
+    function = step.providers["mmlm_fast"].function
+
+    def twice(*args):
+        return 2 * function(*args)
+
+    for case, wrong in ((forward, twice), (step, TrainingStep(twice))):
+        providers = {"right": case.providers["mmlm_fast"], "wrong": wrong}
+        differences = case.check(providers, case.inputs()[0])
+        assert list(differences) == ["right", "wrong"]
+        assert all(d.ok for d in differences["right"])
+        assert not any(d.ok for d in differences["wrong"][:1])
 
 
 def test_peak_memory_sees_a_buffer():
