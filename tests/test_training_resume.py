@@ -17,7 +17,7 @@ from PIL import Image
 
 from mmlm_fast.cli import main
 from mmlm_fast.training import checkpoints, read_settings, running, train
-from mmlm_fast.training.running import SampleList
+from mmlm_fast.training.data import SampleList
 from mmlm_fast.training.samples import Sample
 
 
@@ -410,7 +410,6 @@ def test_pictures_from_text_go_on_in_either_stage(tmp_path, monkeypatch):
     for name, step in (("first", 3), ("second", 1)):
         with monkeypatch.context() as patch:
             stopped_after(step, patch)
-            patch.setattr(running, "DEFAULTS", running.DEFAULTS)
             if step == 1:  # both stages have a first step; the first one's passes
                 save = transformers.Trainer._save_checkpoint
 
@@ -657,7 +656,7 @@ def test_ctrl_c_before_the_old_run_is_replaced(folder, capsys, monkeypatch):
     """Going on is no matter of the run that is still there."""
     arguments = ["train", str(folder / "config.toml"), "--quiet", "--overwrite"]
     assert main(arguments[:-1]) == 0
-    for name in ("read_data", "build", "_record"):
+    for name in ("read_data", "build", "record_of"):
         with monkeypatch.context() as patch:
             patch.setattr(running, name, lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
             assert main(arguments) == 130
@@ -741,14 +740,14 @@ def test_two_ranks_write_once_and_draw_apart(folder):
     script.write_text(
         f"""
 import sys
-from mmlm_fast.training import tasks
+from mmlm_fast.training import collator
 from mmlm_fast.cli import main
 seen = []
-augmented = tasks.augmented
+augmented = collator.augmented
 def watched(loaded, kinds, rng):
     seen.append((loaded.sample.name, rng.integers(1 << 30)))
     return augmented(loaded, kinds, rng)
-tasks.augmented = watched
+collator.augmented = watched
 code = main(["train", "{folder}/config.toml", "--quiet", "--overwrite", "--set", "training.num_train_epochs=1",
              "training.ddp_backend=gloo", "training.use_cpu=true", "training.eval_strategy=no"])
 import os

@@ -13,7 +13,7 @@ import transformers
 from mmlm_fast.models.configuration import CLASSIFICATION_FUSIONS, DECODER_FUSIONS
 from mmlm_fast.training import load, read_settings, train
 from mmlm_fast.training.builtin import stamps_folder
-from mmlm_fast.training.running import read_data
+from mmlm_fast.training.data import read_data
 
 MODALITY_SETS = (("text", "image"), ("text", "audio"), ("image", "audio"))
 SHORT_FUSIONS = ("concat", "attention", "late_mean")

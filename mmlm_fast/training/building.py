@@ -1,5 +1,6 @@
 """Models and processors of a configuration file."""
 
+import dataclasses
 import inspect
 import typing
 from collections.abc import Iterable, Sequence
@@ -22,21 +23,14 @@ PADS_LEFT = ("MMLMForConditionalGeneration",)
 
 
 def class_of(settings: TrainSettings) -> Any:
-    """The class of the model: the preset's, or where the task is of another kind (fine-tuning after pre-training), the
-    task's."""
-    kinds: dict[str, Any] = {
-        "classification": models.MMLMForClassification,
-        "retrieval": models.MMLMForContrastive,
-        "pretraining": models.MMLMForPreTraining,
-        "image_tokenizer": MMLMImageTokenizer,
-    }
-    kind = TASKS[settings.task].kind
-    if kind in kinds:
-        return kinds[kind]
-    found = getattr(models, PRESETS[settings.preset].model)
-    if not hasattr(found, "generate"):
+    """Return the class of the model: the task's where it has one (fine-tuning after pre-training), or the preset's."""
+    model_class = TASKS[settings.task].model_class
+    if model_class is not None:
+        return model_class
+    preset_class = getattr(models, PRESETS[settings.preset].model)
+    if not hasattr(preset_class, "generate"):
         raise ValueError(f"task {settings.task} needs a preset that generates, got {settings.preset}")
-    return found
+    return preset_class
 
 
 def check(settings: TrainSettings) -> None:
@@ -62,7 +56,7 @@ def check(settings: TrainSettings) -> None:
             raise unknown_setting(name, known, "model.")
     _check_options(settings)
     try:
-        if cls is MMLMImageTokenizer or TASKS[settings.task].kind == "image_generation":
+        if cls is MMLMImageTokenizer or TASKS[settings.task].needs_image_tokenizer:
             image_tokenizer_of(settings)
         if cls is MMLMImageTokenizer or settings.start_from:
             return
@@ -116,13 +110,62 @@ def _side(cls: Any) -> str:
 
 
 def build(settings: TrainSettings, labels: Sequence[str], texts: Sequence[str]) -> tuple[Any, MMLMProcessor]:
-    """Model and processor.
+    """Build model and processor.
 
     Args:
         labels: Names of the classes, where there are some.
         texts: Of the training samples, for a tokenizer that learns.
     """
-    cls, options = class_of(settings), dict(settings.model)
+    cls = class_of(settings)
+    if cls is MMLMImageTokenizer:  # the processor is that of the model which will write its codes
+        writing = dataclasses.replace(settings, task="image_generation")
+        return image_tokenizer_of(settings), build_processor(writing, ())
+    if settings.start_from:
+        return _trained_model(settings, labels), build_processor(settings, texts)
+    config, processor = build_config(settings, labels, texts)
+    return from_checkpoints(cls, settings.towers, config, processor) if settings.towers else (cls(config), processor)
+
+
+def build_processor(settings: TrainSettings, texts: Sequence[str]) -> MMLMProcessor:
+    """Build the processor alone, but for towers of checkpoints: how many tokens those make is found by trying.
+
+    Args:
+        texts: See `build`.
+    """
+    if settings.start_from:
+        return MMLMProcessor.from_pretrained(settings.path(settings.start_from))
+    return build(settings, (), texts)[1] if settings.towers else build_config(settings, (), texts)[1]
+
+
+def build_config(
+    settings: TrainSettings, labels: Sequence[str], texts: Sequence[str]
+) -> tuple[MMLMConfig, MMLMProcessor]:
+    """Make the preset's configuration, and the processor that goes with it; see `build`."""
+    options = _model_options(settings, labels)
+    side = _side(class_of(settings))
+    tokenizer = _tokenizer(str(options.pop("tokenizer", "bytes")), side, texts, _codebook_size(settings))
+    config, processor = PRESETS[settings.preset].build(tokenizer=tokenizer, **options)
+    if TASKS[settings.task].drops_unused_towers:
+        config.modalities = [m for m in config.modalities or () if m in settings.data.modalities]
+    return config, processor
+
+
+def _trained_model(settings: TrainSettings, labels: Sequence[str]) -> Any:
+    """Load the model of ``start_from``, as the settings and the classes want it."""
+    options, folder = _model_options(settings, labels), settings.path(settings.start_from)
+    if TASKS[settings.task].drops_unused_towers:
+        modalities = MMLMConfig.from_pretrained(folder).modalities or []
+        options["modalities"] = [m for m in modalities if m in settings.data.modalities]
+    return class_of(settings).from_pretrained(folder, **options)
+
+
+def _model_options(settings: TrainSettings, labels: Sequence[str]) -> dict[str, Any]:
+    """Return ``[model]`` with what the names of the classes say.
+
+    Raises:
+        ValueError: for another number of classes.
+    """
+    options = dict(settings.model)
     if labels:
         options |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
         if options.setdefault("num_labels", len(labels)) != len(labels):
@@ -132,22 +175,7 @@ def build(settings: TrainSettings, labels: Sequence[str], texts: Sequence[str]) 
             )
     if options.get("problem_type") == "regression" and options.setdefault("num_labels", 1) != 1:
         raise ValueError(f"model.num_labels must be 1 for regression, got {options['num_labels']}")
-    if settings.start_from:
-        folder = settings.path(settings.start_from)
-        if _drops_towers(settings):
-            had = MMLMConfig.from_pretrained(folder).modalities or []
-            options["modalities"] = [m for m in had if m in settings.data.modalities]
-        return cls.from_pretrained(folder, **options), MMLMProcessor.from_pretrained(folder)
-    tokenizer = _tokenizer(str(options.pop("tokenizer", "bytes")), _side(cls), texts, _codebook_size(settings))
-    config, processor = PRESETS[settings.preset].build(tokenizer=tokenizer, **options)
-    if _drops_towers(settings):
-        config.modalities = [m for m in config.modalities or () if m in settings.data.modalities]
-    return from_checkpoints(cls, settings.towers, config, processor) if settings.towers else (cls(config), processor)
-
-
-def _drops_towers(settings: TrainSettings) -> bool:
-    """Towers of modalities that are not used are not built, where a model can do without."""
-    return TASKS[settings.task].kind in ("classification", "retrieval")
+    return options
 
 
 def _codebook_size(settings: TrainSettings) -> int:

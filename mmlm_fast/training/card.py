@@ -6,20 +6,12 @@ from typing import Any
 
 from mmlm_fast.training.tasks import TASKS
 
-TAGS = {
-    "classification": "text-classification",
-    "retrieval": "feature-extraction",
-    "speech_recognition": "automatic-speech-recognition",
-    "image_generation": "text-to-image",
-    "pretraining": "feature-extraction",
-}
-
 
 def write_card(folder: Path, result: dict[str, Any], examples: Sequence[dict[str, Any]], model: Any) -> None:
-    """README.md of a trained model, with the metadata that the hub reads."""
+    """Write README.md of a trained model, with the metadata that the hub reads."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    tag = TAGS.get(result["task"], "image-text-to-text")
+    tag = TASKS[result["task"]].pipeline_tag
     numbers = {k: v for k, v in result["metrics"].items() if isinstance(v, float)}
     data = ModelCardData(
         library_name="transformers",
@@ -122,50 +114,27 @@ def _shared_sentence(result: dict[str, Any]) -> str:
 
 
 def how_to_load(result: dict[str, Any], model: Any) -> list[str]:
-    """Markdown lines of a snippet that runs in the folder of the model."""
-    cls, kind, merge = type(model).__name__, TASKS[result["task"]].kind, result["fusion"] == "merge"
-    used = [m for m in getattr(model.config, "modalities", None) or ("image",) if m in (*result["modalities"], "text")]
-    if kind == "image_generation":
-        used = ["text"]
-    names = [cls, "MMLMProcessor", *(["MMLMImageTokenizer", "generate_images"] if kind == "image_generation" else [])]
-    lines = ["```python", *(["import numpy"] if "audio" in used else [])]
-    lines += ["from PIL import Image"] if "image" in used else []
-    lines += ["", f"from mmlm_fast.models import {', '.join(sorted(names))}", ""]
+    """Return the Markdown lines of a snippet that runs in the folder of the model."""
+    task, cls, config = TASKS[result["task"]], type(model).__name__, model.config
+    modalities = ["text"]
+    if task.reads_images:
+        known = getattr(config, "modalities", None) or ("image",)
+        modalities = [m for m in known if m in (*result["modalities"], "text")]
+    names = sorted([cls, "MMLMProcessor", *task.extra_imports])
+    lines = ["```python", *(["import numpy"] if "audio" in modalities else [])]
+    lines += ["from PIL import Image"] if "image" in modalities else []
+    lines += ["", f"from mmlm_fast.models import {', '.join(names)}", ""]
     lines += ['folder = "."  # of this file', f"model = {cls}.from_pretrained(folder)"]
     lines += ["processor = MMLMProcessor.from_pretrained(folder)"]
-    text, inputs = "a text", []
-    if "image" in used:
+    inputs = []
+    if "image" in modalities:
         lines.append('picture = Image.new("RGB", (64, 64), "white")  # or Image.open("picture.png").convert("RGB")')
         inputs.append("images=[picture]")
-    if "audio" in used:
+    if "audio" in modalities:
         lines.append("clip = numpy.zeros(16000, numpy.float32)  # of one second, mono, 16 kHz")
         inputs += ["audio=[clip]", "sampling_rate=16000"]
-    if merge and kind in ("generation", "classification"):
-        text = "".join(f"<{m}>" for m in used if m != "text") + text
-    if kind == "generation" and not model.config.is_encoder_decoder:
-        text += "\\n"  # as in training
-    if kind == "image_generation":
-        lines.append('painter = MMLMImageTokenizer.from_pretrained(f"{folder}/image_tokenizer")')
-    if kind not in ("image_generation", "image_tokenizer"):
-        inputs.insert(0, f'text=["{text}"]')
-        lines.append(f"inputs = processor({', '.join(inputs)})")
-    lines += {
-        "classification": [
-            "print(model(**inputs).logits)"
-            if model.config.problem_type in ("regression", "multi_label_classification")
-            else "print(model.config.id2label[model(**inputs).logits.argmax().item()])"
-        ],
-        "generation": [
-            "tokens = model.generate(**inputs, max_new_tokens=20)",
-            "print(processor.batch_decode("
-            + ("tokens" if model.config.is_encoder_decoder else 'tokens[:, inputs["input_ids"].shape[1] :]')
-            + ", skip_special_tokens=True))",
-        ],
-        "retrieval": ["print(model(**inputs).logits_per_image)" if "image" in used else "print(model(**inputs))"],
-        "pretraining": ["print(model(**inputs).loss)"],
-        "image_generation": [f'print(generate_images(model, painter, processor, ["{text}"]).shape)'],
-        "image_tokenizer": ["print(model.encode(processor.pixel_values([picture])))"],
-    }[kind]
+    marks = "".join(f"<{m}>" for m in modalities if m != "text") if result["fusion"] == "merge" else ""
+    lines += task.example(config, modalities, task.example_text(config, marks), inputs)
     return [*lines, "```"]
 
 

@@ -8,6 +8,7 @@ import numpy as np
 RESAMPLES = 2000
 CONFIDENCE = 0.95
 RECALL_AT = (1, 5, 10)
+ERROR_RATES = ("wer", "cer")  # of which less is better
 
 
 def classification(truth: Sequence[int], predicted: Sequence[int], labels: Sequence[str]) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def multi_label(truth: Any, predicted: Any, labels: Sequence[str]) -> dict[str, 
 def text(name: str, references: Sequence[str], predictions: Sequence[str]) -> float:
     """One of wer, cer, bleu, chrf, exact_match over all samples: 0 to 1, error rates possibly more; bleu and chrf 0 to
     100, as sacrebleu gives them."""
-    if name in ("wer", "cer"):
+    if name in ERROR_RATES:
         import jiwer
 
         return float(getattr(jiwer, name)(list(references), list(predictions)))
@@ -61,7 +62,7 @@ def same(reference: str, prediction: str) -> bool:
 def text_scores(name: str, references: Sequence[str], predictions: Sequence[str]) -> np.ndarray:
     """One number a sample, for confidence intervals: word or character errors as a share of the reference (wer, cer),
     sentence chrF (chrf, bleu), or 0 and 1."""
-    if name in ("wer", "cer", "exact_match"):
+    if name in (*ERROR_RATES, "exact_match"):
         return np.array([text(name, [r], [p]) for r, p in zip(references, predictions, strict=True)])
     import sacrebleu
 

@@ -74,6 +74,13 @@ class Sample:
         return None
 
 
+def class_name(label: Any) -> str | None:
+    """Return the name of a class, which a whole number is too; None for what names none."""
+    if isinstance(label, str):
+        return label
+    return str(label) if isinstance(label, (int, np.integer)) and not isinstance(label, bool) else None
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A sample with its pictures (PIL, RGB) and clips (float32, mono, 16 kHz) read."""

@@ -8,11 +8,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from mmlm_fast.models import MMLMImageTokenizer
+from mmlm_fast.models.configuration import MODALITIES
 from mmlm_fast.models.presets import PRESETS
 from mmlm_fast.training.arguments import checked, checked_generation, typed
 from mmlm_fast.training.builtin import BUILTIN
-from mmlm_fast.training.samples import AUGMENTATIONS, strict_json
-from mmlm_fast.training.tasks import MODALITIES, TASKS, class_name
+from mmlm_fast.training.samples import AUGMENTATIONS, class_name, strict_json
+from mmlm_fast.training.tasks import TASKS
 
 
 @dataclass
@@ -127,9 +129,9 @@ class TrainSettings:
                 raise ValueError(f"data.eval is for files; {self.data.name} has its own, got {self.data.eval!r}")
         elif self.data.kind is not None:
             raise ValueError(f"data.kind is for built-in sets, got {self.data.kind!r} with data.train")
-        if self.image_tokenizer and self.task != "image_generation":
+        if self.image_tokenizer and not TASKS[self.task].needs_image_tokenizer:
             raise ValueError(f"image_tokenizer is for task image_generation, got task {self.task}")
-        if self.start_from and self.task == "image_tokenizer":
+        if self.start_from and TASKS[self.task].model_class is MMLMImageTokenizer:
             raise ValueError("start_from is not for task image_tokenizer")
         if self.start_from and self.towers:
             raise ValueError("towers are those of the model in start_from, got both")
