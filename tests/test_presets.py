@@ -10,7 +10,12 @@ from transformers import AutoConfig, Trainer, TrainingArguments
 from mmlm_fast import models, reference
 from mmlm_fast.data import load_image
 from mmlm_fast.models import presets
-from mmlm_fast.models.configuration import CLASSIFICATION_FUSIONS, SEQ2SEQ_FUSIONS
+from mmlm_fast.models.configuration import (
+    CLASSIFICATION_FUSIONS,
+    DECODER_BASED_FUSIONS,
+    ENCODER_FUSIONS,
+    SEQ2SEQ_FUSIONS,
+)
 from mmlm_fast.testing import difference
 from support.speech import WAVEFORMS
 
@@ -31,7 +36,7 @@ AUTO = {
 }
 CASES = [(name, {}) for name in presets.PRESETS]
 CASES += [("clip_contrastive", dict(audio=True, contrastive_loss="siglip"))]
-CASES += [("resnet_text_classifier", dict(audio=True, fusion=f)) for f in CLASSIFICATION_FUSIONS[2:]]
+CASES += [("resnet_text_classifier", dict(audio=True, fusion=f)) for f in ENCODER_FUSIONS]
 CASES += [("transformer_encoder_decoder", dict(fusion=f)) for f in SEQ2SEQ_FUSIONS]
 CASES += [("mmlm_basic", dict(fusion=f)) for f in SEQ2SEQ_FUSIONS]
 
@@ -197,9 +202,8 @@ def test_generate_streams(name):
 @pytest.mark.parametrize("fusion", CLASSIFICATION_FUSIONS)
 def test_classifier_honours_what_is_missing(fusion):
     """Alone as in a batch; fillers may hold anything; every modality counts where it is there, and only there."""
-    decoder = fusion in CLASSIFICATION_FUSIONS[:2]
     torch.manual_seed(0)
-    if decoder:
+    if fusion in DECODER_BASED_FUSIONS:
         config, processor = presets.token_merge_vlm(fusion, audio_seconds=2, num_labels=5)
         model = models.MMLMForClassification(config)
         for key, parameter in model.named_parameters():

@@ -10,14 +10,13 @@ from typing import Any
 
 import transformers
 
-from mmlm_fast.models.configuration import CLASSIFICATION_FUSIONS, DECODER_FUSIONS
+from mmlm_fast.models.configuration import ENCODER_FUSIONS
 from mmlm_fast.training import load, read_settings, train
 from mmlm_fast.training.builtin import stamps_folder
 from mmlm_fast.training.data import read_data
 
 MODALITY_SETS = (("text", "image"), ("text", "audio"), ("image", "audio"))
 SHORT_FUSIONS = ("concat", "attention", "late_mean")
-ENCODER_FUSIONS = tuple(f for f in CLASSIFICATION_FUSIONS if f not in DECODER_FUSIONS[:2])
 GALLERY = 12
 
 

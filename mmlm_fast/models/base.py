@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, GenerationMixin, PreTrainedModel
 
-from mmlm_fast.models.configuration import MMLMConfig, width_of
+from mmlm_fast.models.configuration import FUSION_KINDS, MMLMConfig, width_of
 from mmlm_fast.models.fusion import MMLMProjector
 from mmlm_fast.models.tokenization import tower_tokenizer
 from mmlm_fast.models.towers import freeze_poolers, make_tower, tokens_of, with_lone_values
@@ -113,7 +113,9 @@ class MMLMPreTrainedModel(PreTrainedModel):
         """
         sources = {"text": text, "image": image, "audio": audio, "decoder": decoder}
         tokenizer = None
-        if text is not None and options.get("fusion", MMLMConfig.fusion) == "merge" and "image_token_id" not in options:
+        kind = FUSION_KINDS.get(options.get("fusion", MMLMConfig.fusion))
+        places_tokens = kind is not None and kind.places_tokens
+        if text is not None and places_tokens and "image_token_id" not in options:
             tokenizer = tower_tokenizer(text, "left", True)
             options |= {f"{m}_token_id": tokenizer.convert_tokens_to_ids(f"<{m}>") for m in ("image", "audio")}
         towers = {}

@@ -10,7 +10,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils import can_return_tuple
 
 from mmlm_fast.models.base import MMLMPreTrainedModel, last_token, masked_mean
-from mmlm_fast.models.configuration import CLASSIFICATION_FUSIONS, POOLED_FUSIONS, MMLMConfig, check_fusion, width_of
+from mmlm_fast.models.configuration import CLASSIFICATION_FUSIONS, MMLMConfig, check_fusion, width_of
 from mmlm_fast.models.encoders import MMLMEncoderModel, MMLMJoin, pool
 from mmlm_fast.models.modeling import MMLMModel
 from mmlm_fast.nn import DecisionFusion
@@ -66,24 +66,24 @@ class MMLMForClassification(MMLMPreTrainedModel):
         super().__init__(config)
         check_fusion(config, CLASSIFICATION_FUSIONS, "a classifier")
         self.model: Any
-        self.decoder_based = config.fusion in ("merge", "gated_cross_attention")
-        self.late = config.fusion.startswith("late_")
-        if self.late and config.problem_type not in (None, "single_label_classification"):
+        self.fusion_kind = config.fusion_kind
+        decision = self.fusion_kind.decision
+        if decision is not None and config.problem_type not in (None, "single_label_classification"):
             raise ValueError(
                 f"late fusion is for single_label_classification, got problem_type {config.problem_type!r}"
             )
         modalities: list[str] = config.modalities  # type: ignore[assignment]
         assert config.hidden_size is not None
         width = config.hidden_size
-        if self.decoder_based:
+        if self.fusion_kind.is_decoder_based:
             self.model = MMLMModel(config)
         else:
             self.model = MMLMEncoderModel(config)
-        if self.late:
+        if decision is not None:
             self.heads = nn.ModuleDict({m: MMLMClassificationHead(config, width) for m in modalities})
-            self.decide = DecisionFusion(config.fusion.removeprefix("late_"), len(modalities))
+            self.decide = DecisionFusion(decision, len(modalities))
         else:
-            if not self.decoder_based:
+            if not self.fusion_kind.is_decoder_based:
                 self.join = MMLMJoin(config)
                 if config.joint_config is not None:
                     width = width_of(config.joint_config)
@@ -110,7 +110,7 @@ class MMLMForClassification(MMLMPreTrainedModel):
         """
         inputs: dict[str, Any] = dict(input_ids=input_ids, pixel_values=pixel_values, input_features=input_features)
         inputs |= dict(image_mask=image_mask, audio_mask=audio_mask, attention_mask=attention_mask)
-        if self.decoder_based:
+        if self.fusion_kind.is_decoder_based:
             states = self.model(**inputs, use_cache=False).last_hidden_state
             if self.config.pooling == "last":
                 features = last_token(states, attention_mask)
@@ -119,10 +119,10 @@ class MMLMForClassification(MMLMPreTrainedModel):
                 features = masked_mean(states, there.bool())
             return self._output(self.classifier(features), labels)
         encoded = self.model(**inputs)
-        if self.late:
+        if self.fusion_kind.decision is not None:
             return self._decide(encoded, labels)
         tokens, mask, weights = self.join(encoded)
-        if self.config.fusion in POOLED_FUSIONS:
+        if self.fusion_kind.is_pooled:
             features = tokens[:, 0]
         else:
             features = masked_mean(tokens, mask) if self.config.pooling == "mean" else last_token(tokens, mask)

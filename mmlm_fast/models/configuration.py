@@ -1,15 +1,54 @@
 """Configuration of the thin multimodal model."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
-POOLED_FUSIONS = ("concat", "mean", "weighted", "gated", "attention")
-LATE_FUSIONS = ("late_mean", "late_weighted", "late_vote")
-DECODER_FUSIONS = ("merge", "gated_cross_attention", *POOLED_FUSIONS)
+
+@dataclass(frozen=True)
+class FusionKind:
+    """What a fusion does; `MMLMConfig` describes each.
+
+    Attributes:
+        name: ``MMLMConfig.fusion``.
+        places_tokens: Features take the places of placeholder tokens in a decoder's text.
+        cross_attends: Layers added to a decoder attend to the features.
+        is_pooled: One pooled feature of each modality is fused.
+        decision: How decisions are fused, each of a classifier of one modality; None where features are fused.
+    """
+
+    name: str
+    places_tokens: bool = False
+    cross_attends: bool = False
+    is_pooled: bool = False
+    decision: str | None = None
+
+    @property
+    def is_decoder_based(self) -> bool:
+        """Whether only a causal decoder has it, also as a classifier."""
+        return self.places_tokens or self.cross_attends
+
+
+FUSION_KINDS = {
+    kind.name: kind
+    for kind in (
+        FusionKind("merge", places_tokens=True),
+        FusionKind("gated_cross_attention", cross_attends=True),
+        *(FusionKind(name, is_pooled=True) for name in ("concat", "mean", "weighted", "gated", "attention")),
+        FusionKind("cross_attention"),
+        FusionKind("sequence"),
+        *(FusionKind(f"late_{decision}", decision=decision) for decision in ("mean", "weighted", "vote")),
+    )
+}
+FUSIONS = tuple(FUSION_KINDS)
+POOLED_FUSIONS = tuple(name for name, kind in FUSION_KINDS.items() if kind.is_pooled)
+LATE_FUSIONS = tuple(name for name, kind in FUSION_KINDS.items() if kind.decision is not None)
+DECODER_BASED_FUSIONS = tuple(name for name, kind in FUSION_KINDS.items() if kind.is_decoder_based)
+DECODER_FUSIONS = (*DECODER_BASED_FUSIONS, *POOLED_FUSIONS)
 SEQ2SEQ_FUSIONS = ("cross_attention", *POOLED_FUSIONS)
-CLASSIFICATION_FUSIONS = (*DECODER_FUSIONS, "sequence", *LATE_FUSIONS)
-FUSIONS = (*DECODER_FUSIONS, "cross_attention", "sequence", *LATE_FUSIONS)
+ENCODER_FUSIONS = (*POOLED_FUSIONS, "sequence", *LATE_FUSIONS)  # of classifiers on encoders
+CLASSIFICATION_FUSIONS = (*DECODER_BASED_FUSIONS, *ENCODER_FUSIONS)
 MODALITIES = ("text", "image", "audio")
 OBJECTIVE_WEIGHTS = ("language_modeling_weight", "contrastive_weight", "reconstruction_weight")
 TOWER_CONFIGS = {
@@ -128,7 +167,7 @@ class MMLMConfig(PretrainedConfig):
         if self.hidden_size is None:
             self.hidden_size = width_of(self.text_config)
         if self.pooling is None:
-            self.pooling = "last" if self.fusion in ("merge", "gated_cross_attention") else "mean"
+            self.pooling = "last" if self.fusion_kind.is_decoder_based else "mean"
         if self.decoder_config is not None:
             kwargs["is_encoder_decoder"] = True
             for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
@@ -139,6 +178,11 @@ class MMLMConfig(PretrainedConfig):
                 kwargs["decoder_start_token_id"] = kwargs.get("bos_token_id")
         super().__post_init__(**kwargs)
         self.architectures = getattr(self, "architectures", None) or []  # AutoModel chooses among classes by them
+
+    @property
+    def fusion_kind(self) -> FusionKind:
+        """What `fusion` does."""
+        return FUSION_KINDS[self.fusion]
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:
         """That of what writes: where there is a decoder beside the text encoder, the decoder's."""
@@ -156,7 +200,8 @@ class MMLMConfig(PretrainedConfig):
             if modality in towers and towers[modality] is None:
                 name = "vision_config" if modality == "image" else "audio_config"
                 raise ValueError(f"modalities has {modality!r}, which needs {name}, got None")
-            if self.fusion == "merge" and modality in towers and getattr(self, f"{modality}_token_id") is None:
+            lacks_placeholder = modality in towers and getattr(self, f"{modality}_token_id") is None
+            if self.fusion_kind.places_tokens and lacks_placeholder:
                 raise ValueError(f"fusion 'merge' with a tower for {modality} needs {modality}_token_id, got None")
         for name in self.frozen or []:
             if name not in (*MODALITIES, "decoder"):

@@ -16,7 +16,7 @@ from mmlm_fast.models.base import (
     make_projector,
     masked_mean,
 )
-from mmlm_fast.models.configuration import POOLED_FUSIONS, MMLMConfig, width_of
+from mmlm_fast.models.configuration import MMLMConfig, width_of
 from mmlm_fast.models.fusion import MMLMFusion
 from mmlm_fast.models.towers import make_tower, tokens_of
 
@@ -133,7 +133,7 @@ class MMLMJoin(nn.Module):
         assert config.modalities is not None
         assert config.hidden_size is not None
         self.pooling = config.pooling
-        self.pooled = config.fusion in POOLED_FUSIONS
+        self.pooled = config.fusion_kind.is_pooled
         if self.pooled:
             self.fusion = MMLMFusion(config.fusion, config.hidden_size, len(config.modalities) - 1)
         self.encoder = None

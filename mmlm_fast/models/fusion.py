@@ -34,7 +34,7 @@ class MMLMFusion(nn.Module):
 
     def __init__(self, fusion: str, hidden_size: int, num_others: int) -> None:
         super().__init__()
-        self.fusion = fusion
+        self.linear = self.fuse = self.pool = None
         if fusion == "concat":
             self.linear = nn.Linear((1 + num_others) * hidden_size, hidden_size)
         elif fusion == "gated" and num_others:
@@ -72,11 +72,12 @@ class MMLMFusion(nn.Module):
             ``[B, T, H]``.
         """
         modalities = [x[:, None] for x in others.unbind(1)]  # [B, 1, H] each: broadcast over the tokens
-        if self.fusion == "concat":
+        if self.linear is not None:
             every = [torch.where(present[:, i, None, None], x, 0) for i, x in enumerate([first, *modalities])]
             fused = linear_of_parts(self.linear, *every)
             return (fused, None) if return_weights else fused
-        if self.fusion == "gated" and modalities:
+        assert self.fuse is not None
+        if self.pool is not None:  # one feature of all others, to be gated with
             modalities = [self.pool(modalities, present[:, None, 1:])]
             present = torch.cat([present[:, :1], present[:, 1:].any(1, keepdim=True)], 1)
         return self.fuse([first, *modalities], present[:, None], return_weights=return_weights)

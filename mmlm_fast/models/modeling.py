@@ -11,7 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.utils import can_return_tuple
 
 from mmlm_fast.models.base import VALUES, MMLMPreTrainedModel, add_towers, encode_items, join_tokens, masked_mean
-from mmlm_fast.models.configuration import DECODER_FUSIONS, POOLED_FUSIONS, MMLMConfig, check_fusion
+from mmlm_fast.models.configuration import DECODER_FUSIONS, MMLMConfig, check_fusion
 from mmlm_fast.models.fusion import MMLMFusion, add_cross_attention, merge_tokens
 from mmlm_fast.models.objectives import MMLMAlignment, MMLMReconstruction, pooled_by_sample
 from mmlm_fast.models.towers import tokens_of
@@ -53,9 +53,9 @@ class MMLMModel(MMLMPreTrainedModel):
         if config.hidden_size != text_config.hidden_size:
             raise ValueError(f"hidden_size must be the decoder's, {text_config.hidden_size}, got {config.hidden_size}")
         add_towers(self, config)
-        if self.modalities and config.fusion in POOLED_FUSIONS:
+        if self.modalities and config.fusion_kind.is_pooled:
             self.fusion = MMLMFusion(config.fusion, text_config.hidden_size, len(self.modalities))
-        elif self.modalities and config.fusion == "gated_cross_attention":
+        elif self.modalities and config.fusion_kind.cross_attends:
             self.cross_attention_layers = add_cross_attention(self.language_model, config.cross_attention_interval)
         self.post_init()
 
@@ -92,7 +92,7 @@ class MMLMModel(MMLMPreTrainedModel):
                 continue
             if modality not in self.modalities:
                 raise ValueError(f"{VALUES[modality]} given, but this model has no {modality} tower")
-            if self.config.fusion == "merge" and masks[modality] is not None:
+            if self.config.fusion_kind.places_tokens and masks[modality] is not None:
                 raise ValueError(f"fusion 'merge' takes no {modality}_mask: leave missing ones out")
             tower, projector = (getattr(self, names[modality]) for names in (towers, projectors))
             features[modality] = encode_items(tower, projector, values, masks[modality], modality)[1:]
@@ -114,7 +114,7 @@ class MMLMModel(MMLMPreTrainedModel):
                     f"fusion {self.config.fusion!r} takes one {modality} a sample: got {values.shape[0]} for a batch "
                     f"of {batch_size}; mark missing ones with {modality}_mask"
                 )
-        if self.config.fusion == "gated_cross_attention":
+        if self.config.fusion_kind.cross_attends:
             nothing = like.new_zeros(batch_size, 0, like.shape[-1]), like.new_zeros(batch_size, 0, dtype=torch.bool)
             return join_tokens([nothing, *((x.to(like.dtype), there) for x, there in features.values())])
         zeros, absent = torch.zeros_like(like), like.new_zeros(batch_size, dtype=torch.bool)
@@ -158,7 +158,7 @@ class MMLMModel(MMLMPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         given = {"image": pixel_values, "audio": input_features}
         features = self._encode(given, {"image": image_mask, "audio": audio_mask})
-        if self.config.fusion == "merge":
+        if self.config.fusion_kind.places_tokens:
             for modality, (values, _) in features.items():
                 if input_ids is None:
                     raise ValueError(f"fusion 'merge' of {modality} features needs input_ids, got inputs_embeds")
@@ -167,7 +167,7 @@ class MMLMModel(MMLMPreTrainedModel):
         elif self.modalities:
             if fusion_context is None or fusion_present is None:
                 fusion_context, fusion_present = self._context(features, inputs_embeds[:, 0], past_key_values)
-            if self.config.fusion == "gated_cross_attention":
+            if self.config.fusion_kind.cross_attends:
                 if fusion_context.shape[1]:
                     kwargs["cross_attention_context"] = (fusion_context, fusion_present)
             else:
@@ -218,7 +218,7 @@ class MMLMForConditionalGeneration(MMLMPreTrainedModel, GenerationMixin):
         self.model = MMLMModel(config)
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
         placeholders = [t for t in (config.image_token_id, config.audio_token_id) if t is not None]
-        if config.fusion == "merge" and placeholders:
+        if config.fusion_kind.places_tokens and placeholders:
             self.generation_config.suppress_tokens = placeholders  # the model writes none: no feature would go there
         if config.contrastive_weight:
             self.alignment = MMLMAlignment(
@@ -319,7 +319,7 @@ class MMLMForConditionalGeneration(MMLMPreTrainedModel, GenerationMixin):
             pooled, present = {}, {}
             for modality, (values, there) in features.items():
                 pooled[modality], present[modality] = masked_mean(values, there), there.any(1)
-                if self.config.fusion == "merge":
+                if self.config.fusion_kind.places_tokens:
                     token_id = getattr(self.config, f"{modality}_token_id")
                     pooled[modality], present[modality] = pooled_by_sample(values, input_ids == token_id)
             text = model.text_features(input_ids, attention_mask)
@@ -343,7 +343,7 @@ class MMLMForConditionalGeneration(MMLMPreTrainedModel, GenerationMixin):
     ) -> tuple[Any, dict]:
         # With `merge` a sample may have any number of pictures: repeat each sample's group, not each picture.
         items = {}
-        if self.config.fusion == "merge" and expand_size > 1 and input_ids is not None:
+        if self.config.fusion_kind.places_tokens and expand_size > 1 and input_ids is not None:
             for modality, name in (("image", "pixel_values"), ("audio", "input_features")):
                 values = model_kwargs.pop(name, None)
                 if values is not None:

@@ -285,13 +285,13 @@ def token_merge_vlm(
         }
         | options
     )
-    merge = fusion == "merge"
+    places_tokens = config.fusion_kind.places_tokens
     processor = _processor(
         tokenizer,
         image_size,
         audio_seconds,
-        image_seq_length=(image_size // patch_size) ** 2 if merge else 0,
-        audio_seq_length=audio_seconds * 25 if merge else 0,
+        image_seq_length=(image_size // patch_size) ** 2 if places_tokens else 0,
+        audio_seq_length=audio_seconds * 25 if places_tokens else 0,
         chat_template=tokenizer.chat_template,
     )
     return config, processor

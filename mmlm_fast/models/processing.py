@@ -100,8 +100,12 @@ class MMLMProcessor(ProcessorMixin):
         if source is None and like is None:
             raise ValueError("a processor needs a tokenizer: name text or decoder, or a processor as like, got none")
         writes = hasattr(model, "generate") and not model.config.is_encoder_decoder
-        merge = model.config.fusion == "merge"
-        tokenizer = like.tokenizer if source is None else tower_tokenizer(source, "left" if writes else "right", merge)  # type: ignore[union-attr]
+        places_tokens = model.config.fusion_kind.places_tokens
+        if source is not None:
+            tokenizer = tower_tokenizer(source, "left" if writes else "right", places_tokens)
+        else:
+            assert like is not None
+            tokenizer = like.tokenizer
         seeing, hearing = (None, None) if like is None else (like.image_processor, like.feature_extractor)
         if image is not None:
             seeing = AutoImageProcessor.from_pretrained(image)
@@ -117,7 +121,7 @@ class MMLMProcessor(ProcessorMixin):
         made = cls(image_processor=seeing, feature_extractor=hearing, tokenizer=tokenizer)
         if like is not None:
             made.chat_template, made.chunk_seconds = like.chat_template, like.chunk_seconds
-        if merge:
+        if places_tokens:
             for name in ("image_token_id", "audio_token_id"):
                 wanted, got = getattr(model.config, name), getattr(made, name)
                 if wanted not in (None, got):
