@@ -1,4 +1,4 @@
-"""How time and memory grow: over sequence length, tokens, batch, threads; and what a cold start costs."""
+"""Measure how time and memory grow over sequence length, tokens, batch, threads, and what a cold start costs."""
 
 import subprocess
 import sys
@@ -13,6 +13,7 @@ from torch import Tensor
 from mmlm_benchmarks import contrastive, harness
 from mmlm_benchmarks.audio.speech import RATE, speech
 from mmlm_benchmarks.ops import clip_loss, interval_attention, linear_cross_entropy
+from mmlm_benchmarks.report import schema
 from mmlm_fast import ops
 from mmlm_fast.audio import log_mel
 from mmlm_fast.masks import IntervalMask
@@ -21,13 +22,13 @@ Providers = dict[str, Callable[..., Any]]
 
 
 class Curve(NamedTuple):
-    """One curve.
+    """Describe one curve.
 
     Args:
-        name: In words.
+        name: What is measured, in words.
         along: What changes from point to point.
-        points: Its values.
-        at: Of a value: inputs, and who computes what of them; "mmlm_fast" is ours.
+        points: The values of that.
+        at: Gives for a value the inputs, and who computes what of them; "mmlm_fast" is ours.
     """
 
     name: str
@@ -37,7 +38,7 @@ class Curve(NamedTuple):
 
 
 def _attention(length: int) -> tuple[tuple, Providers]:
-    """Pictures of 256 tokens that see themselves whole, in causal text; 8 heads of 128, 2 of keys."""
+    """Draw pictures of 256 tokens that see themselves whole, in causal text; 8 heads of 128, 2 of keys."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, heads, length, 128) for heads in (8, 2, 2))
     mask = IntervalMask.image_blocks(interval_attention.image_ids(length, length // 512, 256))
@@ -56,7 +57,7 @@ def _without_gradients(call: Callable) -> Callable:
 
 
 def _cross_entropy(tokens: int) -> tuple[tuple, Providers]:
-    """SmolLM2-135M's head: 576 features, 49,152 classes; a training step."""
+    """Draw for SmolLM2-135M's head: 576 features, 49,152 classes; a training step."""
     torch.manual_seed(0)
     hidden = torch.randn(tokens, 576).requires_grad_()
     weight = (torch.randn(49_152, 576) / 24).requires_grad_()
@@ -75,15 +76,15 @@ def _cross_entropy(tokens: int) -> tuple[tuple, Providers]:
 
 
 def _negatives(batch: int) -> tuple[tuple, Providers]:
-    """512 features; a training step."""
+    """Draw pairs of 512 features; a training step."""
     torch.manual_seed(0)
-    leaves = (*contrastive.draw_features(batch, 512, "cpu", torch.float32), torch.tensor(14.3))
-    leaves = tuple(t.detach().requires_grad_() for t in leaves)
+    features = contrastive.draw_features(batch, 512, "cpu", torch.float32)
+    leaves = tuple(t.detach().requires_grad_() for t in (*features, torch.tensor(14.3)))
     return leaves, {"eager": contrastive.step(clip_loss.eager), "mmlm_fast": contrastive.step(ops.clip_loss)}
 
 
 def _threads(count: int) -> tuple[tuple, Providers]:
-    """Eight clips of 30 s at once."""
+    """Cut eight clips of 30 s, for all at once."""
     from mmlm_benchmarks.audio.log_mel import stft_chain
 
     clips = torch.stack([torch.from_numpy(clip) for clip in speech(30 * RATE, 8)[:8]])
@@ -99,7 +100,7 @@ def _threads(count: int) -> tuple[tuple, Providers]:
 
 
 def curves(cores: int) -> list[Curve]:
-    """All of them, on a machine of so many cores."""
+    """Return all curves that are measured on a machine of so many cores."""
     counts = tuple(n for n in (1, 2, 4, 8, 16) if n <= cores)
     return [
         Curve("attention with picture blocks, forward", "tokens", (512, 1024, 2048, 4096), _attention),
@@ -109,8 +110,8 @@ def curves(cores: int) -> list[Curve]:
     ]
 
 
-def measure(curve: Curve, seconds: float) -> Iterator[dict[str, Any]]:
-    """A row for each provider at each point: times in turns, and peak memory."""
+def measure(curve: Curve, seconds: float) -> Iterator[schema.CurvePoint]:
+    """Yield a row for each provider at each point: times in turns, and peak memory."""
     for x in curve.points:
         args, providers = curve.at(x)
         samples = harness.time_pairs(providers, "mmlm_fast", [args], seconds)
@@ -141,8 +142,8 @@ STARTS = {
 }
 
 
-def cold_starts(repeats: int = 3) -> list[dict[str, Any]]:
-    """Seconds of fresh processes, by turns; the first turn, which reads files from the disk, is left out."""
+def cold_starts(repeats: int = 3) -> list[schema.Start]:
+    """Time fresh processes, by turns; the first turn, which reads files from the disk, is left out."""
     passed: dict[str, list[float]] = {name: [] for name in STARTS}
     for turn in range(repeats + 1):
         for name, code in STARTS.items():

@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.utils import _pytree as pytree
 
+from mmlm_benchmarks.report import schema
 from mmlm_fast.testing import Difference
 
 Call = Callable[..., Any]
@@ -304,8 +305,8 @@ class Machine:
     bytes_per_second: float
     flops_per_second: float
 
-    def fraction_of_limit(self, row: dict[str, Any]) -> float | None:
-        """Time that the row's bytes and flops need at these rates, over the time it took."""
+    def fraction_of_limit(self, row: schema.Row) -> float | None:
+        """Return the time that a row's bytes and flops need at these rates, over the time taken."""
         seconds = max(row["bytes_moved"] / self.bytes_per_second, row["flops"] / self.flops_per_second)
         return seconds / (row["median_ms"] / 1e3) if seconds else None
 
@@ -373,7 +374,8 @@ def commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def environment(device: str) -> dict[str, Any]:
+def environment(device: str) -> schema.Environment:
+    """Describe this machine and the versions on it; what other programs take is not among it."""
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
@@ -402,7 +404,7 @@ def environment(device: str) -> dict[str, Any]:
         "commit": commit(),
         "mmlm_fast": mmlm_fast.__version__,
         "python": platform.python_version(),
-        "packages": {name: found for name in packages if (found := installed(name))},
+        "packages": {name: number for name in packages if (number := installed(name))},
         "cuda": torch.version.cuda,
     }
 
@@ -414,5 +416,10 @@ def _lines(path: str) -> list[str]:
         return []
 
 
-def rows_as_json(rows: list[Row]) -> list[dict[str, Any]]:
-    return [{k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in asdict(r).items()} for r in rows]
+def rows_as_json(rows: list[Row], job: str) -> list[schema.Row]:
+    """Return rows of a job as results.json holds them, with four digits."""
+    return [cast(schema.Row, _four_digits(row) | {"fraction_of_limit": None, "job": job}) for row in rows]
+
+
+def _four_digits(row: Row) -> dict[str, Any]:
+    return {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in asdict(row).items()}

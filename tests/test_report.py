@@ -65,6 +65,11 @@ def test_results_are_as_described(results):
     assert schema.problems(results) == []
     assert schema.problems({**results, "more": 1}) == ["results.more is not described"]
     assert schema.problems({k: v for k, v in results.items() if k != "rows"}) == ["results lacks rows"]
+    rows = [{k: v for k, v in row.items() if k != "job"} | {"threads": 1.0} for row in results["rows"][:1]]
+    lacking = ["results.rows[0] lacks job", "results.rows[0].threads is float"]
+    assert schema.problems({**results, "rows": rows}) == lacking
+    assert schema.problems({**results, "own": None}) == ["results.own is NoneType"]
+    assert schema.problems({**results, "last_gpu_result": None}) == []
     assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == schema.markdown()
 
 
@@ -286,7 +291,7 @@ def toy(milliseconds):
 
     providers = {"eager": wait(4), "mmlm_fast": wait(milliseconds)}
     case = harness.Case("glu", "waiting", "", lambda: [(torch.ones(3),)], providers, lambda calls, args: {})
-    return harness.rows_as_json(harness.run(case, 0.3))
+    return harness.rows_as_json(harness.run(case, 0.3), "glu")
 
 
 def test_a_planted_slowdown_is_seen(results):

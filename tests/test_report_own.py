@@ -99,9 +99,9 @@ def test_what_a_model_cannot_do_is_told(tmp_path):
     config = transformers.T5Config(num_layers=1, d_model=32, d_ff=64, num_heads=2, d_kv=16)  # begins with no token
     config.architectures = ["T5ForConditionalGeneration"]
     config.save_pretrained(tmp_path)
-    found = own.measure(str(tmp_path), seconds=0.01)
-    assert [row["case"] for row in found["rows"]] == ["forward", "training step"]
-    assert any(note.startswith("generation of 16 tokens: not run, ValueError") for note in found["notes"])
+    about, rows = own.measure(str(tmp_path), seconds=0.01)
+    assert [row["case"] for row in rows] == ["forward", "training step"]
+    assert any(note.startswith("generation of 16 tokens: not run, ValueError") for note in about["notes"])
 
 
 def test_real_weights_and_own_text(tmp_path):

@@ -1,4 +1,4 @@
-"""Hugging Face models as they are, and accelerated: ``python -m mmlm_benchmarks.models.accelerated [CASE ...]``.
+"""Time Hugging Face models as they are, and accelerated: ``python -m mmlm_benchmarks.models.accelerated [CASE ...]``.
 
 Real configurations with fewer layers and random weights; sizes are named with each case. Both models share their
 parameters, and run in turns.
@@ -20,12 +20,13 @@ from torch import nn
 
 import mmlm_fast
 from mmlm_benchmarks.harness import environment, goes_on, interval, peak_memory_mib, spread, timed
+from mmlm_benchmarks.report import schema
 
 PICTURE = 49_001  # token
 
 
 class Job(NamedTuple):
-    """What is timed: a call of a model or a processor and a model, whose results can be compared."""
+    """Describe what is timed: a call of a model or a processor and a model, whose results can be compared."""
 
     name: str
     shape: str
@@ -45,23 +46,23 @@ def _training(model: nn.Module, **inputs: Any) -> Callable[..., list[torch.Tenso
 
 
 def qwen2_5_vl() -> Job:
-    """Qwen2.5-VL-3B with 2 of 36 text layers and 4 of 32 vision layers."""
+    """Build Qwen2.5-VL-3B with 2 of 36 text layers and 4 of 32 vision layers."""
     return _qwen2_5_vl("2 of 36 text layers and 4 of 32 vision layers of Qwen2.5-VL-3B", 1, 2, 4)
 
 
 def qwen2_5_vl_narrow() -> Job:
-    """Qwen2.5-VL-3B at a quarter of its widths, with 9 of 36 text layers and 8 of 32 vision layers."""
+    """Build Qwen2.5-VL-3B at a quarter of its widths, with 9 of 36 text layers and 8 of 32 vision layers."""
     return _qwen2_5_vl("a quarter of the widths, 9 of 36 text and 8 of 32 vision layers of Qwen2.5-VL-3B", 4, 9, 8)
 
 
 def qwen2_5_vl_short() -> Job:
-    """Qwen2.5-VL-3B at a quarter of its widths, with 2 of 36 text and 2 of 32 vision layers, 2 small pictures."""
+    """Build Qwen2.5-VL-3B at a quarter of its widths, with 2 of 36 text and 2 of 32 vision layers, 2 small pictures."""
     shape = "a quarter of the widths, 2 of 36 text and 2 of 32 vision layers of Qwen2.5-VL-3B"
     return _qwen2_5_vl(shape, 4, 2, 2, side=16)
 
 
 def _qwen2_5_vl(shape: str, part: int, layers: int, depth: int, side: int = 32) -> Job:
-    """`side`: patches along the side of each of two pictures."""
+    """Build it with `side` patches along the side of each of two pictures."""
     text = dict(
         vocab_size=50_000, hidden_size=2048 // part, intermediate_size=11008 // part, num_hidden_layers=layers,
         num_attention_heads=16 // part, num_key_value_heads=max(1, 2 // part), max_position_embeddings=4096,
@@ -90,7 +91,7 @@ def _qwen2_5_vl(shape: str, part: int, layers: int, depth: int, side: int = 32) 
 
 
 def gemma3() -> Job:
-    """Gemma3-4B with 6 of 34 text layers and 2 of 27 vision layers."""
+    """Build Gemma3-4B with 6 of 34 text layers and 2 of 27 vision layers."""
     text = dict(
         vocab_size=50_000, hidden_size=2560, intermediate_size=10240, num_hidden_layers=3, num_attention_heads=8,
         num_key_value_heads=4, head_dim=256, sliding_window=512, max_position_embeddings=4096, pad_token_id=0,
@@ -114,7 +115,7 @@ def gemma3() -> Job:
 
 
 def clip() -> Job:
-    """CLIP ViT-B/32 with 1 of 12 layers each, batch 1,024."""
+    """Build CLIP ViT-B/32 with 1 of 12 layers each, batch 1,024."""
     text = dict(num_hidden_layers=1, vocab_size=49_408)
     config = transformers.CLIPConfig(text_config=text, vision_config=dict(num_hidden_layers=1))
     model = transformers.CLIPModel._from_config(config).train()
@@ -126,7 +127,7 @@ def clip() -> Job:
 
 
 def whisper() -> Job:
-    """Whisper-tiny, from samples to tokens."""
+    """Build Whisper-tiny, from samples to tokens."""
     config = transformers.WhisperConfig(
         d_model=384, encoder_layers=4, decoder_layers=4, encoder_attention_heads=6, decoder_attention_heads=6,
         encoder_ffn_dim=1536, decoder_ffn_dim=1536, suppress_tokens=[], begin_suppress_tokens=[],
@@ -154,7 +155,7 @@ def _text(layers: int) -> Any:
 
 
 def prefill() -> Job:
-    """Qwen2-1.5B with 4 of 28 layers."""
+    """Build Qwen2-1.5B with 4 of 28 layers."""
     ids = torch.randint(10, 40_000, (1, 1024))
 
     @torch.no_grad()
@@ -165,7 +166,7 @@ def prefill() -> Job:
 
 
 def decode() -> Job:
-    """Qwen2-1.5B with 4 of 28 layers, 32 steps."""
+    """Build Qwen2-1.5B with 4 of 28 layers, 32 steps."""
     ids = torch.randint(10, 40_000, (4, 16))
 
     @torch.no_grad()
@@ -176,7 +177,7 @@ def decode() -> Job:
 
 
 def small_decode() -> Job:
-    """SmolLM2-135M's shape, one sample: where every microsecond of a call shows."""
+    """Build SmolLM2-135M's shape, one sample: where every microsecond of a call shows."""
     config = transformers.LlamaConfig(
         vocab_size=49_152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
         num_key_value_heads=3, max_position_embeddings=2048, pad_token_id=0, eos_token_id=49_151,
@@ -200,13 +201,13 @@ SHORT = ("qwen2_5_vl_short",)  # of a report of three minutes
 
 
 def sharing(part: Any) -> Any:
-    """A copy that shares parameters and buffers."""
+    """Return a copy that shares parameters and buffers."""
     tensors = [*part.parameters(), *part.buffers()] if isinstance(part, nn.Module) else []
     return copy.deepcopy(part, {id(t): t for t in tensors})
 
 
-def measure(name: str, seconds: float, ladder: bool = False) -> Iterator[dict[str, Any]]:
-    """A row for the accelerated model; with `ladder` one for each kind of place before it, added one by one."""
+def measure(name: str, seconds: float, ladder: bool = False) -> Iterator[schema.Accelerated]:
+    """Yield a row for the accelerated model; with `ladder` one for each kind of place before it, added one by one."""
     torch.manual_seed(0)
     job = JOBS[name]()
     reports = [mmlm_fast.accelerate(sharing(p), quiet=True, strict=False) for p in job.parts]
@@ -225,7 +226,7 @@ def measure(name: str, seconds: float, ladder: bool = False) -> Iterator[dict[st
         }
 
 
-def _compared(job: Job, fast: list[Any]) -> dict[str, Any]:
+def _compared(job: Job, fast: list[Any]) -> schema.Comparison:
     theirs = [t.clone() for t in job.call(*job.parts)]
     ours = [t.clone() for t in job.call(*fast)]
     if job.same:
@@ -235,8 +236,8 @@ def _compared(job: Job, fast: list[Any]) -> dict[str, Any]:
     return {"difference": float(error / sum(b.double().square().sum() for b in theirs) ** 0.5)}
 
 
-def timing_of(job: Job, fast: list[Any], seconds: float) -> dict[str, Any]:
-    """The part of a row that says how long a job takes, and how much memory, as it is and accelerated."""
+def timing_of(job: Job, fast: list[Any], seconds: float) -> schema.Timing:
+    """Measure how long a job takes, and how much memory, as it is and accelerated."""
     pairs: list[tuple[float, float]] = []
     while goes_on(len(pairs), sum(map(sum, pairs)), seconds):
         pairs.append((timed(job.call, tuple(job.parts)), timed(job.call, tuple(fast))))
@@ -292,8 +293,8 @@ def main(argv: list[str] | None = None) -> int:
                 flush=True,
             )
             if args.out is not None:
-                found = {"environment": environment("cpu"), "accelerated": rows}
-                args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+                results = {"environment": environment("cpu"), "accelerated": rows}
+                args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

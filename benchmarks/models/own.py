@@ -1,4 +1,4 @@
-"""A user's own model, by its folder, configuration or name on the hub: where its time goes, and what is gained."""
+"""Measure a user's own model, by its folder, configuration or name on the hub: where its time goes, what is gained."""
 
 import inspect
 import json
@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 import mmlm_fast
 from mmlm_benchmarks.models.accelerated import Job, sharing, timing_of
+from mmlm_benchmarks.report import schema
 from mmlm_fast.hf.planning import model_class
 
-Results = dict[str, Any]
 MOST_PARAMETERS = 120_000_000  # that a step on two cores does in a second or two
 TOKENS, NEW_TOKENS, PAIRS = 256, 16, 8
 DEPTHS = ("num_hidden_layers", "depth", "encoder_layers", "decoder_layers", "num_layers", "n_layer", "n_layers")
@@ -28,12 +28,12 @@ WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
 class Own(NamedTuple):
-    """A model that is ready to be measured.
+    """Hold a model that is ready to be measured.
 
     Args:
-        model: With its weights, or random ones.
-        inputs: Of its forward, without labels.
-        labels: More of them for a training step.
+        model: The model with its weights, or random ones.
+        inputs: What its forward takes, without labels.
+        labels: What it takes beside them in a training step.
         notes: What was left out or made up, in sentences.
     """
 
@@ -41,6 +41,13 @@ class Own(NamedTuple):
     inputs: dict[str, Tensor]
     labels: dict[str, Any]
     notes: list[str]
+
+
+class Measured(NamedTuple):
+    """Hold what results.json says of a model: of itself, and its jobs before and after `accelerate`."""
+
+    about: schema.Own
+    rows: list[schema.Accelerated]
 
 
 def measure(
@@ -52,8 +59,8 @@ def measure(
     data: Path | None = None,
     device: str = "cpu",
     step: Callable[[str], None] = lambda what: None,
-) -> Results:
-    """Everything that the report says of a user's model.
+) -> Measured:
+    """Measure everything that the report says of a user's model.
 
     Args:
         name: A folder, a ``config.json`` or a name on the hub; without weights they are random.
@@ -62,7 +69,7 @@ def measure(
         dtype: Of the weights, such as bfloat16; by default as they are saved.
         device: Where it runs.
         data: Lines of text, or of JSON with a "text" each, in place of random tokens; needs the model's tokenizer.
-        step: Told what is done next.
+        step: Called with what is done next, in words.
 
     Raises:
         ValueError, OSError: where there is no such model, or none that can be run.
@@ -71,39 +78,47 @@ def measure(
     own = load(name, layers, dtype, data, device)
     model, notes = own.model, own.notes
     step("what accelerate does")
-    done = mmlm_fast.accelerate(sharing(model), strict=False, quiet=True)
+    acceleration = mmlm_fast.accelerate(sharing(model), strict=False, quiet=True)
     step("shares of time and memory")
-    shares = list(shares_of(own, {r.path: r.kind for r in done.replaced}))
-    rows = []
+    shares = list(shares_of(own, {r.path: r.kind for r in acceleration.replaced}))
+    kinds = sorted({r.kind for r in acceleration.replaced})
+    rows: list[schema.Accelerated] = []
     for job in jobs(own):
         step(job.name)
         fast = sharing(model)
         mmlm_fast.accelerate(fast, strict=False, quiet=True)
-        row = {"case": job.name, "shape": job.shape, "kinds": sorted({r.kind for r in done.replaced})}
         try:
-            rows.append(row | compared(job, model, fast) | timing_of(job, [fast], seconds))
+            rows.append(
+                {
+                    "case": job.name,
+                    "shape": job.shape,
+                    "kinds": kinds,
+                    **compared(job, model, fast),
+                    **timing_of(job, [fast], seconds),
+                }
+            )
         except Exception as error:  # what a model cannot do must not lose what it can
             notes.append(f"{job.name}: not run, {type(error).__name__}: {' '.join(str(error).split())[:200]}")
     if not rows:
         raise ValueError("; ".join(notes))
-    return {
+    about: schema.Own = {
         "name": name,
         "class": type(model).__name__,
         "parameters": sum(p.numel() for p in model.parameters()),
         "dtype": str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch."),
         "inputs": {k: list(v.shape) for k, v in own.inputs.items()},
         "notes": notes,
-        "accelerate": str(done).splitlines(),
+        "accelerate": str(acceleration).splitlines(),
         "shares": shares,
-        "rows": rows,
     }
+    return Measured(about, rows)
 
 
 # ---- the model -------------------------------------------------------------------------------------------------------
 
 
 def load(name: str, layers: int | None, dtype: str, data: Path | None, device: str = "cpu") -> Own:
-    """The model and inputs for it."""
+    """Load or build the model, cut until it fits, and make inputs for it."""
     folder = Path(name)
     folder = folder.parent if folder.is_file() else folder
     config = AutoConfig.from_pretrained(name)
@@ -125,8 +140,9 @@ def load(name: str, layers: int | None, dtype: str, data: Path | None, device: s
         model = make(config, **options)
     texts = None if data is None else _texts(data)
     inputs, labels, more = inputs_of(model.eval(), name, texts)
-    moved = [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in given.items()} for given in (inputs, labels)]
-    return Own(model.to(device), *moved, notes + more)
+    inputs = {key: value.to(device) for key, value in inputs.items()}
+    labels = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in labels.items()}
+    return Own(model=model.to(device), inputs=inputs, labels=labels, notes=notes + more)
 
 
 def _shrink(config: PretrainedConfig, cls: Any, layers: int | None, item: int) -> str:
@@ -153,19 +169,19 @@ def _shrink(config: PretrainedConfig, cls: Any, layers: int | None, item: int) -
             f"even with {most} of each stack's layers, and "
             f"{free / 2**30:.0f} GiB are free: a smaller configuration, or --layers"
         )
-    told = [
+    cuts = [
         f"{n} of {before[id(c)][key]} layers ({type(c).__name__}.{key})"
         for c in _parts(config)
         for key, n in _depths(c)
         if n != before[id(c)][key]
     ]
     if getattr(text, "vocab_size", 0) != classes:
-        told.append(f"{text.vocab_size:,} of {classes:,} classes")
-    return f"To fit, these are left: {', '.join(told)}." if told else ""
+        cuts.append(f"{text.vocab_size:,} of {classes:,} classes")
+    return f"To fit, these are left: {', '.join(cuts)}." if cuts else ""
 
 
 def _cut_classes(config: PretrainedConfig, most: int) -> None:
-    """At most so many classes; tokens with a meaning of their own become the last of these."""
+    """Keep at most so many classes; tokens with a meaning of their own become the last of these."""
     moved: dict[int, int] = {}
     for part in _parts(config):
         if getattr(part, "vocab_size", 0) > most:
@@ -176,7 +192,7 @@ def _cut_classes(config: PretrainedConfig, most: int) -> None:
 
 
 def _free_memory() -> int:
-    """Bytes that programs can still take; without bounds where the system does not tell."""
+    """Return how many bytes programs can still take; without bounds where the system does not tell."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -185,15 +201,16 @@ def _free_memory() -> int:
 
 
 def _parts(config: PretrainedConfig) -> list[PretrainedConfig]:
-    found, waiting = [], [config]
+    """Return a configuration with all that are inside it."""
+    parts, waiting = [], [config]
     while waiting:
-        found.append(waiting.pop())
-        waiting += [c for c in vars(found[-1]).values() if isinstance(c, PretrainedConfig)]
-    return found
+        parts.append(waiting.pop())
+        waiting += [c for c in vars(parts[-1]).values() if isinstance(c, PretrainedConfig)]
+    return parts
 
 
 def _depths(config: PretrainedConfig) -> Iterator[tuple[str, int]]:
-    """Own attributes alone: some configurations have two names for one."""
+    """Yield name and value of each number of layers, but of attributes alone: some have two names for one."""
     for key in DEPTHS:
         value = vars(config).get(key)
         if isinstance(value, int) and value > 0:
@@ -201,7 +218,7 @@ def _depths(config: PretrainedConfig) -> Iterator[tuple[str, int]]:
 
 
 def _cut(config: PretrainedConfig, most: int) -> None:
-    """At most so many layers of each stack, and what is said of single layers."""
+    """Keep at most so many layers of each stack, and what is said of these."""
     for part in _parts(config):
         deepest = max((n for _, n in _depths(part)), default=0)
         for key, n in list(_depths(part)):
@@ -224,24 +241,29 @@ def _size(config: PretrainedConfig, cls: Any) -> int:
 
 
 def inputs_of(model: Any, name: str, texts: list[str] | None) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
-    """Inputs that the model takes: tokens of `texts`, or random ones, with a picture or sound where it takes such."""
-    takes, notes = inspect.signature(model.forward).parameters, []
+    """Make inputs that the model takes, labels, and notes on what failed.
+
+    They are tokens of `texts`, or random ones, with a picture or sound where the model takes such.
+    """
+    takes = inspect.signature(model.forward).parameters
+    notes: list[str] = []
     generator = torch.Generator().manual_seed(0)
     ids = None if texts is None else _tokens(name, texts)
-    for made in (_heard, _seen, _written):
+    for kind, make in {"sound": _sound, "pictures": _pictures, "text": _text}.items():
         try:
-            found = made(model, takes, generator, ids)
-            if found is None:
+            drawn = make(model, takes, generator, ids)
+            if drawn is None:
                 continue
+            inputs, labels = _of_dtype(drawn[0], model), drawn[1]
             with torch.no_grad():
-                model(**_of_dtype(found[0], model))
-            return _of_dtype(found[0], model), found[1], notes
+                model(**inputs)
+            return inputs, labels, notes
         except Exception as error:  # another model's conventions: said, and the next tried
-            notes.append(f"{made.__doc__}: not run, {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            notes.append(f"{kind}: not run, {type(error).__name__}: {' '.join(str(error).split())[:200]}")
     raise ValueError("; ".join(notes) or f"{type(model).__name__} takes neither text nor pictures nor sound")
 
 
-Found = tuple[dict[str, Tensor], dict[str, Any]]
+InputsAndLabels = tuple[dict[str, Tensor], dict[str, Any]]
 
 
 def _of_dtype(inputs: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -262,8 +284,8 @@ def _random_ids(model: Any, generator: torch.Generator, length: int) -> Tensor:
     return ids
 
 
-def _heard(model: Any, takes: Any, generator: torch.Generator, ids: Tensor | None) -> Found | None:
-    """sound"""
+def _sound(model: Any, takes: Any, generator: torch.Generator, ids: Tensor | None) -> InputsAndLabels | None:
+    """Make samples or features of sound, where the model takes either."""
     config = model.config
     if "input_values" in takes and "input_ids" not in takes:
         inputs = {"input_values": torch.randn(1, 80_000, generator=generator)}
@@ -272,12 +294,12 @@ def _heard(model: Any, takes: Any, generator: torch.Generator, ids: Tensor | Non
         return None
     frames = 2 * getattr(config, "max_source_positions", 1500)
     inputs = {"input_features": torch.randn(1, config.num_mel_bins, frames, generator=generator)}
-    told = _random_ids(model, generator, 64) if ids is None else ids[:, : config.max_target_positions]
-    return inputs | {"decoder_input_ids": told}, {"labels": told}
+    transcript = _random_ids(model, generator, 64) if ids is None else ids[:, : config.max_target_positions]
+    return inputs | {"decoder_input_ids": transcript}, {"labels": transcript}
 
 
-def _seen(model: Any, takes: Any, generator: torch.Generator, ids: Tensor | None) -> Found | None:
-    """pictures"""
+def _pictures(model: Any, takes: Any, generator: torch.Generator, ids: Tensor | None) -> InputsAndLabels | None:
+    """Make pictures with or without text, where the model takes such."""
     config = model.config
     vision = getattr(config, "vision_config", config if "pixel_values" in takes else None)
     if "pixel_values" not in takes or vision is None:
@@ -319,7 +341,7 @@ def _seen(model: Any, takes: Any, generator: torch.Generator, ids: Tensor | None
 
 
 def _picture(model: Any, takes: Any, pixels: Tensor) -> tuple[dict[str, Tensor], int]:
-    """A picture in the form that the model takes, and how many placeholders: the first of those in use that it does."""
+    """Return a picture in the first of the forms in use that the model takes, and how many placeholders it needs."""
     sizes = {"image_sizes": torch.tensor([list(pixels.shape[-2:])])}
     forms: list[dict[str, Tensor]] = [{"pixel_values": pixels}, {"pixel_values": pixels[None]}]
     if "image_sizes" in takes:
@@ -334,26 +356,25 @@ def _picture(model: Any, takes: Any, pixels: Tensor) -> tuple[dict[str, Tensor],
 
 
 def _num_features(model: Any, inputs: dict[str, Tensor]) -> int:
-    """How many placeholders a picture takes: as many as it has features."""
+    """Count the placeholders that a picture takes: as many as it has features."""
     find = getattr(model, "get_image_features", None)
     if find is None:
         return 0
     with torch.no_grad():
-        found = find(**_of_dtype(inputs, model))
-    found = getattr(found, "pooler_output", found)
-    found = found if isinstance(found, (list, tuple)) else [found]
-    return sum(f.numel() // f.shape[-1] for f in found)
+        out = find(**_of_dtype(inputs, model))
+    features = getattr(out, "pooler_output", out)
+    return sum(f.numel() // f.shape[-1] for f in (features if isinstance(features, (list, tuple)) else [features]))
 
 
-def _written(model: Any, takes: Any, generator: torch.Generator, ids: Tensor | None) -> Found | None:
-    """text"""
+def _text(model: Any, takes: Any, generator: torch.Generator, ids: Tensor | None) -> InputsAndLabels | None:
+    """Make text, where the model takes such."""
     if "input_ids" not in takes:
         return None
     tokens = _random_ids(model, generator, TOKENS) if ids is None else ids
     if "decoder_input_ids" in takes:
-        told = tokens[:, : TOKENS // 4]
-        inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "decoder_input_ids": told}
-        return inputs, _language_labels(takes, told, model)
+        answer = tokens[:, : TOKENS // 4]
+        inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "decoder_input_ids": answer}
+        return inputs, _language_labels(takes, answer, model)
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}, _language_labels(takes, tokens, model)
 
 
@@ -372,23 +393,23 @@ def _texts(path: Path) -> list[str]:
 
 
 def _tokens(name: str, texts: list[str]) -> Tensor:
-    """The first `TOKENS` tokens of all texts, one behind the other."""
+    """Return the first `TOKENS` tokens of all texts, one behind the other."""
     folder = str(Path(name).parent) if Path(name).is_file() else name
     files = [path for pattern in TOKENIZERS for path in Path(folder).glob(pattern)]
     if Path(folder).is_dir() and not files:  # an empty tokenizer would be made of nothing
         raise ValueError(f"{folder} holds no tokenizer, which --data needs")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    found: list[int] = []
+    ids: list[int] = []
     for text in texts:
-        found += tokenizer(text, add_special_tokens=not found)["input_ids"]
-    return torch.tensor([found[:TOKENS]])
+        ids += tokenizer(text, add_special_tokens=not ids)["input_ids"]
+    return torch.tensor([ids[:TOKENS]])
 
 
 # ---- what is measured ------------------------------------------------------------------------------------------------
 
 
 def _loss(model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """The loss, the model's or a mean square, and the largest output."""
+    """Return the loss, the model's or a mean square, and the largest output."""
     out = model(**inputs)
     tensors = [t for t in out.values() if isinstance(t, Tensor) and t.is_floating_point() and t.dim() > 0]
     biggest = out["logits"] if isinstance(out.get("logits"), Tensor) else max(tensors, key=lambda t: t.numel())
@@ -397,7 +418,7 @@ def _loss(model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def jobs(own: Own) -> Iterator[Job]:
-    """A forward pass, a training step, and greedy generation where the model generates."""
+    """Yield a forward pass, a training step, and greedy generation where the model generates."""
     prompt = {k: v for k, v in own.inputs.items() if k != "decoder_input_ids"}
     of = ", ".join(f"{k} {list(v.shape)}" for k, v in own.inputs.items())
     parts = [own.model]
@@ -427,21 +448,23 @@ def jobs(own: Own) -> Iterator[Job]:
 
 def _waited_for(call: Callable[[Any], list[Tensor]]) -> Callable[[Any], list[Tensor]]:
     def waiting(model: Any) -> list[Tensor]:
-        found = call(model)
-        if found[0].is_cuda:
+        results = call(model)
+        if results[0].is_cuda:
             torch.cuda.synchronize()
-        return found
+        return results
 
     return waiting
 
 
-def compared(job: Job, stock: Any, fast: Any) -> dict[str, Any]:
-    """How far results lie apart: relative, of loss or output, and of all gradients together."""
+def compared(job: Job, stock: Any, fast: Any) -> schema.Comparison:
+    """Say how far results lie apart: relative, of loss or output, and of all gradients together."""
     theirs, ours = job.call(stock), job.call(fast)  # gradients are dropped before a step, not zeroed
     if job.same:
         return {"equal": all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))}
-    found = {"difference": _apart(ours[:1], theirs[:1])}
-    return found | ({"gradients_difference": _apart(ours[1:], theirs[1:])} if len(ours) > 1 else {})
+    comparison: schema.Comparison = {"difference": _apart(ours[:1], theirs[:1])}
+    if len(ours) > 1:
+        comparison["gradients_difference"] = _apart(ours[1:], theirs[1:])
+    return comparison
 
 
 def _apart(ours: list[Tensor], theirs: list[Tensor]) -> float:
@@ -449,8 +472,8 @@ def _apart(ours: list[Tensor], theirs: list[Tensor]) -> float:
     return float(np.sqrt(error / max(sum(float(b.double().square().sum()) for b in theirs), 1e-300)))
 
 
-def shares_of(own: Own, kinds: dict[str, str]) -> Iterator[dict[str, Any]]:
-    """Of a forward pass in training: time, and memory kept for the backward pass, by what a module is.
+def shares_of(own: Own, kinds: dict[str, str]) -> Iterator[schema.Share]:
+    """Measure shares of a forward pass in training by what a module is: time, and memory kept for the backward pass.
 
     A module's time is what passes in it less what passes in the modules inside it.
     """
@@ -468,8 +491,13 @@ def shares_of(own: Own, kinds: dict[str, str]) -> Iterator[dict[str, Any]]:
     all_time, all_kept = sum(best.values()) or 1, sum(kept.values()) or 1
     for what in sorted(best, key=best.__getitem__, reverse=True):
         count = sum(name == what for name in names.values())
-        share = {"time": round(best[what] / all_time, 4), "memory": round(kept.get(what, 0) / all_kept, 4)}
-        yield {"what": what, "modules": count, **share, "mib": round(kept.get(what, 0) / 2**20, 2)}
+        yield {
+            "what": what,
+            "modules": count,
+            "time": round(best[what] / all_time, 4),
+            "memory": round(kept.get(what, 0) / all_kept, 4),
+            "mib": round(kept.get(what, 0) / 2**20, 2),
+        }
 
 
 @contextmanager
@@ -512,7 +540,7 @@ def _watched(model: nn.Module, names: dict[nn.Module, str]) -> Iterator[tuple[di
 
 
 def _what(path: str, module: nn.Module, kinds: dict[str, str]) -> str:
-    """What a module's own time is spent on, in words."""
+    """Name what a module's own time is spent on."""
     name = type(module).__name__
     if isinstance(module, nn.Linear) or name.endswith("Linear"):
         return "language-model head" if kinds.get(path) == "language-model head" else "linear layers"

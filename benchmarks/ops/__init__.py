@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from mmlm_benchmarks.harness import Case, Example
+from mmlm_benchmarks.harness import Call, Case, Example
 from mmlm_fast.testing import Difference, difference, gradients
 
 OPS = tuple(sorted(module.name for module in iter_modules(__path__)))
@@ -49,14 +49,14 @@ class _Checks:
     exact: Callable
     draw: Callable[[], tuple] | None
 
-    def forward(self, providers: Mapping[str, Callable], args: tuple) -> dict[str, list[Difference]]:
+    def forward(self, providers: dict[str, Call], args: tuple) -> dict[str, list[Difference]]:
         """Compare outputs."""
         args = self._inputs(args)
         truth, twin = (pytree.tree_leaves(t) for t in (self.exact(*_double(args)), self.reference(*args)))
         return {p: _differences(pytree.tree_leaves(call(*args)), twin, truth) for p, call in providers.items()}
 
-    def step(self, providers: Mapping[str, TrainingStep], args: tuple) -> dict[str, list[Difference]]:
-        """Compare gradients, of incoming gradients of one."""
+    def step(self, providers: dict[str, Any], args: tuple) -> dict[str, list[Difference]]:
+        """Compare the gradients that each `TrainingStep` takes, of incoming gradients of one."""
         args = self._inputs(args)
         grad = [torch.ones_like(out) for out in pytree.tree_leaves(self.reference(*args))]
         truth, twin = gradients(self.exact, _double(args), grad), gradients(self.reference, args, grad)

@@ -1,4 +1,4 @@
-"""Committed ratios of a kind of machine, which `mmlm-fast report --against` compares with.
+"""Keep ratios of a kind of machine, which `mmlm-fast report --against` compares with.
 
 python -m mmlm_benchmarks.report.baseline report/results.json    # keeps a report's ratios as the baseline
 """
@@ -8,55 +8,74 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
+from mmlm_benchmarks.report.findings import gain
 from mmlm_benchmarks.report.measure import RESULTS
+from mmlm_benchmarks.report.schema import (
+    Baseline,
+    BaselineAccelerated,
+    BaselineEnvironment,
+    BaselineRow,
+    Environment,
+    Results,
+)
 
 FOLDER = RESULTS / "baselines"
-KEPT = ("device", "device_type", "threads", "isa", "date", "commit", "packages", "load_average", "others_load")
 
 
-def ratios(results: dict[str, Any]) -> dict[str, Any]:
-    """What `findings.slower_than` asks for, and where it is from.
+def ratios(results: Results) -> Baseline:
+    """Return what `findings.slower_than` asks for, and where it is from.
 
     Raises:
         ValueError: where a case failed, or the report did not end.
     """
     if results["failures"] or not results["finished"]:
         raise ValueError("a report that did not end, or with cases that failed, is no baseline")
-    rows = [
-        {"case": r["case"], "provider": r["provider"], "ours": False, "ours_faster": round(r["ours_faster"], 3)}
+    rows: list[BaselineRow] = [
+        {"case": r["case"], "provider": r["provider"], "ours": False, "ours_faster": round(gain(r), 3)}
         for r in results["rows"]
         if not r["ours"]
     ]
-    accelerated = [
+    accelerated: list[BaselineAccelerated] = [
         {"case": r["case"], "shape": r["shape"], "speedup": round(r["speedup"], 3)} for r in results["accelerated"]
     ]
-    environment = {key: results["environment"].get(key) for key in KEPT}
+    e = results["environment"]
+    environment: BaselineEnvironment = {
+        "device": e["device"],
+        "device_type": e["device_type"],
+        "threads": e["threads"],
+        "isa": e["isa"],
+        "date": e["date"],
+        "commit": e["commit"],
+        "packages": e["packages"],
+        "load_average": e["load_average"],
+        "others_load": e.get("others_load"),
+    }
     return {"environment": environment, "rows": rows, "accelerated": accelerated}
 
 
-def committed(environment: dict[str, Any], folder: Path = FOLDER) -> Path:
-    """The newest file of a machine like this.
+def committed(environment: Environment, folder: Path = FOLDER) -> Path:
+    """Find the newest file of a machine like this.
 
     Raises:
         ValueError: where there is none.
     """
-    found = [
-        (path, json.loads(path.read_text(encoding="utf-8"))["environment"]) for path in sorted(folder.glob("*.json"))
-    ]
-    here = [(e["date"], path) for path, e in found if _kind(e) == _kind(environment)]
-    if not here:
-        others = "; ".join(sorted({"{} with {} threads".format(*_kind(e)) for _, e in found})) or "none at all"
+    environments: dict[Path, BaselineEnvironment] = {
+        path: json.loads(path.read_text(encoding="utf-8"))["environment"] for path in sorted(folder.glob("*.json"))
+    }
+    alike = [(e["date"], path) for path, e in environments.items() if _kind(e) == _kind(environment)]
+    if not alike:
+        kinds = sorted({"{} with {} threads".format(*_kind(e)) for e in environments.values()})
+        others = "; ".join(kinds) or "none at all"
         raise ValueError(
             "no committed baseline is of {} with {} threads ({}): give --against a results.json of this machine".format(
                 *_kind(environment), others
             )
         )
-    return max(here)[1]
+    return max(alike)[1]
 
 
-def _kind(environment: dict[str, Any]) -> tuple[str, int]:
+def _kind(environment: Environment | BaselineEnvironment) -> tuple[str, int]:
     return environment["device"], environment["threads"]
 
 
@@ -70,8 +89,9 @@ def main(argv: list[str] | None = None) -> int:
     path = FOLDER / f"{name}-{kept['environment']['threads']}-threads.json"
     path.parent.mkdir(exist_ok=True)
     lines = [f'"environment": {json.dumps(kept["environment"])}']
-    for part in ("rows", "accelerated"):  # one line a case, so that a change reads as one
-        lines.append(f'"{part}": [\n' + ",\n".join(f"  {json.dumps(row)}" for row in kept[part]) + "\n]")
+    for part, rows in (("rows", kept["rows"]), ("accelerated", kept["accelerated"])):
+        one_a_line = ",\n".join(f"  {json.dumps(row)}" for row in rows)  # so that a change reads as one
+        lines.append(f'"{part}": [\n{one_a_line}\n]')
     path.write_text("{" + ",\n".join(lines) + "}\n", encoding="utf-8")
     print(f"{path}: {len(kept['rows'])} ratios")
     return 0

@@ -3,10 +3,11 @@
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from mmlm_benchmarks.audio import AUDIO, log_mel
 from mmlm_benchmarks.audio.speech import RATE, speech
 from mmlm_benchmarks.models import accelerated, own, thin
 from mmlm_benchmarks.ops import OPS
+from mmlm_benchmarks.report import findings, schema
+from mmlm_benchmarks.report.schema import Results
 from mmlm_fast.audio import WhisperFeatureExtractor
 
 JOBS = (*OPS, *AUDIO, "model", "accelerated", "curves", "learning")
@@ -26,16 +29,14 @@ RESULTS = Path(__file__).parents[1] / "results"
 SCALING_SECONDS = (1, 3, 10, 30, 120, 600)
 BUDGET = 155.0  # seconds, of the report of three minutes: imports, the last case and the page come on top
 SAVED_EVERY = 10.0  # seconds
-BUSY = 0.4  # of a core, by other programs
-DRIFT = 1.25  # of the machine's rates, between the start and the end
-Results = dict[str, Any]
+T = TypeVar("T")
 
 
 class Step(NamedTuple):
-    """One thing that is measured.
+    """Name one thing that is measured, and how.
 
     Args:
-        name: Of it, in the report.
+        name: What the report calls it.
         job: What ``--ops`` calls it; "" for what belongs to none.
         run: Adds to the results.
     """
@@ -46,7 +47,7 @@ class Step(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What is to be measured, and for how long.
+    """Choose what is measured, and for how long.
 
     Args:
         device: ``cpu`` or ``cuda``.
@@ -66,28 +67,30 @@ class Options(NamedTuple):
     budget: float | None = None
 
     def has(self, job: str) -> bool:
-        """Whether a job is part of it."""
+        """Say whether a job is to be measured."""
         if job == "learning":
             return self.full or self.learning or job in self.jobs
         return self.full or not self.jobs or job in self.jobs
 
     @property
     def is_short(self) -> bool:
-        """Whether one case stands for each op."""
+        """Say whether one case stands for each op."""
         return not self.jobs and not self.full
 
 
 def audio_cases(family: str, device: str) -> list[harness.Case]:
+    """Return the cases of a family of audio features."""
     return import_module(f"mmlm_benchmarks.audio.{family}").cases(device)
 
 
 def op_cases(op: str, device: str, full: bool = False) -> list[harness.Case]:
+    """Return the cases of an op, with those that take minutes if `full`."""
     module = import_module(f"mmlm_benchmarks.ops.{op}")
     return module.cases(device) + (module.full_cases(device) if full and hasattr(module, "full_cases") else [])
 
 
 def telling(module: str, cases: list[harness.Case]) -> list[harness.Case]:
-    """The case that says most: the one that the module names, else the first training step, else the first."""
+    """Choose the case that says most: the one that the module names, else the first training step, else the first."""
     named = getattr(import_module(module), "TELLING", None)
     chosen = [c for c in cases if c.name == named] or [c for c in cases if c.name.endswith("forward + backward")]
     return (chosen or cases)[:1]
@@ -100,7 +103,7 @@ def collect(
     resume: Results | None = None,
     save: Callable[[Results], None] | None = None,
 ) -> Results:
-    """Measure and return what results.json holds; `SCHEMA` of `mmlm_benchmarks.report.schema` describes it.
+    """Measure and return what results.json holds; `mmlm_benchmarks.report.schema` describes it.
 
     Args:
         options: What, and for how long.
@@ -123,57 +126,74 @@ def collect(
 
 
 def collect_own(name: str, options: Options, *, progress: bool = True, **more: Any) -> Results:
-    """The same of a user's own model alone: see `mmlm_benchmarks.models.own.measure`, which takes `more`."""
+    """Measure a user's own model alone: see `mmlm_benchmarks.models.own.measure`, which takes `more`."""
     transformers.logging.set_verbosity_error()
-    results = _started(options) | {"not_measured": []}
+    results = _started(options)
     with tqdm(total=6, disable=not progress, unit="step", dynamic_ncols=True) as bar:
 
         def step(what: str) -> None:
             bar.set_description(what)
             bar.update()
 
-        found = own.measure(name, seconds=10 * options.seconds, device=options.device, step=step, **more)
-    results["accelerated"] = found.pop("rows")
-    return results | {"own": found, "finished": True}
+        measured = own.measure(name, seconds=10 * options.seconds, device=options.device, step=step, **more)
+    results["not_measured"] = []
+    results["accelerated"] = measured.rows
+    results["own"] = measured.about
+    results["finished"] = True
+    return results
 
 
 def _started(options: Options) -> Results:
-    results: Results = {"environment": harness.environment(options.device), "options": _as_json(options)}
+    environment = harness.environment(options.device)
     load = harness.others_load()
-    results["environment"]["others_load"] = None if load is None else round(load, 2)
-    results |= {"rows": [], "accelerated": [], "generation": [], "learning": [], "scaling": [], "memory": []}
-    results |= {"curves": [], "starts": []}
-    results |= {
+    environment["others_load"] = None if load is None else round(load, 2)
+    results: Results = {
+        "environment": environment,
+        "options": _as_json(options),
+        "rows": [],
+        "accelerated": [],
+        "generation": [],
+        "learning": [],
+        "scaling": [],
+        "memory": [],
+        "curves": [],
+        "starts": [],
         "rates": [],
-        "not_measured": [],
+        "not_measured": _gpu_rows(options) if options.device == "cpu" else [],
         "failures": [],
         "skipped": [],
         "seconds_by_case": {},
         "finished": False,
+        "missing_peers": harness.missing_peers(options.device),
     }
-    results["missing_peers"] = harness.missing_peers(options.device)
     if options.device == "cpu":
-        results["not_measured"] = _gpu_rows(options)
         results["last_gpu_result"] = last_gpu_result()
     return results
 
 
-def _as_json(options: Options) -> dict[str, Any]:
-    return options._asdict() | {"jobs": list(options.jobs)}
+def _as_json(options: Options) -> schema.Asked:
+    return {
+        "device": options.device,
+        "jobs": list(options.jobs),
+        "full": options.full,
+        "learning": options.learning,
+        "seconds": options.seconds,
+        "budget": options.budget,
+    }
 
 
 def _gone_on(options: Options, resume: Results) -> Results:
-    now = harness.environment(options.device)
-    for what in ("device", "device_type", "commit", "packages"):
-        if resume["environment"][what] != now[what]:
-            raise ValueError(
-                f"{what} was {resume['environment'][what]} and is {now[what]}: start anew, without --resume"
-            )
+    before, now = resume["environment"], harness.environment(options.device)
+    same: tuple[Literal["device", "device_type", "commit", "packages"], ...]
+    same = ("device", "device_type", "commit", "packages")
+    for what in same:
+        if before[what] != now[what]:
+            raise ValueError(f"{what} was {before[what]} and is {now[what]}: start anew, without --resume")
     if resume["options"] != json.loads(json.dumps(_as_json(options))):
         raise ValueError(f"the report was begun with {resume['options']}, now it is {_as_json(options)}")
     failed = {f["case"] for f in resume["failures"]}
     times = {name: t for name, t in resume["seconds_by_case"].items() if name not in failed}
-    return resume | {"failures": [], "skipped": [], "seconds_by_case": times, "finished": False}
+    return {**resume, "failures": [], "skipped": [], "seconds_by_case": times, "finished": False}
 
 
 def _run_steps(
@@ -205,19 +225,23 @@ def _steps(options: Options, results: Results, folder: Path) -> Iterator[Step]:
     every, one = torch.get_num_threads(), 1
 
     def rates() -> None:
-        found = {}
+        rate_by_threads = {}
         for count in sorted({one, every}):
             with harness.threads(count):
-                rate = harness.measure_machine(device)
-            found[str(count)] = [rate.bytes_per_second, rate.flops_per_second]
-        results["rates"].append(found)
+                machine = harness.measure_machine(device)
+            rate_by_threads[str(count)] = [machine.bytes_per_second, machine.flops_per_second]
+        results["rates"].append(rate_by_threads)
 
     def limits() -> None:
         rates()  # before and after, the better of both: neighbours only ever slow a machine
         machines = {}
         for count in results["rates"][0]:
-            given = [harness.Machine(*found[count]) for found in results["rates"] if count in found]
-            machines[int(count)] = given[0].best_of(given[-1])
+            measured = [
+                harness.Machine(bytes_per_second=rate[count][0], flops_per_second=rate[count][1])
+                for rate in results["rates"]
+                if count in rate
+            ]
+            machines[int(count)] = measured[0].best_of(measured[-1])
         for row in results["rows"]:
             fraction = machines[row["threads"]].fraction_of_limit(row)
             row["fraction_of_limit"] = None if fraction is None else round(fraction, 4)
@@ -229,19 +253,15 @@ def _steps(options: Options, results: Results, folder: Path) -> Iterator[Step]:
     def timed(case: harness.Case, job: str, num_threads: int, budget: float = seconds) -> Step:
         def run() -> None:
             with harness.threads(num_threads):
-                rows = harness.rows_as_json(harness.run(case, budget))
-            results["rows"] += [row | {"fraction_of_limit": None, "job": job} for row in rows]
+                results["rows"] += harness.rows_as_json(harness.run(case, budget), job)
 
         return Step(case.name, job, run)
 
     yield Step("machine rates", "", rates)
     if options.has("accelerated"):
         for name in accelerated.SHORT if options.is_short else accelerated.JOBS:
-            yield Step(
-                f"accelerated: {name}",
-                "accelerated",
-                lambda name=name: results["accelerated"].extend(list(accelerated.measure(name, 10 * seconds, full))),
-            )
+            measured = partial(accelerated.measure, name, 10 * seconds, full)
+            yield Step(f"accelerated: {name}", "accelerated", partial(_add, results["accelerated"], measured))
     for family in AUDIO:
         if options.has(family):
             cases = audio_cases(family, device)
@@ -252,53 +272,59 @@ def _steps(options: Options, results: Results, folder: Path) -> Iterator[Step]:
         for case in thin.cases(device, full, fusions):  # long calls: fewer samples in the same time
             yield timed(case, "model", every, 3 * seconds)
         for fusion in fusions:
-            yield Step(
-                f"generation, fusion {fusion}",
-                "model",
-                lambda fusion=fusion: results["generation"].append(thin.generation_agrees(fusion, device)),
-            )
+            agrees = partial(_generation, fusion, device)
+            yield Step(f"generation, fusion {fusion}", "model", partial(_add, results["generation"], agrees))
     for op in OPS:
         if options.has(op):
             cases = op_cases(op, device, full)
             for case in telling(f"mmlm_benchmarks.ops.{op}", cases) if options.is_short else cases:
                 yield timed(case, op, every)
     if options.has("log_mel") and device == "cpu" and not options.is_short:
-        yield Step("log-mel, scaling", "log_mel", lambda: results["scaling"].extend(_scaling()))
+        yield Step("log-mel, scaling", "log_mel", partial(_add, results["scaling"], _scaling))
     for op, num_scalars in (("clip_loss", 1), ("siglip_loss", 2)):
         if full and options.has(op):
-            yield Step(
-                f"{op}, memory over the batch",
-                op,
-                lambda op=op, n=num_scalars: results["memory"].extend(_memory(op, n)),
-            )
+            memory = partial(_memory, op, num_scalars)
+            yield Step(f"{op}, memory over the batch", op, partial(_add, results["memory"], memory))
     if options.has("curves") and device == "cpu" and not options.is_short:
         for curve in curves.curves(every):
-            yield Step(curve.name, "curves", lambda c=curve: results["curves"].extend(list(curves.measure(c, seconds))))
-        yield Step("cold starts", "curves", lambda: results["starts"].extend(curves.cold_starts()))
+            points = partial(curves.measure, curve, seconds)
+            yield Step(curve.name, "curves", partial(_add, results["curves"], points))
+        yield Step("cold starts", "curves", partial(_add, results["starts"], curves.cold_starts))
     yield Step("machine rates again", "", limits)
     if options.has("learning"):  # after what is timed, as it would heat the machine
         for experiment in learning.experiments(full):
-            yield Step(
-                f"training: {experiment.name}",
-                "learning",
-                lambda e=experiment: results["learning"].append(learning.run(e, folder)),
-            )
+            training = partial(_training, experiment, folder)
+            yield Step(f"training: {experiment.name}", "learning", partial(_add, results["learning"], training))
 
 
-def _memory(op: str, num_scalars: int) -> list[dict[str, Any]]:
-    """Of a contrastive loss, over the batch; on the CPU, where it is counted in pages."""
+def _add(rows: list[T], measure: Callable[[], Iterable[T]]) -> None:
+    """Add what is measured to rows, all of it or, where that fails, nothing."""
+    rows.extend(list(measure()))
+
+
+def _generation(fusion: str, device: str) -> list[schema.Generation]:
+    return [cast(schema.Generation, thin.generation_agrees(fusion, device))]
+
+
+def _training(experiment: learning.Experiment, folder: Path) -> list[schema.Training]:
+    return [cast(schema.Training, learning.run(experiment, folder))]
+
+
+def _memory(op: str, num_scalars: int) -> list[schema.MemoryPoint]:
+    """Measure the memory of a contrastive loss over the batch; on the CPU, where it is counted in pages."""
     module = import_module(f"mmlm_benchmarks.ops.{op}")
-    return contrastive.memory_curve(op, "cpu", module.eager, getattr(mmlm_fast.ops, op), num_scalars)
+    points = contrastive.memory_curve(op, "cpu", module.eager, getattr(mmlm_fast.ops, op), num_scalars)
+    return cast(list[schema.MemoryPoint], points)
 
 
-def _scaling() -> list[dict[str, Any]]:
-    """Time over clip length: ours on one thread and on two, transformers on one."""
+def _scaling() -> list[schema.ScalingPoint]:
+    """Time log-mel over clip length: ours on one thread and on two, transformers on one."""
     options = {"padding": "longest", "truncation": False}
     calls = {
         "transformers": log_mel.extractor(transformers.WhisperFeatureExtractor, **options),
         "mmlm_fast": log_mel.extractor(WhisperFeatureExtractor, **options),
     }
-    points = []
+    points: list[schema.ScalingPoint] = []
 
     def add(provider: str, num_threads: int, length: int, times: list[float]) -> None:
         label = f"{provider}, {num_threads} thread{'s' if num_threads > 1 else ''}"
@@ -335,24 +361,24 @@ def _gpu_rows(options: Options) -> list[str]:
     return rows
 
 
-def last_gpu_result() -> dict[str, Any] | None:
-    """Environment of the newest committed GPU result, if there is one, and each of its cases' best alternative."""
-    found = []
+def last_gpu_result() -> schema.LastGpuResult | None:
+    """Return the newest committed GPU result, if there is one: its environment, and each case's best alternative."""
+    of_gpus: list[schema.LastGpuResult] = []
     for path in RESULTS.glob("*.json"):
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results: schema.Committed = json.loads(path.read_text(encoding="utf-8"))
         if results["environment"]["device_type"] == "cuda":
-            best: dict[str, dict[str, Any]] = {}
-            for row in results["rows"]:
-                known = best.get(row["case"])
-                if not row["ours"] and (known is None or row["ours_faster"] < known["ours_faster"]):
-                    best[row["case"]] = {name: row[name] for name in ("case", "provider", "ours_faster")}
+            best: dict[str, schema.BestAlternative] = {}
+            for row in (r for r in results["rows"] if not r["ours"]):
+                known, gain = best.get(row["case"]), findings.gain(row)
+                if known is None or gain < known["ours_faster"]:
+                    best[row["case"]] = {"case": row["case"], "provider": row["provider"], "ours_faster": gain}
             rows = sorted(best.values(), key=lambda r: r["ours_faster"])
-            found.append(results["environment"] | {"file": path.name, "rows": rows})
-    return max(found, key=lambda e: e["date"], default=None)
+            of_gpus.append({**results["environment"], "file": path.name, "rows": rows})
+    return max(of_gpus, key=lambda e: e["date"], default=None)
 
 
 def sample_features() -> dict[str, np.ndarray]:
-    """Features of the English sample, and their error against float64, for the picture in the report."""
+    """Compute features of the English sample, and their error against float64, for the picture in the report."""
     from mmlm_fast.audio import log_mel as ours
     from mmlm_fast.audio import log_mel_ref
     from mmlm_fast.data import load_speech

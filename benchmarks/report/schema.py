@@ -1,113 +1,420 @@
-"""What results.json holds, field by field: ``python -m mmlm_benchmarks.report.schema`` prints it as Markdown."""
+"""Type what results.json holds, field by field: ``python -m mmlm_benchmarks.report.schema`` prints it as Markdown."""
 
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from types import NoneType, UnionType
+from typing import Annotated, Any, NotRequired, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
 
 from mmlm_benchmarks.tables import LEFT, markdown_table
 
-NUMBER = (int, float)
-MAYBE = (int, float, type(None))
+
+class Environment(TypedDict):
+    """Describe the machine, and the versions that ran on it; `stand_in` and `card` are of the GPU suite's results."""
+
+    device: str
+    device_type: str
+    cores: int | None
+    threads: int
+    isa: str
+    load_average: float
+    date: str
+    commit: str | None
+    mmlm_fast: str
+    python: str
+    packages: dict[str, str]
+    cuda: str | None
+    others_load: NotRequired[float | None]
+    stand_in: NotRequired[bool]
+    card: NotRequired[str | None]
 
 
-class Field(NamedTuple):
-    """One field: the types that it may have, and what it means."""
+class Asked(TypedDict):
+    """Repeat the options of a report."""
 
-    types: tuple[type, ...]
-    meaning: str
-
-
-ROW = {
-    "group": Field((str,), "audio, model, or the op"),
-    "job": Field((str,), "what `mmlm-fast report --ops` calls it"),
-    "case": Field((str,), "one job at one size; its rows are one a provider"),
-    "shape_from": Field((str,), "the model or setting that the size is taken from"),
-    "provider": Field((str,), "who computes it"),
-    "ours": Field((bool,), "whether that is mmlm-fast"),
-    "median_ms": Field(NUMBER, "of one call; p20_ms and p80_ms: percentiles"),
-    "p20_ms": Field(NUMBER, ""),
-    "p80_ms": Field(NUMBER, ""),
-    "speedup": Field(NUMBER, "over the first provider; ours: median of paired ratios, others: ratio of medians"),
-    "speedup_p20": Field(MAYBE, ""),
-    "speedup_p80": Field(MAYBE, ""),
-    "ours_faster": Field(MAYBE, "its time over ours, median of neighbouring calls; null for ours"),
-    "ours_faster_p20": Field(MAYBE, ""),
-    "ours_faster_p80": Field(MAYBE, ""),
-    "ours_faster_low": Field(MAYBE, "95 % confidence interval of that median"),
-    "ours_faster_high": Field(MAYBE, ""),
-    "peak_mib": Field(MAYBE, "memory of one call beyond what was held before; null where the system does not tell"),
-    "relative_error": Field(MAYBE, "norm, against float64; null where a provider computes another thing"),
-    "allowed_error": Field(MAYBE, "what it may be"),
-    "threads": Field((int,), "of torch and of the native core"),
-    "bytes_moved": Field((int,), "each input read once, each output written once; 0: not stated"),
-    "flops": Field((int,), ""),
-    "host_us": Field(MAYBE, "until a call returns, on CUDA"),
-    "fraction_of_limit": Field(MAYBE, "time that bytes and flops need at the machine's rates, over the time taken"),
-}
-ACCELERATED = {
-    "case": Field((str,), ""),
-    "shape": Field((str,), "the configuration, and what of it was left out to fit"),
-    "kinds": Field((list,), "kinds of place that were replaced"),
-    "threads": Field((int,), ""),
-    "load": Field(NUMBER, "load average"),
-    "stock_s": Field(NUMBER, "median of a call as transformers has it; ours_s: accelerated"),
-    "ours_s": Field(NUMBER, ""),
-    "speedup": Field(NUMBER, "median of paired ratios"),
-    "speedup_p20": Field(NUMBER, ""),
-    "speedup_p80": Field(NUMBER, ""),
-    "speedup_low": Field(NUMBER, "95 % confidence interval of that median"),
-    "speedup_high": Field(NUMBER, ""),
-    "stock_mib": Field(MAYBE, "peak memory; ours_mib: accelerated"),
-    "ours_mib": Field(MAYBE, ""),
-    "gradients_mib": Field(NUMBER, "part of both"),
-}
-TOP = {
-    "environment": Field((dict,), "device, versions, date, commit, threads, `others_load`: what other programs took"),
-    "options": Field((dict,), "what was asked for"),
-    "rows": Field((list,), "see below"),
-    "accelerated": Field((list,), "Hugging Face models before and after `accelerate`, see below; with `equal` (tokens) "
-                         "or `difference` (norm over loss and gradients)"),
-    "generation": Field((list,), "greedy generation of the thin model in reference and fast form"),
-    "learning": Field((list,), "trainings and their controls, with --learning"),
-    "scaling": Field((list,), "log-mel over clip length"),
-    "memory": Field((list,), "contrastive losses over the batch"),
-    "curves": Field((list,), "time and memory over length, batch, threads: curve, along, x, provider, ms, peak_mib"),
-    "starts": Field((list,), "seconds of fresh processes: what, seconds"),
-    "rates": Field((list,), "bytes and flops a second, by number of threads, at the start and at the end"),
-    "not_measured": Field((list,), "what needs a GPU"),
-    "missing_peers": Field((list,), "what could be compared with and is not, each with the reason"),
-    "failures": Field((list,), "case and error"),
-    "skipped": Field((list,), "cases that did not fit into the time, with the command that runs each"),
-    "seconds_by_case": Field((dict,), "how long each took, its check included"),
-    "finished": Field((bool,), "false where the run was cut off"),
-}  # fmt: skip
+    device: str
+    jobs: list[str]
+    full: bool
+    learning: bool
+    seconds: float
+    budget: float | None
 
 
-def problems(results: dict[str, Any]) -> list[str]:
-    """What of `results` is not as described; empty where all is."""
-    found = list(_problems("results", results, TOP, {"machine", "last_gpu_result", "own"}))
-    for i, row in enumerate(results.get("rows", [])):
-        found += _problems(f"rows[{i}]", row, ROW, set())
-    for i, row in enumerate(results.get("accelerated", [])):
-        found += _problems(f"accelerated[{i}]", row, ACCELERATED, {"equal", "difference", "gradients_difference"})
-    return found
+class Row(TypedDict):
+    """Hold what one provider needs for a case."""
+
+    group: Annotated[str, "audio, model, or the op"]
+    job: Annotated[str, "what `mmlm-fast report --ops` calls it"]
+    case: Annotated[str, "one job at one size; its rows are one a provider"]
+    shape_from: Annotated[str, "the model or setting that the size is taken from"]
+    provider: Annotated[str, "who computes it"]
+    ours: Annotated[bool, "whether that is mmlm-fast"]
+    median_ms: Annotated[float, "of one call; p20_ms and p80_ms: percentiles"]
+    p20_ms: float
+    p80_ms: float
+    speedup: Annotated[float, "over the first provider; ours: median of paired ratios, others: ratio of medians"]
+    speedup_p20: float | None
+    speedup_p80: float | None
+    ours_faster: Annotated[float | None, "its time over ours, median of neighbouring calls; null for ours"]
+    ours_faster_p20: float | None
+    ours_faster_p80: float | None
+    ours_faster_low: Annotated[float | None, "95 % confidence interval of that median"]
+    ours_faster_high: float | None
+    peak_mib: Annotated[
+        float | None, "memory of one call beyond what was held before; null where the system does not tell"
+    ]
+    relative_error: Annotated[float | None, "norm, against float64; null where a provider computes another thing"]
+    allowed_error: Annotated[float | None, "what it may be"]
+    threads: Annotated[int, "of torch and of the native core"]
+    bytes_moved: Annotated[int, "each input read once, each output written once; 0: not stated"]
+    flops: int
+    host_us: Annotated[float | None, "until a call returns, on CUDA"]
+    fraction_of_limit: Annotated[
+        float | None, "time that bytes and flops need at the machine's rates, over the time taken"
+    ]
 
 
-def _problems(where: str, found: dict[str, Any], fields: dict[str, Field], others: set[str]) -> list[str]:
-    told = [f"{where} lacks {name}" for name in fields.keys() - found.keys()]
-    told += [f"{where}.{name} is not described" for name in found.keys() - fields.keys() - others]
-    for name, value in found.items():
-        if name in fields and type(value) not in fields[name].types:
-            told.append(f"{where}.{name} is {type(value).__name__}")
-    return told
+class Job(TypedDict):
+    """Name what a model is timed with, before and after `accelerate`."""
+
+    case: str
+    shape: Annotated[str, "the configuration, and what of it was left out to fit"]
+    kinds: Annotated[list[str], "kinds of place that were replaced"]
+
+
+class Comparison(TypedDict):
+    """Say how far results before and after lie apart: `equal` of tokens, else relative differences."""
+
+    equal: NotRequired[bool]
+    difference: NotRequired[float]
+    gradients_difference: NotRequired[float]
+
+
+class Timing(TypedDict):
+    """Say how long a job takes, and how much memory, before and after `accelerate`."""
+
+    threads: int
+    load: Annotated[float, "load average"]
+    stock_s: Annotated[float, "median of a call as transformers has it; ours_s: accelerated"]
+    ours_s: float
+    speedup: Annotated[float, "median of paired ratios"]
+    speedup_p20: float
+    speedup_p80: float
+    speedup_low: Annotated[float, "95 % confidence interval of that median"]
+    speedup_high: float
+    stock_mib: Annotated[float | None, "peak memory; ours_mib: accelerated"]
+    ours_mib: float | None
+    gradients_mib: Annotated[float, "part of both"]
+
+
+class Accelerated(Job, Comparison, Timing):
+    """Hold a job of a Hugging Face model before and after `accelerate`."""
+
+
+class Generation(TypedDict):
+    """Say whether greedy generation of the thin model gives the same tokens in reference and fast form."""
+
+    fusion: str
+    tokens: int
+    equal: bool
+
+
+class Control(TypedDict):
+    """Repeat an evaluation with one modality of other samples; `loss_interval` is of the loss of score by that."""
+
+    metrics: dict[str, Any]
+    loss_interval: list[float] | None
+    used: bool | None
+
+
+class Picture(TypedDict):
+    """Show an evaluated picture: its text, what the model said of it, and what it should have said."""
+
+    png: str
+    text: str
+    said: str
+    reference: str
+
+
+class Training(TypedDict):
+    """Hold what the report reads of a training; `mmlm_fast.training.train` returns more."""
+
+    name: str
+    data: str
+    seed: int
+    num_samples: dict[str, int]
+    metrics: dict[str, Any]
+    chance: float | None
+    controls: dict[str, Control]
+    history: list[dict[str, float]]
+    seconds: float
+    gallery: list[Picture]
+
+
+class ScalingPoint(TypedDict):
+    """Time log-mel of one clip length."""
+
+    provider: str
+    seconds: int
+    ms: float
+    p20_ms: float
+    p80_ms: float
+
+
+class MemoryPoint(TypedDict):
+    """Hold the memory of a training step of a contrastive loss at one batch."""
+
+    op: str
+    provider: str
+    batch: int
+    mib: float
+
+
+class CurvePoint(TypedDict):
+    """Hold time and memory of one provider at one point of a curve."""
+
+    curve: str
+    along: str
+    x: int
+    provider: str
+    ms: float
+    p20_ms: float
+    p80_ms: float
+    peak_mib: float | None
+
+
+class Start(TypedDict):
+    """Time a fresh process."""
+
+    what: str
+    seconds: float
+
+
+class Failure(TypedDict):
+    """Name a case that failed, and why."""
+
+    case: str
+    error: str
+
+
+class Skipped(TypedDict):
+    """Name a case that did not fit into the time, and the command that runs it."""
+
+    case: str
+    command: str
+
+
+class Rates(TypedDict):
+    """Hold the better of the machine's rates at the start and at the end, on all threads."""
+
+    copy_gb_per_s: float
+    matmul_gflop_per_s: float
+
+
+class BestAlternative(TypedDict):
+    """Say how many times as fast as the best alternative ours is in a case."""
+
+    case: str
+    provider: str
+    ours_faster: float
+
+
+class LastGpuResult(Environment):
+    """Name the newest committed result of a GPU, with the best alternative of each of its cases."""
+
+    file: str
+    rows: list[BestAlternative]
+
+
+class Share(TypedDict):
+    """Say which part of a model's time and memory modules of one kind take."""
+
+    what: str
+    modules: int
+    time: float
+    memory: float
+    mib: float
+
+
+Own = TypedDict(
+    "Own",
+    {
+        "name": str,
+        "class": str,
+        "parameters": int,
+        "dtype": str,
+        "inputs": dict[str, list[int]],
+        "notes": list[str],
+        "accelerate": list[str],
+        "shares": list[Share],
+    },
+)
+
+
+class Results(TypedDict):
+    """Hold a report's results."""
+
+    environment: Annotated[
+        Environment, "device, versions, date, commit, threads, `others_load`: what other programs took"
+    ]
+    options: Annotated[Asked, "what was asked for"]
+    rows: Annotated[list[Row], "see below"]
+    accelerated: Annotated[
+        list[Accelerated],
+        "Hugging Face models before and after `accelerate`, see below; with `equal` (tokens) "
+        "or `difference` (norm over loss and gradients)",
+    ]
+    generation: Annotated[list[Generation], "greedy generation of the thin model in reference and fast form"]
+    learning: Annotated[list[Training], "trainings and their controls, with --learning"]
+    scaling: Annotated[list[ScalingPoint], "log-mel over clip length"]
+    memory: Annotated[list[MemoryPoint], "contrastive losses over the batch"]
+    curves: Annotated[
+        list[CurvePoint], "time and memory over length, batch, threads: curve, along, x, provider, ms, peak_mib"
+    ]
+    starts: Annotated[list[Start], "seconds of fresh processes: what, seconds"]
+    rates: Annotated[
+        list[dict[str, list[float]]], "bytes and flops a second, by number of threads, at the start and at the end"
+    ]
+    not_measured: Annotated[list[str], "what needs a GPU"]
+    missing_peers: Annotated[list[str], "what could be compared with and is not, each with the reason"]
+    failures: Annotated[list[Failure], "case and error"]
+    skipped: Annotated[list[Skipped], "cases that did not fit into the time, with the command that runs each"]
+    seconds_by_case: Annotated[dict[str, float], "how long each took, its check included"]
+    finished: Annotated[bool, "false where the run was cut off"]
+    machine: NotRequired[Rates]
+    last_gpu_result: NotRequired[LastGpuResult | None]
+    own: NotRequired[Own]
+
+
+class BaselineEnvironment(TypedDict):
+    """Say where a baseline is from."""
+
+    device: str
+    device_type: str
+    threads: int
+    isa: str
+    date: str
+    commit: str | None
+    packages: dict[str, str]
+    load_average: float
+    others_load: float | None
+
+
+class BaselineRow(TypedDict):
+    """Keep the ratio of an alternative."""
+
+    case: str
+    provider: str
+    ours: bool
+    ours_faster: float
+
+
+class BaselineAccelerated(TypedDict):
+    """Keep the gain of an accelerated model."""
+
+    case: str
+    shape: str
+    speedup: float
+
+
+class Baseline(TypedDict):
+    """Keep a report's ratios, which later reports are compared with."""
+
+    environment: BaselineEnvironment
+    rows: list[BaselineRow]
+    accelerated: list[BaselineAccelerated]
+
+
+class CommittedRow(Row):
+    """Hold a row of committed results, which may be of a commit of its own."""
+
+    commit: NotRequired[str]
+
+
+class Check(TypedDict):
+    """Hold what README reads of a check of the GPU suite."""
+
+    ok: bool
+
+
+class Tests(TypedDict):
+    """Count the tests that ran on a GPU."""
+
+    passed: int
+    failed: int
+    skipped: int
+    finished: bool
+
+
+class Committed(TypedDict, total=False):
+    """Hold what README reads of committed results: a report's, or the GPU suite's, whose failures are sentences."""
+
+    environment: Environment
+    rows: list[CommittedRow]
+    accelerated: list[Accelerated]
+    learning: list[Training]
+    memory: list[MemoryPoint]
+    checks: list[Check]
+    tests: Tests | None
+    failures: list[str]
+
+
+HOLDS_MORE = (Training, Control)
+TABLES: dict[str, Any] = {"The file": Results, "A row": Row, "A row of accelerated": Accelerated}
+
+
+def problems(results: Any) -> list[str]:
+    """List what of `results` is not as described; empty where all is."""
+    return list(_problems("results", results, Results))
+
+
+def _problems(where: str, value: Any, hint: Any) -> Iterator[str]:
+    if type(value) not in _types(hint):
+        yield f"{where} is {type(value).__name__}"
+    elif isinstance(value, dict | list) and hint is not Any:
+        hint = next(part for part in _parts(hint) if _types(part) == (type(value),))
+        if isinstance(value, dict) and is_typeddict(hint):
+            hints = get_type_hints(hint)
+            yield from (f"{where} lacks {name}" for name in sorted(hint.__required_keys__ - value.keys()))
+            for name, part in value.items():
+                if name in hints:
+                    yield from _problems(f"{where}.{name}", part, hints[name])
+                elif hint not in HOLDS_MORE:
+                    yield f"{where}.{name} is not described"
+        elif get_args(hint):
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            for place, part in items:
+                yield from _problems(f"{where}[{place}]", part, get_args(hint)[-1])
+
+
+def _parts(hint: Any) -> tuple[Any, ...]:
+    """Split a union."""
+    return get_args(hint) if isinstance(hint, UnionType) else (hint,)
+
+
+def _types(hint: Any) -> tuple[type, ...]:
+    """Return the types that values may have once they are read from JSON."""
+    types: list[type] = []
+    for part in _parts(hint):
+        if part is Any:
+            types += [bool, int, float, str, list, dict, NoneType]
+        elif part is float:
+            types += [int, float]
+        else:
+            types.append(dict if is_typeddict(part) else get_origin(part) or part)
+    return tuple(types)
 
 
 def markdown() -> str:
-    """The description as tables."""
+    """Write the description as tables: of every field that all results have."""
     parts = ["# results.json", ""]
     parts += ["Written by `mmlm-fast report`; this page by `python -m mmlm_benchmarks.report.schema`.", ""]
     more = "Beside these there are `machine` (rates), `last_gpu_result`, and with --model `own`: the model, what "
     more += "accelerate did and left, and the shares of time and memory by what a module is."
-    for title, fields in (("The file", TOP), ("A row", ROW), ("A row of accelerated", ACCELERATED)):
-        lines = [(f"`{n}`", " or ".join(t.__name__ for t in f.types), f.meaning) for n, f in fields.items()]
+    for title, described in TABLES.items():
+        meanings, hints = get_type_hints(described, include_extras=True), get_type_hints(described)
+        lines = []
+        for name in (n for n in hints if n in described.__required_keys__):
+            meaning = get_args(meanings[name])[1] if get_origin(meanings[name]) is Annotated else ""
+            lines.append((f"`{name}`", " or ".join(t.__name__ for t in _types(hints[name])), meaning))
         parts += [f"## {title}", "", markdown_table(("field", "type", "meaning"), lines, alignment=[LEFT] * 3), ""]
     return "\n".join([*parts, more, ""])
 
