@@ -1,13 +1,15 @@
-"""README's tables from committed results: `python -m mmlm_benchmarks.readme` rewrites them, a test compares."""
+"""Make README's tables from committed results: `python -m mmlm_benchmarks.readme` rewrites them, a test compares."""
 
 import json
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from mmlm_benchmarks.learning import section
+from mmlm_benchmarks.report.findings import gain
 from mmlm_benchmarks.report.measure import RESULTS
+from mmlm_benchmarks.report.schema import Committed, Row
 from mmlm_benchmarks.tables import markdown_table, or_dash
 from mmlm_fast.audio.extractors import EXTRACTORS, NOT_REPLACED
 
@@ -26,19 +28,23 @@ COLUMNS = (
 GPU_COLUMNS = (*COLUMNS[:-1], "of the card's limit", "host µs, theirs / ours")
 
 
-def newest(
-    device_type: str, having: str = "rows", folder: Path | None = None
-) -> tuple[str, dict[str, Any]] | None:  # fmt: skip
-    """File name and content of the newest results in a folder, of a kind of device, that have this."""
-    paths = sorted((folder or RESULTS).glob("*.json"))
-    found = [(path.name, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
-    found = [(name, r) for name, r in found if r["environment"]["device_type"] == device_type and r.get(having)]
-    return max(found, key=lambda item: item[1]["environment"]["date"], default=None)
+REQUIRED = ("cpu results", "cuda results")
+Part = Literal["rows", "memory", "learning", "accelerated"]
 
 
-def lines(results: dict[str, Any]) -> list[tuple[str, ...]]:
-    """One line for each alternative to each of our cases, losses included."""
-    out = []
+def newest(device_type: str, having: Part = "rows", folder: Path | None = None) -> tuple[str, Committed] | None:
+    """Return file name and content of the newest results in a folder, of a kind of device, that have this part."""
+    suitable: list[tuple[str, Committed]] = []
+    for path in sorted((folder or RESULTS).glob("*.json")):
+        results: Committed = json.loads(path.read_text(encoding="utf-8"))
+        if results["environment"]["device_type"] == device_type and results.get(having):
+            suitable.append((path.name, results))
+    return max(suitable, key=lambda item: item[1]["environment"]["date"], default=None)
+
+
+def lines(results: Committed) -> list[tuple[str, ...]]:
+    """Write one line for each alternative to each of our cases, losses included."""
+    out: list[tuple[str, ...]] = []
     for ours in (r for r in results["rows"] if r["ours"]):
         others = [r for r in results["rows"] if r["case"] == ours["case"] and not r["ours"]]
         for other in others:
@@ -48,7 +54,7 @@ def lines(results: dict[str, Any]) -> list[tuple[str, ...]]:
                     other["provider"],
                     f"{other['median_ms']:.3g}",
                     f"{ours['median_ms']:.3g}",
-                    f"{other['ours_faster']:.2f}×",
+                    f"{gain(other):.2f}×",
                     f"{other['ours_faster_p20']:.2f} – {other['ours_faster_p80']:.2f}",
                     f"{or_dash(other['peak_mib'], '.1f')} / {or_dash(ours['peak_mib'], '.1f')}",
                     *_last_columns(ours, other, results["environment"]["device_type"]),
@@ -57,7 +63,7 @@ def lines(results: dict[str, Any]) -> list[tuple[str, ...]]:
     return out
 
 
-def _last_columns(ours: dict[str, Any], other: dict[str, Any], device_type: str) -> tuple[str, ...]:
+def _last_columns(ours: Row, other: Row, device_type: str) -> tuple[str, ...]:
     if device_type == "cuda":
         host = f"{or_dash(other.get('host_us'), '.0f')} / {or_dash(ours.get('host_us'), '.0f')}"
         return or_dash(ours.get("fraction_of_limit"), ".0%"), host
@@ -65,42 +71,43 @@ def _last_columns(ours: dict[str, Any], other: dict[str, Any], device_type: str)
 
 
 def table(device_type: str, folder: Path | None = None) -> str:
-    found = newest(device_type, folder=folder)
-    if found is None:
+    """Write the table of a kind of device, and what it is from."""
+    committed = newest(device_type, folder=folder)
+    if committed is None:
         return "Not measured yet, nor has any kernel run on a GPU." if device_type == "cuda" else "Not measured yet."
-    name, results = found
+    name, results = committed
     e = results["environment"]
     packages = ", ".join(f"{k} {v}" for k, v in e["packages"].items())
     commits = ", ".join(sorted({str(r.get("commit", e["commit"])) for r in results["rows"]}))
     if device_type == "cuda":
-        told = f"{e['device']}; {e['date']}, commit {commits}; {packages}. From `benchmarks/results/{name}`."
-        told += "".join(f"\n- {text}" for text in broken(results))
-        return f"{told}\n\n{markdown_table(GPU_COLUMNS, lines(results))}"
-    told = (
+        source = f"{e['device']}; {e['date']}, commit {commits}; {packages}. From `benchmarks/results/{name}`."
+        source += "".join(f"\n- {text}" for text in broken(results))
+        return f"{source}\n\n{markdown_table(GPU_COLUMNS, lines(results))}"
+    source = (
         f"{e['device']}, {e['cores']} cores, {e['threads']} threads (audio: one), {e['isa']}, load {e['load_average']} "
         f"at the start; {e['date']}, commit {commits}; {packages}. From `benchmarks/results/{name}`."
     )
-    return f"{told}\n\n{markdown_table(COLUMNS, lines(results))}"
+    return f"{source}\n\n{markdown_table(COLUMNS, lines(results))}"
 
 
-def broken(results: dict[str, Any]) -> list[str]:
-    """What held and what broke on a GPU; a test counts once, whatever its parameters."""
+def broken(results: Committed) -> list[str]:
+    """List what held and what broke on a GPU; a test counts once, whatever its parameters."""
     checks, tests = results.get("checks", []), results.get("tests")
-    told = [f"{sum(bool(c['ok']) for c in checks)} of {len(checks)} checks hold"] if checks else []
+    counts = [f"{sum(bool(c['ok']) for c in checks)} of {len(checks)} checks hold"] if checks else []
     if tests:
-        told.append(f"{tests['passed']} tests pass, {tests['failed']} fail{'' if tests['finished'] else ', cut off'}")
+        counts.append(f"{tests['passed']} tests pass, {tests['failed']} fail{'' if tests['finished'] else ', cut off'}")
     names = [re.sub(r"(TEST +[^ \[]+).*", r"\1", text, flags=re.DOTALL) for text in results.get("failures", [])]
-    return told + [
+    return counts + [
         f"{name[:160]}{f' ({n} cases)' if (n := names.count(name)) > 1 else ''}" for name in dict.fromkeys(names)
     ]
 
 
 def memory_curve() -> str:
-    """Of the contrastive losses on a CPU, from the newest committed results that have it."""
-    found = newest("cpu", "memory")
-    if found is None:
+    """Write the memory of contrastive losses on a CPU, from the newest committed results that have it."""
+    committed = newest("cpu", "memory")
+    if committed is None:
         return "Not measured yet."
-    name, results = found
+    name, results = committed
     points = {(p["op"], p["provider"], p["batch"]): p["mib"] for p in results["memory"]}
     columns = [(op, provider) for op in ("clip_loss", "siglip_loss") for provider in ("eager", "mmlm_fast")]
     rows = [
@@ -113,21 +120,21 @@ def memory_curve() -> str:
 
 
 def learning() -> str:
-    """What the presets learn, from the newest committed results that have it."""
-    found = newest("cpu", "learning")
-    if found is None:
+    """Write what the presets learn, from the newest committed results that have it."""
+    committed = newest("cpu", "learning")
+    if committed is None:
         return "Not measured yet."
-    name, results = found
-    told = [*section.sentences(results["learning"]), f"From `benchmarks/results/{name}`."]
-    return "\n\n".join([*told, section.markdown(results["learning"])])
+    name, results = committed
+    paragraphs = [*section.sentences(results["learning"]), f"From `benchmarks/results/{name}`."]
+    return "\n\n".join([*paragraphs, section.markdown(results["learning"])])
 
 
 def accelerated() -> str:
-    """Hugging Face models before and after `accelerate`, from the newest committed results that have them."""
-    found = newest("cpu", "accelerated")
-    if found is None:
+    """Compare Hugging Face models before and after `accelerate`, from the newest committed results that have them."""
+    committed = newest("cpu", "accelerated")
+    if committed is None:
         return "Not measured yet."
-    name, results = found
+    name, results = committed
     rows = []
     for row in results["accelerated"]:
         same = ("equal" if row["equal"] else "not equal") if "equal" in row else f"{row['difference']:.0e}"
@@ -156,34 +163,28 @@ def accelerated() -> str:
 
 
 def extractors() -> str:
-    """Every feature extractor of transformers: the drop-ins, and those left as they are."""
+    """List every feature extractor of transformers: the drop-ins, and those left as they are."""
     rows = [(f"`{name}`", f"replaced: {entry.computes}") for name, entry in EXTRACTORS.items()]
     rows += [(f"`{name}`", f"not replaced: {reason}") for name, reason in NOT_REPLACED.items()]
     return markdown_table(("class of transformers", "status"), rows)
 
 
 def with_tables(text: str, folder: Path | None = None) -> str:
-    """README text with the tables between its markers made anew; results of a GPU from `folder`, if it is given."""
-    text = re.sub(
-        r"(<!-- extractors -->\n).*?(<!-- end -->)", lambda m: m[1] + extractors() + "\n" + m[2], text, flags=re.S
-    )
-    text = re.sub(
-        r"(<!-- memory curve -->\n).*?(\n<!-- end -->)", lambda m: m[1] + memory_curve() + m[2], text, flags=re.S
-    )
-    text = re.sub(
-        r"(<!-- learning -->\n).*?(\n?<!-- end -->)", lambda m: m[1] + learning() + "\n<!-- end -->", text, flags=re.S
-    )
-    text = re.sub(
-        r"(<!-- accelerated -->\n).*?(\n?<!-- end -->)",
-        lambda m: m[1] + accelerated() + "\n<!-- end -->",
-        text,
-        flags=re.S,
-    )
-    for device_type in ("cpu", "cuda"):
-        pattern = rf"(<!-- {device_type} results -->\n).*?(\n<!-- end -->)"
-        assert re.search(pattern, text, re.S), f"README.md has no <!-- {device_type} results --> … <!-- end -->"
-        made = table(device_type, folder if device_type == "cuda" else None)
-        text = re.sub(pattern, lambda m, made=made: m[1] + made + m[2], text, flags=re.S)
+    """Make the tables between README's markers anew; results of a GPU from `folder`, if it is given."""
+    texts = {
+        "extractors": extractors(),
+        "memory curve": memory_curve(),
+        "learning": learning(),
+        "accelerated": accelerated(),
+        "cpu results": table("cpu"),
+        "cuda results": table("cuda", folder),
+    }
+    for name, body in texts.items():
+        pattern = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"
+        if name in REQUIRED and not re.search(pattern, text, re.S):
+            raise AssertionError(f"README.md has no <!-- {name} --> … <!-- end -->")
+        escaped = body.replace("\\", r"\\")
+        text = re.sub(pattern, rf"\g<1>{escaped}\g<2>", text, flags=re.S)
     return text
 
 

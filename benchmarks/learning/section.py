@@ -1,9 +1,9 @@
-"""What the report, and README, say of the trainings."""
+"""Write what the report, and README, say of the trainings."""
 
 import html
 from collections.abc import Callable
-from typing import Any
 
+from mmlm_benchmarks.report.schema import Picture, Training
 from mmlm_benchmarks.tables import LEFT, markdown_table
 
 INTRODUCTION = (
@@ -20,19 +20,26 @@ DATA = {
     "stamps": "Tux Paint's stamps with captions and readings in English, Spanish and French; a fifth held out, by "
     "caption. The text tower is MiniLM's, frozen, where the package that carries it is installed.",
 }
-Training = dict[str, Any]
 
 
 def first_metric(training: Training) -> tuple[str, float]:
-    """Name and value of what confidence intervals are of."""
+    """Return name and value of what confidence intervals are of."""
     return next((k, v) for k, v in training["metrics"].items() if isinstance(v, float))
 
 
 def table(trainings: list[Training]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and a line for each training with its controls."""
-    header = ("training", "samples", "metric", "value (95 %)", "chance", "shuffled: value, loss (95 %)")
-    header += ("seconds", "also")
-    lines = []
+    """Return the header, and a line for each training with its controls."""
+    header = (
+        "training",
+        "samples",
+        "metric",
+        "value (95 %)",
+        "chance",
+        "shuffled: value, loss (95 %)",
+        "seconds",
+        "also",
+    )
+    lines: list[tuple[str, ...]] = []
     for t in trainings:
         name, value = first_metric(t)
         low_high = t["metrics"].get(f"{name}_interval")
@@ -69,13 +76,13 @@ def table(trainings: list[Training]) -> tuple[tuple[str, ...], list[tuple[str, .
 
 
 def sentences(trainings: list[Training]) -> list[str]:
-    """What the data are, and which modality was not used."""
-    told = [INTRODUCTION, *(DATA[d] for d in dict.fromkeys(t["data"] for t in trainings))]
-    told.append(f"Seeds: {', '.join(sorted({str(t['seed']) for t in trainings}))}.")
+    """Say what the data are, and which modality was not used."""
+    paragraphs = [INTRODUCTION, *(DATA[d] for d in dict.fromkeys(t["data"] for t in trainings))]
+    paragraphs.append(f"Seeds: {', '.join(sorted({str(t['seed']) for t in trainings}))}.")
     unused = [f"{t['name']}: {m}" for t in trainings for m, c in t["controls"].items() if not c["used"]]
     if unused:
-        told.append("Not shown to be used: " + "; ".join(unused) + ".")
-    return told
+        paragraphs.append("Not shown to be used: " + "; ".join(unused) + ".")
+    return paragraphs
 
 
 def markdown(trainings: list[Training]) -> str:
@@ -85,11 +92,13 @@ def markdown(trainings: list[Training]) -> str:
 
 
 def markdown_parts(trainings: list[Training]) -> list[str]:
-    told = [f"{s}\n" for s in sentences(trainings)]
-    return ["## Learning on real data", "", *told, markdown(trainings), ""]
+    """Write the section of report.md."""
+    paragraphs = [f"{s}\n" for s in sentences(trainings)]
+    return ["## Learning on real data", "", *paragraphs, markdown(trainings), ""]
 
 
 def html_parts(trainings: list[Training], figure: Callable[[bytes, str], str]) -> list[str]:
+    """Write the section of index.html, with figures as `figure` writes them."""
     from mmlm_benchmarks.report import plots
 
     header, lines = table(trainings)
@@ -102,20 +111,20 @@ def html_parts(trainings: list[Training], figure: Callable[[bytes, str], str]) -
         if t["gallery"]:
             parts.append(f"<h3>{html.escape(t['name'])}</h3><div class=gallery>{_gallery(t['gallery'])}</div>")
         if "classification_report" in t["metrics"]:
-            shown, name = html.escape(t["metrics"]["classification_report"]), html.escape(t["name"])
-            parts.append(f"<details><summary>Classification report: {name}</summary><pre>{shown}</pre></details>")
+            classes, name = html.escape(t["metrics"]["classification_report"]), html.escape(t["name"])
+            parts.append(f"<details><summary>Classification report: {name}</summary><pre>{classes}</pre></details>")
     return parts
 
 
 def _cell(text: str) -> str:
-    """What is listed, one thing a line."""
+    """Write what is listed, one thing a line."""
     return html.escape(text).replace("; ", "<br>")
 
 
-def _gallery(rows: list[dict[str, str]]) -> str:
+def _gallery(pictures: list[Picture]) -> str:
     cells = []
-    for row in rows:
-        said, text, wanted = (html.escape(row[key]) for key in ("said", "text", "reference"))
+    for row in pictures:
+        said, text, wanted = html.escape(row["said"]), html.escape(row["text"]), html.escape(row["reference"])
         wrong = " class=bad" if row["said"].strip() != row["reference"].strip() else ""
         answer = f"<b{wrong}>{said}</b>" if row["said"] else ""
         expected = f"<i>{wanted}</i>" if wrong else ""

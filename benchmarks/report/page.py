@@ -1,10 +1,10 @@
-"""The HTML page of a report: one file without outside references, for a phone, a laptop and a printer."""
+"""Write the HTML page of a report: one file without outside references, for a phone, a laptop and a printer."""
 
 import base64
 import html
 import io
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -12,6 +12,7 @@ from mmlm_benchmarks.learning import section
 from mmlm_benchmarks.ops import OPS
 from mmlm_benchmarks.report import findings
 from mmlm_benchmarks.report.measure import sample_features
+from mmlm_benchmarks.report.schema import Accelerated, Own, Results, Row
 from mmlm_benchmarks.tables import or_dash, rounded
 from mmlm_fast.data import load_image, load_prompts, load_speech
 
@@ -67,11 +68,11 @@ find.oninput = () => document.querySelectorAll("table.data tbody tr, .bar").forE
   r.style.display = r.textContent.toLowerCase().includes(find.value.toLowerCase()) ? "" : "none";
 });
 """
-Rows = list[dict[str, Any]]
+Bar = tuple[str, float, tuple[float, float] | None]  # label, ratio, its interval
 
 
-def page(results: dict[str, Any]) -> str:
-    """The whole report as one HTML file."""
+def page(results: Results) -> str:
+    """Write the whole report as one HTML file."""
     e = results["environment"]
     parts = [
         "<h1>mmlm-fast report</h1>",
@@ -106,19 +107,20 @@ def page(results: dict[str, Any]) -> str:
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}<script>{SCRIPT}</script></body></html>\n'
 
 
-def _sections(results: dict[str, Any]) -> Iterable[tuple[str, str]]:
+def _sections(results: Results) -> Iterator[tuple[str, str]]:
+    """Yield title and body of each section."""
     from mmlm_benchmarks.report import plots
 
     rows = results["rows"]
     if results.get("own"):
         yield from _own(results["own"])
-    found = findings.compared(results)
-    if found:
-        bars = [(f"{c.ours['case']}, against {c.best['provider']}", c.ratio, c.interval) for c in found]
-        told = (
+    comparisons = findings.compared(results)
+    if comparisons:
+        bars = [(f"{c.ours['case']}, against {c.best['provider']}", c.ratio, c.interval) for c in comparisons]
+        about = (
             "Times as fast as the best alternative, worst first, with the 95 % interval; left of the line it is slower."
         )
-        yield "Every case", f"<p class=soft>{told}</p>{ratio_bars(bars)}"
+        yield "Every case", f"<p class=soft>{about}</p>{ratio_bars(bars)}"
     if results["accelerated"]:
         title = "Before and after" if results.get("own") else "Hugging Face model"
         yield title, _accelerated(results["accelerated"], bool(results.get("own")))
@@ -129,20 +131,20 @@ def _sections(results: dict[str, Any]) -> Iterable[tuple[str, str]]:
             yield title, f"<p class=soft>Sizes: {_text(sizes)}.</p>{_table(chosen)}{_reproduced(chosen)}"
     memory = list(_memory_bars(rows))
     if memory:
-        told = "Peak memory of a call of each alternative over ours, least first; left of the line ours takes more."
-        yield "Memory", f"<p class=soft>{told}</p>{ratio_bars(sorted(memory, key=lambda bar: bar[1]))}"
+        about = "Peak memory of a call of each alternative over ours, least first; left of the line ours takes more."
+        yield "Memory", f"<p class=soft>{about}</p>{ratio_bars(sorted(memory, key=lambda bar: bar[1]))}"
     if results["scaling"]:
         yield "Log-mel over clip length", _figure(plots.scaling(results["scaling"]), "From one second to ten minutes")
     for name in dict.fromkeys(p["curve"] for p in results["curves"]):
         points = [p for p in results["curves"] if p["curve"] == name]
         yield name.capitalize(), _figure(plots.curve(points), f"{name}: time and peak memory over {points[0]['along']}")
     if results["starts"]:
-        lines = "".join(
+        starts = "".join(
             f"<tr><td>{_text(s['what'])}</td>{_cell(s['seconds'], rounded(s['seconds']))}</tr>"
             for s in results["starts"]
         )
         head = "<tr><th>a fresh process that does</th><th>seconds</th></tr>"
-        yield "Cold start", f"<table>{head}{lines}</table>"
+        yield "Cold start", f"<table>{head}{starts}</table>"
     if results["memory"]:
         caption = "Linear in the batch, where the formula is square"
         yield "Memory of the contrastive losses", _figure(plots.batch_memory(results["memory"]), caption)
@@ -153,8 +155,8 @@ def _sections(results: dict[str, Any]) -> Iterable[tuple[str, str]]:
         yield "Roofline", _figure(figure, "Each case under the rates measured on this machine")
     if results["skipped"]:
         commands = dict.fromkeys(s["command"] for s in results["skipped"])
-        lines = [f"{c}: {', '.join(s['case'] for s in results['skipped'] if s['command'] == c)}" for c in commands]
-        yield "Not run for want of time", _list(lines)
+        cases = [f"{c}: {', '.join(s['case'] for s in results['skipped'] if s['command'] == c)}" for c in commands]
+        yield "Not run for want of time", _list(cases)
     if results["not_measured"]:
         yield "On a GPU", _gpu(results)
     if not results.get("own"):
@@ -164,14 +166,16 @@ def _sections(results: dict[str, Any]) -> Iterable[tuple[str, str]]:
     yield "How it is measured", f"<p>{_text(METHOD)}</p>"
 
 
-def _memory_bars(rows: Rows) -> Iterable[tuple[str, float, None]]:
-    """Of every provider beside ours that takes a MiB or more, or where ours does."""
+def _memory_bars(rows: list[Row]) -> Iterator[Bar]:
+    """Yield a bar for every provider beside ours that takes a MiB or more, or where ours does."""
     ours = {r["case"]: r["peak_mib"] for r in rows if r["ours"]}
     for r in rows:
         own, theirs = ours.get(r["case"]), r["peak_mib"]
-        if not r["ours"] and own is not None and theirs is not None and max(own, theirs) >= 1:
-            label = f"{r['case']}: {rounded(theirs)} MiB by {r['provider']}, {rounded(own)} by ours"
-            yield label, max(theirs, 0.1) / max(own, 0.1), None
+        if r["ours"] or own is None or theirs is None:
+            continue
+        ratio = findings.memory_ratio(theirs, own)
+        if ratio is not None:
+            yield f"{r['case']}: {rounded(theirs)} MiB by {r['provider']}, {rounded(own)} by ours", ratio, None
 
 
 METHOD = (
@@ -185,8 +189,8 @@ METHOD = (
 )
 
 
-def ratio_bars(bars: list[tuple[str, float, tuple[float, float] | None]]) -> str:
-    """Bars from 1 on a logarithmic axis, to the left where a ratio is below it."""
+def ratio_bars(bars: Sequence[Bar]) -> str:
+    """Draw bars from 1 on a logarithmic axis, to the left where a ratio is below it."""
     ends = [n for _, value, around in bars for n in (value, *(around or ()))]
     low, high = math.log(min(0.5, *ends) if ends else 0.5), math.log(max(2.0, *ends) if ends else 2.0)
 
@@ -198,22 +202,23 @@ def ratio_bars(bars: list[tuple[str, float, tuple[float, float] | None]]) -> str
         at = place(value)
         lost = " class=lost" if value < 1 else ""
         marks = f'<i{lost} style="left:{min(at, middle):.1f}%;width:{abs(at - middle):.1f}%"></i>'
-        told = f"{rounded(value)}×"
+        number = f"{rounded(value)}×"
         if around:
             first, last = map(place, around)
             marks += f'<s style="left:{first:.1f}%;width:{max(last - first, 0.3):.1f}%"></s>'
-            told += f" <small>{rounded(around[0])}–{rounded(around[1])}</small>"
+            number += f" <small>{rounded(around[0])}–{rounded(around[1])}</small>"
         marks += f'<u style="left:{middle:.1f}%"></u>'
         track = f"<span class=track aria-hidden=true>{marks}</span>"
-        lines.append(f"<div class=bar><span>{_text(label)}</span>{track}<b>{told}</b></div>")
+        lines.append(f"<div class=bar><span>{_text(label)}</span>{track}<b>{number}</b></div>")
     return f"<div class=bars>{''.join(lines)}</div>"
 
 
-def _cell(value: float | None, told: str) -> str:
-    return f'<td class=n data-v="{-1 if value is None else value:.6g}">{told}</td>'
+def _cell(value: float | None, text: str) -> str:
+    """Write a cell that is sorted by its value."""
+    return f'<td class=n data-v="{-1 if value is None else value:.6g}">{text}</td>'
 
 
-def _table(rows: Rows) -> str:
+def _table(rows: list[Row]) -> str:
     head = "".join(f'<th title="{_text(what or name)}">{name}</th>' for name, what in COLUMNS)
     lines = []
     for r in rows:
@@ -235,12 +240,12 @@ def _table(rows: Rows) -> str:
     )
 
 
-def _reproduced(rows: Rows) -> str:
+def _reproduced(rows: list[Row]) -> str:
     jobs = " ".join(dict.fromkeys(r["job"] for r in rows))
     return f"<p class=soft>Again, with all its cases: <code>mmlm-fast report --ops {jobs}</code></p>"
 
 
-def _accelerated(rows: Rows, is_own: bool) -> str:
+def _accelerated(rows: list[Accelerated], is_own: bool) -> str:
     lines = []
     for r in rows:
         cells = (
@@ -251,15 +256,15 @@ def _accelerated(rows: Rows, is_own: bool) -> str:
         lines.append(f"<tr>{''.join(f'<td class=text>{_text(c)}</td>' for c in cells)}</tr>")
     titles = ("job", "sizes", "stock / ours, s", "speed-up (95 %)", "stock / ours, MiB", "difference", "replaced")
     head = "".join(f"<th>{t}</th>" for t in titles)
-    told = "As transformers has it, with sdpa, and after mmlm_fast.accelerate(model): in turns, on shared weights."
+    about = "As transformers has it, with sdpa, and after mmlm_fast.accelerate(model): in turns, on shared weights."
     again = (
         "" if is_own else "<p class=soft>Of your own model: <code>mmlm-fast report --model FOLDER_OR_CONFIG</code></p>"
     )
-    return f"<p class=soft>{told}</p><div class=wide><table><tr>{head}</tr>{''.join(lines)}</table></div>{again}"
+    return f"<p class=soft>{about}</p><div class=wide><table><tr>{head}</tr>{''.join(lines)}</table></div>{again}"
 
 
-def _own(own: dict[str, Any]) -> Iterable[tuple[str, str]]:
-    """What is told of a user's model beside its times."""
+def _own(own: Own) -> Iterator[tuple[str, str]]:
+    """Yield the sections on a user's model beside its times."""
     about = f"{own['class']}, {own['parameters'] / 1e6:,.1f} million parameters, {own['dtype']}; {own['name']}."
     yield "Your model", f"<p>{_text(about)}</p>{_list(own['notes'])}{_list(own['accelerate'])}"
     titles = ("what a module is", "modules", "time of a forward pass", "memory kept for the backward pass", "MiB")
@@ -270,28 +275,28 @@ def _own(own: dict[str, Any]) -> Iterable[tuple[str, str]]:
         lines.append(f"<tr>{cells}{_cell(share['mib'], rounded(share['mib']))}</tr>")
     head = "".join(f'<th title="{t}">{t}</th>' for t in titles)
     table = f"<table class=data><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-    told = "As transformers has it. A module's time is what passes in it less what passes in the modules inside it."
-    yield "Where its time and memory go", f"<p class=soft>{told}</p><div class=wide>{table}</div>"
+    about = "As transformers has it. A module's time is what passes in it less what passes in the modules inside it."
+    yield "Where its time and memory go", f"<p class=soft>{about}</p><div class=wide>{table}</div>"
 
 
-def gpu_lines(results: dict[str, Any]) -> list[str]:
-    """The newest committed result of a GPU, or that there is none; then what would run on one here."""
+def gpu_lines(results: Results) -> list[str]:
+    """Name the newest committed result of a GPU, or say that there is none; then what would run on one here."""
     last = results.get("last_gpu_result")
-    told = "No GPU result is committed yet."
+    newest = "No GPU result is committed yet."
     if last:
         versions = ", ".join(
             f"{k} {v}" for k, v in last["packages"].items() if k in ("torch", "triton", "transformers")
         )
-        told = f"The last committed GPU result: {last['device']}, {last['date']}, {versions}, {last['file']}."
-    return ["No GPU here, so nothing was measured on one. " + told, *results["not_measured"]]
+        newest = f"The last committed GPU result: {last['device']}, {last['date']}, {versions}, {last['file']}."
+    return ["No GPU here, so nothing was measured on one. " + newest, *results["not_measured"]]
 
 
-def _gpu(results: dict[str, Any]) -> str:
+def _gpu(results: Results) -> str:
     first, *rest = gpu_lines(results)
-    last = (results.get("last_gpu_result") or {}).get("rows", [])
-    bars = [(f"{r['case']}, against {r['provider']}", r["ours_faster"], None) for r in last]
-    shown = ratio_bars(bars) if bars else ""
-    return f"<p>{_text(first)}</p>{shown}<details><summary>what runs on a GPU</summary>{_list(rest)}</details>"
+    last = results.get("last_gpu_result")
+    bars = [(f"{r['case']}, against {r['provider']}", r["ours_faster"], None) for r in (last["rows"] if last else [])]
+    chart = ratio_bars(bars) if bars else ""
+    return f"<p>{_text(first)}</p>{chart}<details><summary>what runs on a GPU</summary>{_list(rest)}</details>"
 
 
 def _inputs(hears: bool, plots: Any) -> str:
@@ -311,20 +316,21 @@ def _inputs(hears: bool, plots: Any) -> str:
         parts.append("<p>Prompts (soundfile, which reads the speech, is not installed):</p>")
     parts.append(_list(load_prompts()))
     if hears and find_spec("soundfile"):
-        told = "Log-mel features from the native core, and their error"
-        parts.append(_figure(plots.features(sample_features()), told, "png"))
+        title = "Log-mel features from the native core, and their error"
+        parts.append(_figure(plots.features(sample_features()), title, "png"))
     return "".join(parts)
 
 
-def environment_lines(results: dict[str, Any]) -> list[tuple[str, str]]:
-    """The machine, as a table."""
-    e, rates = results["environment"], results.get("machine", {})
-    load = e.get("others_load")
-    copy, product = rates.get("copy_gb_per_s"), rates.get("matmul_gflop_per_s")
+def environment_lines(results: Results) -> list[tuple[str, str]]:
+    """Describe the machine, as lines of a table."""
+    e, machine = results["environment"], results.get("machine")
+    load, rates = e.get("others_load"), "not measured"
+    if machine:
+        rates = f"copy {machine['copy_gb_per_s']} GB/s, matrix product {machine['matmul_gflop_per_s']} GFLOP/s"
     return [
         ("device", f"{e['device']}, {e['cores']} cores, {e['threads']} threads, {e['isa']}"),
         ("other programs at the start", "not told" if load is None else f"{load:.0%} of the cores"),
-        ("rates measured", f"copy {copy} GB/s, matrix product {product} GFLOP/s" if rates else "not measured"),
+        ("rates measured", rates),
         ("date, commit", f"{e['date']}, {e['commit'] or 'unknown (an installed package)'}"),
         ("mmlm_fast, Python", f"{e['mmlm_fast']}, {e['python']}"),
         ("packages", ", ".join(f"{k} {v}" for k, v in e["packages"].items())),

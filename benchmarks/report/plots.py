@@ -1,4 +1,4 @@
-"""Curves of the report, as SVG; pictures of features as PNG."""
+"""Draw the curves of the report, as SVG, and pictures of features, as PNG."""
 
 import io
 from typing import Any
@@ -9,8 +9,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from mmlm_benchmarks.report.schema import CurvePoint, MemoryPoint, Rates, Row, ScalingPoint, Training
+
 COLOURS = {"mmlm_fast": "#0b6e4f", "torch.compile": "#d98e04", "eager": "#777777", "transformers": "#777777"}
-Rows = list[dict[str, Any]]
 
 
 def _image(figure: Any, kind: str = "svg") -> bytes:
@@ -20,8 +21,8 @@ def _image(figure: Any, kind: str = "svg") -> bytes:
     return buffer.getvalue()
 
 
-def learning_curves(trainings: Rows) -> bytes:
-    """Loss over epochs, of training and on held-out samples, one panel a training."""
+def learning_curves(trainings: list[Training]) -> bytes:
+    """Draw loss over epochs, of training and on held-out samples, one panel a training."""
     columns = 3
     count = -(-len(trainings) // columns)
     figure, panels = plt.subplots(count, columns, figsize=(10, 2.3 * count), squeeze=False)
@@ -41,23 +42,30 @@ def learning_curves(trainings: Rows) -> bytes:
     return _image(figure)
 
 
-def roofline(rows: Rows, machine: dict[str, float]) -> bytes:
-    """Achieved rate over arithmetic intensity, under the rates measured on this machine."""
+def roofline(rows: list[Row], machine: Rates) -> bytes:
+    """Draw the rate reached over arithmetic intensity, under the rates measured on this machine."""
     figure, axes = plt.subplots(figsize=(8, 4.5))
-    shown = [r for r in rows if r["bytes_moved"] and r["flops"]]
+    counted = [r for r in rows if r["bytes_moved"] and r["flops"]]
     flat, copy = machine["matmul_gflop_per_s"], machine["copy_gb_per_s"]
-    x = np.logspace(np.log10(min(r["flops"] / r["bytes_moved"] for r in shown) / 3), 3, 100)
+    x = np.logspace(np.log10(min(r["flops"] / r["bytes_moved"] for r in counted) / 3), 3, 100)
     axes.plot(x, np.minimum(flat, copy * x), color="black", linewidth=1, label="limit measured here, all threads")
     names = ("eager", "transformers", "torch.compile", "mmlm_fast")
     for provider in names:
         points = [
             (r["flops"] / r["bytes_moved"], r["flops"] / r["median_ms"] / 1e6)
-            for r in shown
+            for r in counted
             if r["provider"] == provider
         ]
         if points:
             marker = "o" if provider == "mmlm_fast" else "x"
-            axes.scatter(*zip(*points, strict=True), color=COLOURS[provider], marker=marker, label=provider, s=28)
+            axes.scatter(
+                [x for x, _ in points],
+                [y for _, y in points],
+                color=COLOURS[provider],
+                marker=marker,
+                label=provider,
+                s=28,
+            )
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("flops per byte that must be moved")
@@ -67,7 +75,8 @@ def roofline(rows: Rows, machine: dict[str, float]) -> bytes:
     return _image(figure)
 
 
-def scaling(points: Rows) -> bytes:
+def scaling(points: list[ScalingPoint]) -> bytes:
+    """Draw the time of log-mel over clip length."""
     figure, axes = plt.subplots(figsize=(7, 4))
     for provider in dict.fromkeys(p["provider"] for p in points):
         curve = [p for p in points if p["provider"] == provider]
@@ -86,8 +95,8 @@ def scaling(points: Rows) -> bytes:
     return _image(figure)
 
 
-def curve(points: Rows) -> bytes:
-    """Milliseconds, and beside them peak memory, over what changes."""
+def curve(points: list[CurvePoint]) -> bytes:
+    """Draw milliseconds, and beside them peak memory, over what changes."""
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.6))
     for provider in dict.fromkeys(p["provider"] for p in points):
         own = [p for p in points if p["provider"] == provider]
@@ -95,8 +104,9 @@ def curve(points: Rows) -> bytes:
         style = {"marker": "o", "color": COLOURS.get(provider, "#777777"), "label": provider}
         spread = [[p["ms"] - p["p20_ms"] for p in own], [p["p80_ms"] - p["ms"] for p in own]]
         panels[0].errorbar(x, [p["ms"] for p in own], yerr=spread, **style)
-        if all(p["peak_mib"] is not None for p in own):
-            panels[1].plot(x, [max(0.1, p["peak_mib"]) for p in own], **style)
+        peaks = [p["peak_mib"] for p in own]
+        if None not in peaks:
+            panels[1].plot(x, [max(0.1, peak) for peak in peaks if peak is not None], **style)
     for panel, what in zip(panels, ("milliseconds", "peak MiB of a call"), strict=True):
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
@@ -107,7 +117,8 @@ def curve(points: Rows) -> bytes:
     return _image(figure)
 
 
-def batch_memory(points: Rows) -> bytes:
+def batch_memory(points: list[MemoryPoint]) -> bytes:
+    """Draw the memory of contrastive losses over the batch."""
     figure, axes = plt.subplots(figsize=(7, 4))
     for op in dict.fromkeys(p["op"] for p in points):
         for provider in dict.fromkeys(p["provider"] for p in points):
@@ -130,6 +141,7 @@ def batch_memory(points: Rows) -> bytes:
 
 
 def features(arrays: dict[str, np.ndarray]) -> bytes:
+    """Draw features, and their error below."""
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 4.6), sharex=True)
     image = top.imshow(arrays["features"], origin="lower", aspect="auto", cmap="magma")
     figure.colorbar(image, ax=top, fraction=0.03)

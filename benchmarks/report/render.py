@@ -1,19 +1,19 @@
-"""results.json to index.html and report.md."""
+"""Write index.html, report.md and results.json of results."""
 
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 from mmlm_benchmarks.learning import section
 from mmlm_benchmarks.report import findings
 from mmlm_benchmarks.report.page import GROUPS, METHOD, environment_lines, gpu_lines, page
+from mmlm_benchmarks.report.schema import Results, Row
 from mmlm_benchmarks.tables import markdown_table, or_dash
 
 COLUMNS = ("case", "by", "median ms", "p20 – p80 ms", "ours is faster (95 %)", "peak MiB", "error", "of limit")
 
 
-def write_report(results: dict[str, Any], out: Path) -> None:
+def write_report(results: Results, out: Path) -> None:
     """Write results.json, report.md and index.html into `out`, each whole or not at all."""
     out.mkdir(parents=True, exist_ok=True)
     texts = {
@@ -27,7 +27,7 @@ def write_report(results: dict[str, Any], out: Path) -> None:
         os.replace(part, out / name)
 
 
-def _cells(r: dict[str, Any]) -> tuple[str, ...]:
+def _cells(r: Row) -> tuple[str, ...]:
     faster = (
         f"{r['ours_faster']:.2f}× ({r['ours_faster_low']:.2f} – {r['ours_faster_high']:.2f})" if not r["ours"] else ""
     )
@@ -43,8 +43,8 @@ def _cells(r: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def markdown(results: dict[str, Any]) -> str:
-    """The report as text that is fit for a pull request."""
+def markdown(results: Results) -> str:
+    """Write the report as text that is fit for a pull request."""
     parts = ["# mmlm-fast report", ""]
     why = findings.busy(results)
     if not results["finished"]:
@@ -57,8 +57,8 @@ def markdown(results: dict[str, Any]) -> str:
     if results.get("own"):
         own = results["own"]
         parts += [f"## {own['class']}", "", *(f"- {line}" for line in [*own["notes"], *own["accelerate"]]), ""]
-        lines = [(s["what"], str(s["modules"]), f"{s['time']:.0%}", f"{s['memory']:.0%}") for s in own["shares"]]
-        parts += [markdown_table(("what a module is", "modules", "time forward", "memory kept"), lines), ""]
+        shares = [(s["what"], str(s["modules"]), f"{s['time']:.0%}", f"{s['memory']:.0%}") for s in own["shares"]]
+        parts += [markdown_table(("what a module is", "modules", "time forward", "memory kept"), shares), ""]
     for group, title in GROUPS.items():
         rows = [r for r in results["rows"] if r["group"] == group]
         if rows:
