@@ -8,14 +8,15 @@ from mmlm_fast.models.base import MMLMPreTrainedModel
 from mmlm_fast.models.classification import MMLMForClassification
 from mmlm_fast.models.configuration import MMLMConfig
 from mmlm_fast.models.contrastive import MMLMForContrastive
+from mmlm_fast.models.decoder import MMLMModel
 from mmlm_fast.models.encoders import MMLMEncoderModel
+from mmlm_fast.models.generation import MMLMForConditionalGeneration
 from mmlm_fast.models.image_tokens import (
     MMLMImageTokenizer,
     MMLMImageTokenizerConfig,
     codes_as_text,
     generate_images,
 )
-from mmlm_fast.models.modeling import MMLMForConditionalGeneration, MMLMModel
 from mmlm_fast.models.pretraining import MMLMForPreTraining
 from mmlm_fast.models.processing import MMLMProcessor
 from mmlm_fast.models.seq2seq import MMLMForSeq2SeqLM

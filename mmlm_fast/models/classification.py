@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import can_return_tuple
 
-from mmlm_fast.models.base import MMLMPreTrainedModel, last_token, masked_mean
+from mmlm_fast.models.base import MMLMPreTrainedModel
 from mmlm_fast.models.configuration import CLASSIFICATION_FUSIONS, MMLMConfig, check_fusion, width_of
+from mmlm_fast.models.decoder import MMLMModel
 from mmlm_fast.models.encoders import MMLMEncoderModel, MMLMJoin, pool
-from mmlm_fast.models.modeling import MMLMModel
+from mmlm_fast.models.features import last_token, masked_mean
 from mmlm_fast.nn import DecisionFusion
 
 

@@ -58,6 +58,7 @@ TOWER_CONFIGS = {
     "decoder_config": "gpt2",
     "joint_config": "bert",
 }
+CONFIG_OF = {"text": "text_config", "image": "vision_config", "audio": "audio_config", "decoder": "decoder_config"}
 
 try:
     from transformers.configuration_utils import SubConfigSpec

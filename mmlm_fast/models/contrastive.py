@@ -8,9 +8,10 @@ from torch import Tensor
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import can_return_tuple
 
-from mmlm_fast.models.base import MMLMPreTrainedModel, masked_mean
+from mmlm_fast.models.base import MMLMPreTrainedModel
 from mmlm_fast.models.configuration import MMLMConfig
 from mmlm_fast.models.encoders import Encoded, MMLMEncoderModel
+from mmlm_fast.models.features import masked_mean
 from mmlm_fast.models.objectives import MMLMAlignment
 from mmlm_fast.nn import SiglipLoss
 

@@ -7,16 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmlm_fast.models.base import (
-    MMLMPreTrainedModel,
-    add_towers,
-    encode_items,
-    join_tokens,
-    last_token,
-    make_projector,
-    masked_mean,
-)
+from mmlm_fast.models.base import MMLMPreTrainedModel
 from mmlm_fast.models.configuration import MMLMConfig, width_of
+from mmlm_fast.models.features import add_towers, encode_items, join_tokens, last_token, make_projector, masked_mean
 from mmlm_fast.models.fusion import MMLMFusion
 from mmlm_fast.models.towers import make_tower, tokens_of
 

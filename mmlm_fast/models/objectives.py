@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmlm_fast.models.base import ITEM_DIMS
 from mmlm_fast.models.configuration import width_of
+from mmlm_fast.models.features import ITEM_DIMS
 from mmlm_fast.nn import ClipLoss, SiglipLoss
 
 CONTRASTIVE_LOSSES = {"clip": ClipLoss, "siglip": SiglipLoss}

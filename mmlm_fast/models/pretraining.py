@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import can_return_tuple
 
-from mmlm_fast.models.base import MMLMPreTrainedModel, masked_mean
+from mmlm_fast.models.base import MMLMPreTrainedModel
 from mmlm_fast.models.configuration import MMLMConfig, width_of
 from mmlm_fast.models.encoders import MMLMEncoderModel
+from mmlm_fast.models.features import masked_mean
 from mmlm_fast.models.objectives import MMLMAlignment, MMLMReconstruction
 from mmlm_fast.nn.plain import is_plain
 from mmlm_fast.ops import linear_cross_entropy

@@ -11,7 +11,7 @@ import torch
 
 import mmlm_fast.models as models
 from mmlm_fast.models import MMLMConfig, MMLMImageTokenizer, MMLMImageTokenizerConfig, MMLMProcessor
-from mmlm_fast.models.base import CONFIG_OF
+from mmlm_fast.models.configuration import CONFIG_OF
 from mmlm_fast.models.presets import PRESETS
 from mmlm_fast.models.tokenization import byte_tokenizer
 from mmlm_fast.training.arguments import in_range, typed, unknown_setting

@@ -14,7 +14,7 @@ from mmlm_fast.models import (
     MMLMImageTokenizer,
     codes_as_text,
 )
-from mmlm_fast.models.base import VALUES
+from mmlm_fast.models.features import VALUES
 from mmlm_fast.training import metrics
 from mmlm_fast.training.samples import BadSampleError, Loaded, Sample, class_name
 
