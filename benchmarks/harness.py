@@ -42,7 +42,7 @@ GPU_PEERS = ("FlexAttention", "Liger", "cuDNN")  # their kernels, or those that 
 
 
 class Example(NamedTuple):
-    """A call of an op: what the sweeps of the tests and of the GPU suite run where nothing more is written for it."""
+    """Hold a call of an op, which sweeps of the tests and of the GPU suite run where nothing more is written for it."""
 
     name: str
     draw: Callable[[torch.dtype], tuple]
@@ -50,12 +50,12 @@ class Example(NamedTuple):
     reference: Callable
 
     def of_floats(self, dtype: torch.dtype) -> tuple[Callable, list[torch.Tensor]]:
-        """The op as a function of the floating-point tensors among what is drawn, and these."""
+        """Return the op as a function of the floating-point tensors among what is drawn, and these."""
         leaves, form = pytree.tree_flatten(self.draw(dtype))
         floats = [i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor) and x.is_floating_point()]
 
-        def call(*given: torch.Tensor) -> Any:
-            args = dict(enumerate(leaves)) | dict(zip(floats, given, strict=True))
+        def call(*tensors: torch.Tensor) -> Any:
+            args = dict(enumerate(leaves)) | dict(zip(floats, tensors, strict=True))
             return self.fast(*pytree.tree_unflatten([*args.values()], form))
 
         return call, [leaves[i] for i in floats]
@@ -63,7 +63,7 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """One job at one size, done by several providers."""
+    """Describe one job at one size, done by several providers."""
 
     group: str  # op stem, "audio" or "model"
     name: str
@@ -80,6 +80,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
+    """Hold what one provider needs for a case; `schema.Row` is what results.json holds of it."""
+
     group: str
     case: str
     shape_from: str
@@ -113,10 +115,8 @@ def run(case: Case, seconds: float = 2.0) -> list[Row]:
     """
     inputs = case.inputs()
     differences = case.check(case.providers, inputs[0])
-    for provider, found in differences.items():
-        for d in found:
-            if provider == case.ours:
-                assert d.ok, f"{case.name}: error {d.error:.3e}, allowed {d.allowed:.3e}"
+    for d in differences.get(case.ours, []):
+        assert d.ok, f"{case.name}: error {d.error:.3e}, allowed {d.allowed:.3e}"
     samples = time_pairs(case.providers, case.ours, inputs, seconds)
     return rows_of(case, samples, inputs[0], differences)
 
@@ -128,7 +128,7 @@ def rows_of(
     differences: dict[str, list[Difference]] | None = None,
     providers: dict[str, Call] | None = None,
 ) -> list[Row]:
-    """One row for each provider, by default all of the case, from what `time_pairs` measured; measures memory."""
+    """Make a row for each provider, by default all of the case, of what `time_pairs` measured; measure memory."""
     providers = case.providers if providers is None else providers
     baseline = next(iter(samples))
     baseline_seconds = median(theirs for theirs, _ in samples[baseline])
@@ -202,22 +202,22 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def goes_on(pairs: int, passed: float, seconds: float) -> bool:
-    """Whether more pairs are to be timed: six at least, for an interval of 95 %, three where they take long."""
+    """Say whether more pairs are to be timed: six at least, for an interval of 95 %, three where they take long."""
     return pairs < 3 or passed < seconds or (pairs < 6 and passed < LONG)
 
 
 def missing_peers(device: str) -> list[str]:
-    """What could be compared with and is not, each with the reason."""
-    found = [f"{package} (not installed)" for name, package in PEERS.items() if find_spec(name) is None]
+    """List what could be compared with and is not, each with the reason."""
+    missing = [f"{package} (not installed)" for name, package in PEERS.items() if find_spec(name) is None]
     if device == "cpu":
-        return [*found, *(f"{name} (on a GPU alone)" for name in GPU_PEERS)]
-    return [*found, *(["Liger (not installed)"] if find_spec("liger_kernel") is None else [])]
+        return [*missing, *(f"{name} (on a GPU alone)" for name in GPU_PEERS)]
+    return [*missing, *(["Liger (not installed)"] if find_spec("liger_kernel") is None else [])]
 
 
 def time_pairs(
     providers: dict[str, Call], ours: str, inputs: list[tuple], seconds: float
 ) -> dict[str, list[tuple[float, float]]]:
-    """For every other provider, pairs of seconds (theirs, ours right after it, on the same inputs)."""
+    """Time every other provider in pairs of seconds: theirs, and ours right after it, on the same inputs."""
     samples: dict[str, list[tuple[float, float]]] = {p: [] for p in providers if p != ours}
     leads = {}
     for provider, call in providers.items():
@@ -235,7 +235,7 @@ def time_pairs(
 
 
 def timed(call: Call, args: tuple, lead: float = SHORTEST_LEAD) -> float:
-    """Seconds of one call; on CUDA those of the device, which has been kept busy for `lead` seconds before."""
+    """Return the seconds of one call; on CUDA the device's, which has been kept busy for `lead` seconds before."""
     if not on_cuda(args):
         start = time.perf_counter()
         call(*args)
@@ -251,11 +251,12 @@ def timed(call: Call, args: tuple, lead: float = SHORTEST_LEAD) -> float:
 
 
 def lead_seconds(call: Call, args: tuple) -> float:
+    """Return for how long the device is kept busy before a call is timed; 0 on a CPU."""
     return min(LONGEST_LEAD, max(SHORTEST_LEAD, 1.5 * host_seconds(call, args))) if on_cuda(args) else 0.0
 
 
 def host_seconds(call: Call, args: tuple, calls: int = 3) -> float:
-    """Seconds until a call returns, the median of some: Python, checks and launches, and what it waits for a device."""
+    """Return the median seconds until a call returns: Python, checks, launches, and what it waits for a device."""
     samples = []
     for _ in range(calls):
         if on_cuda(args):
@@ -267,6 +268,7 @@ def host_seconds(call: Call, args: tuple, calls: int = 3) -> float:
 
 
 def on_cuda(args: Any) -> bool:
+    """Say whether a tensor among arguments is on a GPU."""
     return torch.cuda.is_available() and any(isinstance(a, torch.Tensor) and a.is_cuda for a in _flat(args))
 
 
@@ -275,7 +277,7 @@ def _flat(args: Any) -> Iterator[Any]:
 
 
 def peak_memory_mib(call: Call, args: tuple) -> float | None:
-    """Memory one call takes beyond what is held before it: the allocator's peak on CUDA, resident pages on Linux."""
+    """Measure the memory of one call beyond what is held before: the allocator's peak on CUDA, else resident pages."""
     gc.collect()
     if on_cuda(args):
         torch.cuda.reset_peak_memory_stats()
@@ -300,7 +302,7 @@ def _status_kib(key: str) -> int:
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates measured here, for the fraction of the hardware limit."""
+    """Hold rates measured here, for the fraction of the hardware limit."""
 
     bytes_per_second: float
     flops_per_second: float
@@ -311,13 +313,14 @@ class Machine:
         return seconds / (row["median_ms"] / 1e3) if seconds else None
 
     def best_of(self, other: "Machine") -> "Machine":
+        """Return the better rate of each kind."""
         return Machine(
             max(self.bytes_per_second, other.bytes_per_second), max(self.flops_per_second, other.flops_per_second)
         )
 
 
 def measure_machine(device: str) -> Machine:
-    """Copy bandwidth (bytes read and written) and float32 (CPU) or bfloat16 (CUDA) matrix-product rate."""
+    """Measure the rates of copies (bytes read and written) and of matrix products, in float32, or bfloat16 on CUDA."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     source = torch.ones(2**28 if device == "cuda" else 2**25, device=device)
     target = torch.empty_like(source)
@@ -330,6 +333,7 @@ def measure_machine(device: str) -> Machine:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
+    """Let torch use so many threads inside."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -339,7 +343,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 def others_load(seconds: float = 1.0) -> float | None:
-    """How much of a core, on average over all, other programs take while this one waits; None where it is not told.
+    """Measure how much of a core, averaged over all, other programs take while this one waits; None: not known.
 
     The load average is no such number: it remembers what this program, or what installed it, did a minute ago.
     """
@@ -352,7 +356,7 @@ def others_load(seconds: float = 1.0) -> float | None:
 
 
 def _busy_and_total() -> tuple[int, int] | None:
-    """Clock ticks of all cores since the start, from Linux: busy or stolen by other machines, and all."""
+    """Read the clock ticks of all cores since the start from Linux: busy or stolen by other machines, and all."""
     fields = next((line.split()[1:] for line in _lines("/proc/stat") if line.startswith("cpu ")), [])
     if len(fields) < 8:
         return None
@@ -361,17 +365,17 @@ def _busy_and_total() -> tuple[int, int] | None:
 
 
 def commit() -> str | None:
-    """Of the checkout: MMLM_COMMIT where a copy without git's data is measured, else what git says, where it is."""
+    """Name the checkout's commit: MMLM_COMMIT where a copy without git's data is measured, else what git says."""
     import subprocess
 
-    if given := os.environ.get("MMLM_COMMIT"):
-        return given
+    if name := os.environ.get("MMLM_COMMIT"):
+        return name
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+        described = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
     except OSError:  # no git
         return None
-    return done.stdout.strip() or None
+    return described.stdout.strip() or None
 
 
 def environment(device: str) -> schema.Environment:

@@ -1,4 +1,4 @@
-"""The report's cases under pytest-benchmark: `pytest benchmarks --benchmark-only`, grouped by op."""
+"""Run the report's cases under pytest-benchmark: `pytest benchmarks --benchmark-only`, grouped by op."""
 
 import pytest
 import torch

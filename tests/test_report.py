@@ -94,11 +94,11 @@ def steps(monkeypatch):
     ran = []
 
     def put(**actions):
-        def made(options, results, folder):
+        def named(options, results, folder):
             for name, action in actions.items():
                 yield Step(name, name, lambda name=name, action=action: (ran.append(name), action(results)))
 
-        monkeypatch.setattr(measure, "_steps", made)
+        monkeypatch.setattr(measure, "_steps", named)
         return ran
 
     return put
@@ -220,9 +220,9 @@ def with_ratios(results, **ratios):
 def test_counts_against_the_best_alternative(results):
     """Not against the first: a loss to torch.compile is a loss, by name."""
     lost, case = with_ratios(results, eager=3.0, torch_compile=0.9)
-    told = findings.sentences(lost)
-    assert "Faster in 0, slower in 1, within noise in 0." in told
-    assert f"Slower: {case}, 0.90× as fast as torch.compile." in told
+    lines = findings.sentences(lost)
+    assert "Faster in 0, slower in 1, within noise in 0." in lines
+    assert f"Slower: {case}, 0.90× as fast as torch.compile." in lines
     won, _ = with_ratios(results, eager=3.0, torch_compile=1.2)
     assert "Faster in 1, slower in 0, within noise in 0." in findings.sentences(won)
     even, _ = with_ratios(results, eager=3.0, torch_compile=0.999)
@@ -256,8 +256,8 @@ def test_missing_peers_are_listed(results, monkeypatch):
     monkeypatch.setitem(harness.PEERS, "no_such_module", "no-such-package")
     assert "no-such-package (not installed)" in harness.missing_peers("cpu")
     assert "Liger (on a GPU alone)" in results["missing_peers"]
-    told = findings.sentences({**results, "missing_peers": ["librosa (not installed)", "soxr (not installed)"]})
-    assert "Not compared: librosa (not installed), soxr (not installed)." in told
+    lines = findings.sentences({**results, "missing_peers": ["librosa (not installed)", "soxr (not installed)"]})
+    assert "Not compared: librosa (not installed), soxr (not installed)." in lines
 
 
 def test_an_interval_holds_the_median():
@@ -298,8 +298,8 @@ def test_a_planted_slowdown_is_seen(results):
     before = {**results, "rows": toy(2.0), "accelerated": []}
     assert findings.slower_than({**before, "rows": toy(2.0)}, before) == []
     assert findings.slower_than({**before, "rows": toy(1.6)}, before) == []
-    (told,) = findings.slower_than({**before, "rows": toy(2.4)}, before)
-    assert re.fullmatch(r"waiting: 1\.\d\d× over eager, [12]\.\d\d× before", told)
+    (slower,) = findings.slower_than({**before, "rows": toy(2.4)}, before)
+    assert re.fullmatch(r"waiting: 1\.\d\d× over eager, [12]\.\d\d× before", slower)
 
 
 def test_a_provider_that_became_faster_is_no_slowdown(results):
@@ -320,10 +320,10 @@ def test_against_earlier_results(tmp_path, steps, results, capsys):
     now, _ = with_ratios(results, eager=2.0, torch_compile=1.0)
     (tmp_path / "before.json").write_text(json.dumps(earlier))
     command = ["report", "--ops", "glu", "--out", str(tmp_path / "out"), "--quiet", "--against"]
-    steps(again=lambda found: found["rows"].extend(now["rows"]))
+    steps(again=lambda results: results["rows"].extend(now["rows"]))
     assert main([*command, str(tmp_path / "before.json")]) == 1
     assert "SLOWER than in " in capsys.readouterr().err
-    steps(again=lambda found: found["rows"].extend(earlier["rows"]))
+    steps(again=lambda results: results["rows"].extend(earlier["rows"]))
     assert main([*command, str(tmp_path / "before.json")]) == 0
     assert main([*command, str(tmp_path / "none.json")]) == 2
 
@@ -339,9 +339,9 @@ def test_the_committed_baseline(tmp_path, results):
     with pytest.raises(ValueError, match="no baseline"):
         baseline.ratios({**results, "failures": [{"case": "x"}]})
     for path in baseline.FOLDER.glob("*.json"):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        assert len(found["rows"]) > 50
-        assert {r["case"] for r in found["accelerated"]}
+        shipped = json.loads(path.read_text(encoding="utf-8"))
+        assert len(shipped["rows"]) > 50
+        assert {r["case"] for r in shipped["accelerated"]}
 
 
 # ---- how it measures -------------------------------------------------------------------------------------------------

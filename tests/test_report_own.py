@@ -32,11 +32,11 @@ def saved(name, folder, weights=False):
 @pytest.mark.parametrize("name", sorted(SEEN | HEARD | {"bert", "llama"}))
 def test_inputs_of_families(name, tmp_path):
     """With a picture or sound where the model takes such, and the loss of its labels."""
-    made = own.load(str(saved(name, tmp_path)), None, "auto", None)
-    assert ("pixel_values" in made.inputs) == (name in SEEN), made.notes
-    assert bool({"input_features", "input_values"} & set(made.inputs)) == (name in HEARD), made.notes
-    for job in own.jobs(made):
-        results = job.call(made.model)
+    loaded = own.load(str(saved(name, tmp_path)), None, "auto", None)
+    assert ("pixel_values" in loaded.inputs) == (name in SEEN), loaded.notes
+    assert bool({"input_features", "input_values"} & set(loaded.inputs)) == (name in HEARD), loaded.notes
+    for job in own.jobs(loaded):
+        results = job.call(loaded.model)
         assert all(bool(r.isfinite().all()) for r in results)
         if job.name == "training step":
             assert len(results) > 5
@@ -57,15 +57,15 @@ def test_the_report_of_a_model(name, weights, tmp_path, capsys):
     assert results["accelerated"][2]["equal"]
     assert all(r["difference"] < 1e-5 for r in results["accelerated"][:2])
     assert results["accelerated"][1]["gradients_difference"] < 1e-5
-    told = results["own"]
-    assert ("The weights are random." in told["notes"]) != weights
-    assert sum(s["time"] for s in told["shares"]) == pytest.approx(1, abs=0.01)
-    assert sum(s["memory"] for s in told["shares"]) == pytest.approx(1, abs=0.01)
-    assert any("attention" in line for line in told["accelerate"])
+    about = results["own"]
+    assert ("The weights are random." in about["notes"]) != weights
+    assert sum(s["time"] for s in about["shares"]) == pytest.approx(1, abs=0.01)
+    assert sum(s["memory"] for s in about["shares"]) == pytest.approx(1, abs=0.01)
+    assert any("attention" in line for line in about["accelerate"])
     page = (out / "index.html").read_text(encoding="utf-8")
-    for text in ("Your model", "Where its time and memory go", "Before and after", told["class"]):
+    for text in ("Your model", "Where its time and memory go", "Before and after", about["class"]):
         assert text in page
-        assert text in (out / "report.md").read_text(encoding="utf-8") or text != told["class"]
+        assert text in (out / "report.md").read_text(encoding="utf-8") or text != about["class"]
 
 
 @pytest.mark.parametrize(
@@ -84,11 +84,11 @@ def test_the_report_of_a_model(name, weights, tmp_path, capsys):
 def test_text_of_other_kinds(config, architecture, tmp_path):
     config.architectures = [architecture]
     config.save_pretrained(tmp_path)
-    made = own.load(str(tmp_path), None, "auto", None)
-    assert "labels" in made.labels
-    assert [job.name for job in own.jobs(made)] == ["forward", "training step", "generation of 16 tokens"]
-    for job in own.jobs(made):
-        assert all(bool(r.isfinite().all()) for r in job.call(made.model))
+    loaded = own.load(str(tmp_path), None, "auto", None)
+    assert "labels" in loaded.labels
+    assert [job.name for job in own.jobs(loaded)] == ["forward", "training step", "generation of 16 tokens"]
+    for job in own.jobs(loaded):
+        assert all(bool(r.isfinite().all()) for r in job.call(loaded.model))
     data = tmp_path / "texts.txt"
     data.write_text("A dog runs.\n", encoding="utf-8")
     with pytest.raises(ValueError, match="holds no tokenizer, which --data needs"):
@@ -110,9 +110,9 @@ def test_real_weights_and_own_text(tmp_path):
         pytest.skip("the package with MiniLM's weights is not installed")
     data = tmp_path / "texts.jsonl"
     data.write_text('{"text": "A dog runs across the beach."}\n{"text": "un, dos, tres"}\n', encoding="utf-8")
-    made = own.load(str(Path(spec.origin).parent / "model"), None, "auto", data)
-    assert made.notes == []
-    assert made.inputs["input_ids"].shape[1] == 14
+    loaded = own.load(str(Path(spec.origin).parent / "model"), None, "auto", data)
+    assert loaded.notes == []
+    assert loaded.inputs["input_ids"].shape[1] == 14
     data.write_text('{"words": "none"}\n', encoding="utf-8")
     with pytest.raises(ValueError, match='lines of text, or of JSON with a "text" each'):
         own.load(str(Path(spec.origin).parent / "model"), None, "auto", data)
@@ -126,13 +126,13 @@ def test_a_large_model_is_cut_until_it_fits(tmp_path, monkeypatch):
     config.architectures = ["Qwen2ForCausalLM"]
     config.save_pretrained(tmp_path)
     monkeypatch.setattr(own, "MOST_PARAMETERS", 2_000_000)
-    made = own.load(str(tmp_path), None, "auto", None)
-    assert made.notes == [
+    loaded = own.load(str(tmp_path), None, "auto", None)
+    assert loaded.notes == [
         "The weights are random. To fit, these are left: 1 of 12 layers (Qwen2Config.num_hidden_layers), 60,000 of "
         "120,000 classes."
     ]
-    assert made.model.config.eos_token_id < 60_000
-    assert len(made.model.model.layers) == 1
+    assert loaded.model.config.eos_token_id < 60_000
+    assert len(loaded.model.model.layers) == 1
     monkeypatch.undo()
     assert len(own.load(str(tmp_path), 3, "auto", None).model.model.layers) == 3
     monkeypatch.setattr(own, "_free_memory", lambda: 2**20)
@@ -158,8 +158,8 @@ def test_shares_are_of_what_takes_the_time():
             return {"logits": self.linear(self.waits_mlp(self.norm(x))).exp()}
 
     Waits.__name__ = "WaitsMLP"
-    made = own.Own(Model(), {"x": torch.randn(512, 64)}, {}, [])
-    shares = {s["what"]: s for s in own.shares_of(made, {})}
+    loaded = own.Own(Model(), {"x": torch.randn(512, 64)}, {}, [])
+    shares = {s["what"]: s for s in own.shares_of(loaded, {})}
     assert max(shares, key=lambda what: shares[what]["time"]) == "activations and products of MLPs"
     assert shares["activations and products of MLPs"]["mib"] == 0
     assert shares["norms"]["mib"] >= 0.125  # its input

@@ -91,7 +91,7 @@ def _qwen2_5_vl(shape: str, part: int, layers: int, depth: int, side: int = 32) 
 
 
 def gemma3() -> Job:
-    """Build Gemma3-4B with 6 of 34 text layers and 2 of 27 vision layers."""
+    """Build Gemma3-4B with 3 of 34 text layers and 2 of 27 vision layers."""
     text = dict(
         vocab_size=50_000, hidden_size=2560, intermediate_size=10240, num_hidden_layers=3, num_attention_heads=8,
         num_key_value_heads=4, head_dim=256, sliding_window=512, max_position_embeddings=4096, pad_token_id=0,

@@ -479,31 +479,31 @@ def shares_of(own: Own, kinds: dict[str, str]) -> Iterator[schema.Share]:
     """
     model = own.model.train()
     names = {module: _what(path, module, kinds) for path, module in model.named_modules()}
-    with _watched(model, names) as (times, kept):
+    with _watched(model, names) as (times, kept_bytes):
         for _ in range(3):
             for what in times:
                 times[what].append(0.0)
-            kept.clear()
+            kept_bytes.clear()
             loss, _ = _loss(model, own.inputs | own.labels)
             del loss
     model.eval()
     best = {what: min(passed) for what, passed in times.items()}
-    all_time, all_kept = sum(best.values()) or 1, sum(kept.values()) or 1
+    all_time, all_kept = sum(best.values()) or 1, sum(kept_bytes.values()) or 1
     for what in sorted(best, key=best.__getitem__, reverse=True):
         count = sum(name == what for name in names.values())
         yield {
             "what": what,
             "modules": count,
             "time": round(best[what] / all_time, 4),
-            "memory": round(kept.get(what, 0) / all_kept, 4),
-            "mib": round(kept.get(what, 0) / 2**20, 2),
+            "memory": round(kept_bytes.get(what, 0) / all_kept, 4),
+            "mib": round(kept_bytes.get(what, 0) / 2**20, 2),
         }
 
 
 @contextmanager
 def _watched(model: nn.Module, names: dict[nn.Module, str]) -> Iterator[tuple[dict[str, list[float]], dict[str, int]]]:
     times: dict[str, list[float]] = {what: [] for what in names.values()}
-    kept: dict[str, int] = {}
+    kept_bytes: dict[str, int] = {}
     stack: list[tuple[str, float]] = []
     seen: set[int] = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
@@ -527,13 +527,13 @@ def _watched(model: nn.Module, names: dict[nn.Module, str]) -> Iterator[tuple[di
     def pack(t: Tensor) -> Tensor:
         place = t.untyped_storage().data_ptr()
         if stack and place not in seen:
-            kept[stack[-1][0]] = kept.get(stack[-1][0], 0) + t.untyped_storage().nbytes()
+            kept_bytes[stack[-1][0]] = kept_bytes.get(stack[-1][0], 0) + t.untyped_storage().nbytes()
         return t
 
     hooks = [m.register_forward_pre_hook(enter) for m in names] + [m.register_forward_hook(leave) for m in names]
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            yield times, kept
+            yield times, kept_bytes
     finally:
         for hook in hooks:
             hook.remove()

@@ -84,16 +84,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mmlm_benchmarks.report.baseline", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("results", type=Path, help="results.json of a report, better of one with all cases")
-    kept = ratios(json.loads(parser.parse_args(argv).results.read_text(encoding="utf-8")))
-    name = re.sub(r"[^a-z0-9]+", "-", kept["environment"]["device"].lower()).strip("-")
-    path = FOLDER / f"{name}-{kept['environment']['threads']}-threads.json"
+    baseline = ratios(json.loads(parser.parse_args(argv).results.read_text(encoding="utf-8")))
+    name = re.sub(r"[^a-z0-9]+", "-", baseline["environment"]["device"].lower()).strip("-")
+    path = FOLDER / f"{name}-{baseline['environment']['threads']}-threads.json"
     path.parent.mkdir(exist_ok=True)
-    lines = [f'"environment": {json.dumps(kept["environment"])}']
-    for part, rows in (("rows", kept["rows"]), ("accelerated", kept["accelerated"])):
+    lines = [f'"environment": {json.dumps(baseline["environment"])}']
+    for part, rows in (("rows", baseline["rows"]), ("accelerated", baseline["accelerated"])):
         one_a_line = ",\n".join(f"  {json.dumps(row)}" for row in rows)  # so that a change reads as one
         lines.append(f'"{part}": [\n{one_a_line}\n]')
     path.write_text("{" + ",\n".join(lines) + "}\n", encoding="utf-8")
-    print(f"{path}: {len(kept['rows'])} ratios")
+    print(f"{path}: {len(baseline['rows'])} ratios")
     return 0
 
 

@@ -28,7 +28,7 @@ class Environment(TypedDict):
 
 
 class Asked(TypedDict):
-    """Repeat the options of a report."""
+    """Hold the options of a report."""
 
     device: str
     jobs: list[str]
@@ -118,7 +118,7 @@ class Generation(TypedDict):
 
 
 class Control(TypedDict):
-    """Repeat an evaluation with one modality of other samples; `loss_interval` is of the loss of score by that."""
+    """Hold an evaluation with one modality of other samples; `loss_interval` is of the loss of score by that."""
 
     metrics: dict[str, Any]
     loss_interval: list[float] | None
@@ -126,7 +126,7 @@ class Control(TypedDict):
 
 
 class Picture(TypedDict):
-    """Show an evaluated picture: its text, what the model said of it, and what it should have said."""
+    """Hold an evaluated picture: its text, what the model said of it, and what it should have said."""
 
     png: str
     text: str
@@ -150,7 +150,7 @@ class Training(TypedDict):
 
 
 class ScalingPoint(TypedDict):
-    """Time log-mel of one clip length."""
+    """Hold the time of log-mel at one clip length."""
 
     provider: str
     seconds: int
@@ -182,7 +182,7 @@ class CurvePoint(TypedDict):
 
 
 class Start(TypedDict):
-    """Time a fresh process."""
+    """Hold the time of a fresh process."""
 
     what: str
     seconds: float
