@@ -18,6 +18,7 @@ from mmlm_fast.models.towers import (
     MMLMMeanConfig,
     MMLMMeanModel,
     make_tower,
+    with_lone_values,
 )
 
 TINY_TEXT = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=300)
@@ -241,3 +242,26 @@ def test_lstm_goes_on_from_ends_of_calls_alone():
             cache.crop(-2)
             with pytest.raises(ValueError, match=r"a cache cropped to 5 tokens, which is none of \[7\]"):
                 model(ids[:, 5:], past_key_values=cache)
+
+
+@pytest.mark.parametrize("size", [(1, 4), (1, 4, 1), (1, 4, 1, 1)])
+def test_batch_norm_of_one_value(size):
+    """By hand; the running statistics stay, and two values are torch's."""
+    norm = torch.nn.BatchNorm2d(4) if len(size) == 4 else torch.nn.BatchNorm1d(4)
+    plain = type(norm)(4)
+    for layer in (norm, plain):
+        with torch.no_grad():
+            layer.running_mean.fill_(1.0), layer.running_var.fill_(4.0), layer.weight.fill_(3.0), layer.bias.fill_(0.5)
+    with_lone_values(torch.nn.Sequential(norm)).train()
+    x = torch.randn(size, requires_grad=True)
+    out = norm(x)
+    torch.testing.assert_close(out, (x - 1) / (4 + norm.eps) ** 0.5 * 3 + 0.5)
+    out.sum().backward()
+    torch.testing.assert_close(x.grad, torch.full_like(x, 3 / (4 + norm.eps) ** 0.5))
+    assert norm.running_mean.eq(1).all()
+    two = torch.randn(2, *size[1:])
+    assert torch.equal(norm(two), plain(two))
+    assert torch.equal(norm.running_var, plain.running_var)
+    assert norm.state_dict().keys() == plain.state_dict().keys()
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        plain(x)

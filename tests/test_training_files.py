@@ -217,7 +217,7 @@ def test_strict_json_reads_what_is_json():
 # Labels
 
 
-def judge_of(config, processor, **options):
+def collator_of(config, processor, **options):
     return Collator("classification", MMLMForClassification(config), processor, **({"labels": LABELS} | options))
 
 
@@ -227,33 +227,33 @@ def small():
 
 
 def test_numbers_and_names_of_classes(small):
-    judge = judge_of(*small, labels=["1", "2", "3"])
+    collate = collator_of(*small, labels=["1", "2", "3"])
     for label, wanted in ((1, 0), ("1", 0), (3, 2), (np.int64(2), 1)):
-        assert judge.label_of(Sample("s", text="x", label=label)) == wanted
+        assert collate.label_of(Sample("s", text="x", label=label)) == wanted
     for label in (0, "0", 4, -1, 1.0, True, None, [1], "1 "):
         with pytest.raises(BadSampleError, match="s: label must be one of 1, 2, 3, got"):
-            judge.label_of(Sample("s", text="x", label=label))
+            collate.label_of(Sample("s", text="x", label=label))
 
 
 def test_several_labels_at_once(small):
     config, processor = small
     config = type(config)(**config.to_dict() | {"problem_type": "multi_label_classification"})
-    judge = judge_of(config, processor, labels=["cat", "dog", "c"])
+    collate = collator_of(config, processor, labels=["cat", "dog", "c"])
     for label, wanted in ((["dog"], [0, 1, 0]), ([], [0, 0, 0]), (["c", "cat"], [1, 0, 1]), ("cat", [1, 0, 0])):
-        assert judge.label_of(Sample("s", text="x", label=label)) == wanted
+        assert collate.label_of(Sample("s", text="x", label=label)) == wanted
     for label in (None, ["cow"], [0], [1.0], [["cat"]]):
         with pytest.raises(BadSampleError, match="s: label must be"):
-            judge.label_of(Sample("s", text="x", label=label))
+            collate.label_of(Sample("s", text="x", label=label))
 
 
 def test_numbers_to_be_found(small):
     config, processor = small
     config = type(config)(**config.to_dict() | {"problem_type": "regression", "num_labels": 1})
-    judge = judge_of(config, processor, labels=[])
-    assert judge.label_of(Sample("s", text="x", label=2)) == 2.0
+    collate = collator_of(config, processor, labels=[])
+    assert collate.label_of(Sample("s", text="x", label=2)) == 2.0
     for label in (True, "2", None, float("nan"), float("inf")):
         with pytest.raises(BadSampleError, match="s: label must be a number, got"):
-            judge.label_of(Sample("s", text="x", label=label))
+            collate.label_of(Sample("s", text="x", label=label))
 
 
 # Texts
@@ -261,13 +261,13 @@ def test_numbers_to_be_found(small):
 
 def test_what_is_not_used_does_not_stand_for_a_text(small):
     """A picture that the model does not see is no input."""
-    judge = judge_of(*small, modalities=["text"])
+    collate = collator_of(*small, modalities=["text"])
     with pytest.raises(BadSampleError, match="s: text is empty"):
-        judge.check(Sample("s", images=(Image.new("RGB", (8, 8)),), label="a"))
-    judge = judge_of(*small, modalities=["image"])
+        collate.check(Sample("s", images=(Image.new("RGB", (8, 8)),), label="a"))
+    collate = collator_of(*small, modalities=["image"])
     with pytest.raises(BadSampleError, match="s: has no image"):
-        judge.check(Sample("s", text="x", label="a"))
-    judge_of(*small).check(Sample("s", images=(Image.new("RGB", (8, 8)),), label="a"))
+        collate.check(Sample("s", text="x", label="a"))
+    collator_of(*small).check(Sample("s", images=(Image.new("RGB", (8, 8)),), label="a"))
 
 
 @pytest.mark.parametrize(
@@ -280,15 +280,15 @@ def test_what_is_not_used_does_not_stand_for_a_text(small):
 def test_texts_longer_than_positions(name, cls, task):
     """The longest that there are positions for passes, one more does not; of what is written, too."""
     config, processor = presets.PRESETS[name].build(image_size=56)
-    judge = Collator(task, cls(config), processor)
+    collate = Collator(task, cls(config), processor)
     picture = (Image.new("RGB", (8, 8)),)
-    judge.read(Sample("s", text="x" * 512, images=picture, target="y"))
+    collate.read(Sample("s", text="x" * 512, images=picture, target="y"))
     with pytest.raises(BadSampleError, match=r"s: text must have at most 512 tokens, .* got 513"):
-        judge.read(Sample("s", text="x" * 513, images=picture, target="y"))
+        collate.read(Sample("s", text="x" * 513, images=picture, target="y"))
     if task == "translation":
-        judge.read(Sample("s", text="x", images=picture, target="y" * 1023))  # and the end
+        collate.read(Sample("s", text="x", images=picture, target="y" * 1023))  # and the end
         with pytest.raises(BadSampleError, match=r"s: target must have at most 1024 tokens, .* got 1025"):
-            judge.read(Sample("s", text="x", images=picture, target="y" * 1024))
+            collate.read(Sample("s", text="x", images=picture, target="y" * 1024))
 
 
 def test_all_modalities_together_longer_than_positions():
@@ -396,9 +396,9 @@ def test_films_are_turned_as_they_are_to_be_shown(tmp_path):
 
 def test_left_out_in_python_too(small, tmp_path):
     """`usable` with what a collator reads, without a configuration."""
-    judge = judge_of(*small)
+    collate = collator_of(*small)
     samples = [Sample(str(n), text="x" * n, label="a") for n in (5, 600, 7)]
-    kept, problems = usable(samples, judge.check, skip=True, read=judge.read)
+    kept, problems = usable(samples, collate.check, skip=True, read=collate.read)
     assert [sample.name for sample in kept] == ["5", "7"]
     assert len(problems) == 1
     assert problems[0].startswith("600: text must have at most 512 tokens")
