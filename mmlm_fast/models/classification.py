@@ -19,7 +19,7 @@ from mmlm_fast.nn import DecisionFusion
 
 @dataclass
 class MMLMClassifierOutput(ModelOutput):
-    """Of a classifier.
+    """What a classifier gives.
 
     Attributes:
         loss: Where labels were given.
@@ -103,8 +103,8 @@ class MMLMForClassification(MMLMPreTrainedModel):
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> MMLMClassifierOutput:
-        """Inputs as of `MMLMModel` (``merge``, ``gated_cross_attention``) or `MMLMEncoderModel`; labels ``[B]``, or
-        ``[B, num_labels]`` of 0 and 1 for several at once.
+        """Classify samples. Inputs are those of `MMLMModel` (``merge``, ``gated_cross_attention``) or
+        `MMLMEncoderModel`; labels ``[B]``, or ``[B, num_labels]`` of 0 and 1 for several at once.
 
         Raises:
             ValueError: for labels out of range, on a CPU; on CUDA a device-side assertion fails.
@@ -116,8 +116,8 @@ class MMLMForClassification(MMLMPreTrainedModel):
             if self.config.pooling == "last":
                 features = last_token(states, attention_mask)
             else:
-                there = torch.ones(states.shape[:2], device=states.device) if attention_mask is None else attention_mask
-                features = masked_mean(states, there.bool())
+                mask = torch.ones(states.shape[:2], device=states.device) if attention_mask is None else attention_mask
+                features = masked_mean(states, mask.bool())
             return self._output(self.classifier(features), labels)
         encoded = self.model(**inputs)
         if self.fusion_kind.decision is not None:
@@ -159,8 +159,8 @@ class MMLMForClassification(MMLMPreTrainedModel):
         if labels is not None:
             target = self._checked(labels)
             errors = torch.stack([F.cross_entropy(x.float(), target, reduction="none") for x in each], 1)
-            there = present & (target != -100)[:, None]
-            loss = torch.where(there, errors, 0).sum() / there.sum().clamp(min=1)
+            counted = present & (target != -100)[:, None]
+            loss = torch.where(counted, errors, 0).sum() / counted.sum().clamp(min=1)
             if self.decide.mode == "weighted":
                 loss = loss + F.nll_loss(logits, target)
         weights = None

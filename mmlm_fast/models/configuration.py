@@ -8,7 +8,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 @dataclass(frozen=True)
 class FusionKind:
-    """What a fusion does; `MMLMConfig` describes each.
+    """What a fusion does, as far as code asks; `MMLMConfig` describes each.
 
     Attributes:
         name: ``MMLMConfig.fusion``.
@@ -172,9 +172,9 @@ class MMLMConfig(PretrainedConfig):
         if self.decoder_config is not None:
             kwargs["is_encoder_decoder"] = True
             for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
-                found = getattr(self.decoder_config, name, None)
-                if found is not None:
-                    kwargs.setdefault(name, found)
+                token_id = getattr(self.decoder_config, name, None)
+                if token_id is not None:
+                    kwargs.setdefault(name, token_id)
             if kwargs.get("decoder_start_token_id") is None:
                 kwargs["decoder_start_token_id"] = kwargs.get("bos_token_id")
         super().__post_init__(**kwargs)
@@ -186,7 +186,7 @@ class MMLMConfig(PretrainedConfig):
         return FUSION_KINDS[self.fusion]
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:
-        """That of what writes: where there is a decoder beside the text encoder, the decoder's."""
+        """Return the configuration of what writes: where there is a decoder beside the text encoder, the decoder's."""
         return self.decoder_config if self.decoder_config is not None and not encoder else self.text_config
 
     def _check_modalities(self) -> None:
@@ -245,7 +245,7 @@ def _tower_config(name: str, value: dict) -> PretrainedConfig:
 
 
 def width_of(config: Any) -> int:
-    """Of a tower's states."""
+    """Return the width of a tower's states."""
     for name in ("hidden_size", "d_model"):
         if getattr(config, name, None):
             return getattr(config, name)

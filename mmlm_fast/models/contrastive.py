@@ -18,7 +18,7 @@ from mmlm_fast.nn import SiglipLoss
 
 @dataclass
 class MMLMContrastiveOutput(ModelOutput):
-    """Of a dual encoder; B samples, embeddings normalised, zeros where a sample lacks the modality.
+    """What a dual encoder gives for B samples; embeddings are normalised, zeros where a sample lacks the modality.
 
     Attributes:
         loss: Mean of the losses image–text and audio–text of those given.
@@ -48,7 +48,7 @@ class MMLMForContrastive(MMLMPreTrainedModel):
         self.post_init()
 
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Normalised embeddings ``[B, projection_dim]``, as those of the two functions below."""
+        """Embed texts: normalised ``[B, projection_dim]``, as those of the two functions below."""
         return self._embed("text", self.model.encode_text(input_ids, attention_mask))
 
     def get_image_features(self, pixel_values: Tensor, image_mask: Tensor | None = None) -> Tensor:
@@ -74,7 +74,7 @@ class MMLMForContrastive(MMLMPreTrainedModel):
         return_loss: bool = True,
         **kwargs: Any,
     ) -> MMLMContrastiveOutput:
-        """Inputs as of `MMLMEncoderModel`.
+        """Embed samples and compare them. Inputs are those of `MMLMEncoderModel`.
 
         Args:
             positive_ids: Integers ``[B]``; samples with the same id are positives of each other (the same caption).
@@ -100,13 +100,13 @@ class MMLMForContrastive(MMLMPreTrainedModel):
         return MMLMContrastiveOutput(loss=loss, **{f"{m}_embeds": x for m, x in embeds.items()}, **logits)
 
     def similarity(self, modality: str, embeds: Tensor, text_embeds: Tensor) -> Tensor:
-        """Logits of matching, ``[N, M]``: scaled (and, SigLIP, shifted) cosines."""
+        """Compute logits of matching, ``[N, M]``: scaled (and, SigLIP, shifted) cosines."""
         criterion: Any = self.alignment.losses[modality]
         logits = criterion.scale() * (embeds.float() @ text_embeds.float().mT)
         return logits + criterion.logit_bias if isinstance(criterion, SiglipLoss) else logits
 
     def match(self, modality: str, embeds: Tensor, text_embeds: Tensor) -> Tensor:
-        """Probabilities of matching, ``[N, M]``: of each text being the one (CLIP: rows sum to 1), or of each pair
-        matching (SigLIP)."""
+        """Compute probabilities of matching, ``[N, M]``: of each text being the one (CLIP: rows sum to 1), or of each
+        pair matching (SigLIP)."""
         logits = self.similarity(modality, embeds, text_embeds)
         return logits.sigmoid() if self.config.contrastive_loss == "siglip" else F.softmax(logits, -1)

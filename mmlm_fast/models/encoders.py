@@ -54,7 +54,7 @@ class MMLMEncoderModel(MMLMPreTrainedModel):
         self.text_tower.set_input_embeddings(value)  # type: ignore[operator]
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Encoded:
-        """Text ``[B, T]``; a row whose mask is all zeros has none."""
+        """Encode texts ``[B, T]``; a row whose mask is all zeros has none."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         mask = mask.bool()
         if input_ids.shape[1] == 0:
@@ -66,11 +66,11 @@ class MMLMEncoderModel(MMLMPreTrainedModel):
         return Encoded(self.text_projector(states), mask, states)
 
     def encode_image(self, pixel_values: Tensor, image_mask: Tensor | None = None) -> Encoded:
-        """Pictures ``[B, C, H, W]`` or, several a sample or frames of a video, ``[B, F, C, H, W]``."""
+        """Encode pictures ``[B, C, H, W]`` or, several a sample or frames of a video, ``[B, F, C, H, W]``."""
         return _encoded(self.vision_tower, self.multi_modal_projector, pixel_values, image_mask, "image")
 
     def encode_audio(self, input_features: Tensor, audio_mask: Tensor | None = None) -> Encoded:
-        """Spectrograms ``[B, mel, frames]`` or, in chunks, ``[B, F, mel, frames]``."""
+        """Encode spectrograms ``[B, mel, frames]`` or, in chunks, ``[B, F, mel, frames]``."""
         return _encoded(self.audio_tower, self.audio_projector, input_features, audio_mask, "audio")
 
     def forward(
@@ -83,7 +83,7 @@ class MMLMEncoderModel(MMLMPreTrainedModel):
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Encoded]:
-        """Features of every modality of the model, in the order of `config.modalities`.
+        """Encode every modality of the model, in the order of `config.modalities`.
 
         Raises:
             ValueError: for a modality the model lacks, batches of different sizes, or no modality at all.
@@ -100,17 +100,17 @@ class MMLMEncoderModel(MMLMPreTrainedModel):
             if modality not in modalities and modality != "text":  # a processor always makes input_ids
                 raise ValueError(f"{modality} given, but this model has {', '.join(modalities)}")
         encode = {"text": self.encode_text, "image": self.encode_image, "audio": self.encode_audio}
-        found = {m: encode[m](given[m], masks[m]) for m in modalities if given[m] is not None}  # type: ignore[arg-type]
-        if not found:
+        encoded = {m: encode[m](given[m], masks[m]) for m in modalities if given[m] is not None}  # type: ignore[arg-type]
+        if not encoded:
             raise ValueError(f"pass at least one of {', '.join(modalities)}, got {', '.join(sizes)}")
-        like = next(iter(found.values())).tokens
+        like = next(iter(encoded.values())).tokens
         empty = Encoded(like[:, :0], torch.zeros(like.shape[0], 0, dtype=torch.bool, device=like.device))
-        return {m: found.get(m, empty) for m in modalities}
+        return {m: encoded.get(m, empty) for m in modalities}
 
 
 def _encoded(tower: nn.Module, projector: nn.Module, values: Tensor, mask: Tensor | None, modality: str) -> Encoded:
-    states, tokens, there = encode_items(tower, projector, values, mask, modality)
-    return Encoded(tokens, there, states)
+    states, tokens, present = encode_items(tower, projector, values, mask, modality)
+    return Encoded(tokens, present, states)
 
 
 class MMLMJoin(nn.Module):
@@ -139,7 +139,8 @@ class MMLMJoin(nn.Module):
             self.modality_embeddings = nn.Embedding(len(config.modalities), config.hidden_size)
 
     def forward(self, encoded: dict[str, Encoded]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """
+        """Join the features of all modalities.
+
         Returns:
             ``[B, N, H]``; which are there, bool ``[B, N]``; and the weights of the modalities, ``[B, k]``, where the
             fusion has some.
@@ -149,11 +150,11 @@ class MMLMJoin(nn.Module):
             features = torch.stack([pool(m, e, self.pooling) for m, e in encoded.items()], 1)
             present = torch.stack([e.present for e in encoded.values()], 1)
             fused, weights = self.fusion(features[:, :1], features[:, 1:], present, return_weights=True)
-            there = present.any(1, keepdim=True)
+            any_present = present.any(1, keepdim=True)
             weights = None if weights is None else weights[:, 0]
             if self.encoder is None:
-                return torch.where(there[..., None], fused, 0), there, weights
-            parts.append((fused, there))
+                return torch.where(any_present[..., None], fused, 0), any_present, weights
+            parts.append((fused, any_present))
         first = next(iter(encoded.values())).tokens
         marks = self.modality_embeddings(torch.arange(len(encoded), device=first.device))
         parts += [(e.tokens + marks[i], e.mask) for i, e in enumerate(encoded.values())]
@@ -173,7 +174,7 @@ class MMLMJoin(nn.Module):
 
 
 def pool(modality: str, encoded: Encoded, pooling: str | None) -> Tensor:
-    """One feature a sample, ``[B, H]``: of text by `pooling`, of all else the mean; zeros for none."""
+    """Make one feature a sample, ``[B, H]``: of text by `pooling`, of all else the mean; zeros for none."""
     if encoded.tokens.shape[1] == 0:
         return encoded.tokens.sum(1)
     of = last_token if pooling == "last" and modality == "text" else masked_mean

@@ -61,7 +61,8 @@ class MMLMFusion(nn.Module):
     def forward(
         self, first: Tensor, others: Tensor, present: Tensor, *, return_weights: bool = False
     ) -> Tensor | tuple[Tensor, Tensor | None]:
-        """
+        """Fuse each feature of `first` with those of the others.
+
         Args:
             first: ``[B, T, H]``.
             others: ``[B, k, H]``.
@@ -85,12 +86,12 @@ class MMLMFusion(nn.Module):
 
 def _look(added: nn.ModuleList, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Let a layer of a decoder see the context of the decoder's call. What is at `index` may be wrapped later."""
-    found = kwargs.pop("cross_attention_context", None)
-    if found is None:
+    pair = kwargs.pop("cross_attention_context", None)
+    if pair is None:
         return args, kwargs
-    context, there = found
+    context, present = pair
     hidden_states = args[0] if args else kwargs["hidden_states"]
-    hi = there.sum(1, dtype=torch.int32)[:, None].expand(-1, hidden_states.shape[1])  # what is there comes first
+    hi = present.sum(1, dtype=torch.int32)[:, None].expand(-1, hidden_states.shape[1])  # what is there comes first
     hidden_states = added[index](hidden_states, context, IntervalMask(torch.zeros_like(hi), hi))
     return ((hidden_states, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden_states})
 
@@ -102,10 +103,10 @@ def _pass(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
 
 
 def add_cross_attention(language_model: nn.Module, interval: int) -> nn.ModuleList:
-    """Gated cross-attention before every `interval`-th layer of a decoder of transformers, from the first on.
+    """Put gated cross-attention before every `interval`-th layer of a decoder of transformers, from the first on.
 
     The layers are hooked, so that the decoder's state dict stays its own; `language_model(...)` takes
-    ``cross_attention_context=(context [B, N, H], there [B, N])`` then.
+    ``cross_attention_context=(context [B, N, H], present [B, N])`` then.
 
     Raises:
         ValueError: for a decoder that has no list of layers, or does not hand keyword arguments to them.

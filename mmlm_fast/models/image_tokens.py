@@ -16,7 +16,7 @@ DEAD = 0.05  # a code used less often than this a step starts anew
 
 
 class MMLMImageTokenizerConfig(PretrainedConfig):
-    """Of `MMLMImageTokenizer`.
+    """Configuration of `MMLMImageTokenizer`.
 
     Args:
         image_size: Pixels of a side; a multiple of ``2 ** num_stages``.
@@ -47,7 +47,7 @@ class MMLMImageTokenizerConfig(PretrainedConfig):
 
     @property
     def num_tokens(self) -> int:
-        """Of a picture."""
+        """Number of tokens of a picture."""
         return (self.image_size // 2**self.num_stages) ** 2
 
 
@@ -97,11 +97,11 @@ class MMLMImageTokenizer(PreTrainedModel):
             module.reset_parameters()
 
     def encode(self, pixel_values: Tensor) -> Tensor:
-        """Pictures ``[N, C, size, size]`` to codes ``[N, tokens]``, row by row, int64."""
+        """Make codes ``[N, tokens]``, row by row, int64, of pictures ``[N, C, size, size]``."""
         return self._nearest(self._features(pixel_values))
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes ``[N, tokens]`` to pictures ``[N, C, size, size]``.
+        """Make pictures ``[N, C, size, size]`` of codes ``[N, tokens]``.
 
         Raises:
             ValueError: for another number of codes a picture.
@@ -112,7 +112,8 @@ class MMLMImageTokenizer(PreTrainedModel):
 
     @can_return_tuple
     def forward(self, pixel_values: Tensor, return_loss: bool = True, **kwargs: Any) -> MMLMImageTokenizerOutput:
-        """Reconstruction and loss; in training mode the codebook moves. `return_loss` tells Trainer of the loss."""
+        """Reconstruct pictures, with the loss; in training mode the codebook moves. `return_loss` tells Trainer of the
+        loss."""
         features = self._features(pixel_values)
         if self.training:
             self._learn(features.detach().flatten(0, 1).float())
@@ -144,7 +145,7 @@ class MMLMImageTokenizer(PreTrainedModel):
 
     @torch.no_grad()
     def _learn(self, features: Tensor) -> None:
-        """One step of the moving averages; `features` are ``[M, code_dim]``."""
+        """Take one step of the moving averages; `features` are ``[M, code_dim]``."""
         drawn = features[torch.randint(len(features), (len(self.codebook),), device=features.device)]
         fresh = (self.counts == 0).all()  # the first step: codes are what is encoded
         self.codebook.copy_(torch.where(fresh, drawn, self.codebook))
@@ -159,7 +160,7 @@ class MMLMImageTokenizer(PreTrainedModel):
 
 
 def codes_as_text(codes: Tensor) -> list[str]:
-    """Codes ``[N, tokens]`` as the tokens that ``byte_tokenizer(codebook_size=…)`` has for them."""
+    """Write codes ``[N, tokens]`` as the tokens that ``byte_tokenizer(codebook_size=…)`` has for them."""
     return ["".join(f"<i{code}>" for code in row) for row in codes.tolist()]
 
 
@@ -167,7 +168,7 @@ def codes_as_text(codes: Tensor) -> list[str]:
 def generate_images(
     model: Any, image_tokenizer: MMLMImageTokenizer, processor: Any, texts: Sequence[str], **options: Any
 ) -> Tensor:
-    """Pictures ``[N, C, size, size]`` from texts.
+    """Generate pictures ``[N, C, size, size]`` from texts.
 
     Args:
         model: `MMLMForConditionalGeneration` of the preset ``image_tokens``, trained on texts followed by
@@ -187,11 +188,11 @@ def generate_images(
     allowed = list(range(first, last + 1))
     batch = processor(text=list(texts)).to(model.device)
     length = batch["input_ids"].shape[1]
-    made = model.generate(
+    tokens = model.generate(
         **batch,
         **({"do_sample": False} | options),
         min_new_tokens=config.num_tokens,
         max_new_tokens=config.num_tokens,
         prefix_allowed_tokens_fn=lambda row, ids: allowed,
     )
-    return image_tokenizer.decode(made[:, length:] - first)
+    return image_tokenizer.decode(tokens[:, length:] - first)

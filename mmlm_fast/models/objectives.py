@@ -30,12 +30,12 @@ class MMLMAlignment(nn.Module):
         self.losses = nn.ModuleDict({m: CONTRASTIVE_LOSSES[loss]() for m in modalities})
 
     def embed(self, modality: str, features: Tensor) -> Tensor:
-        """Pooled features ``[B, H]`` of ``text`` or another modality, projected and normalised."""
+        """Project and normalise pooled features ``[B, H]`` of ``text`` or another modality."""
         projection = self.text_projection if modality == "text" else self.projections[modality]
         return F.normalize(projection(features), dim=-1)
 
     def forward(self, text: Tensor, pooled: dict[str, Tensor], present: dict[str, Tensor | None]) -> Tensor:
-        """The loss of pooled features ``[B, H]``; see `loss`."""
+        """Compute the loss of pooled features ``[B, H]``; see `loss`."""
         return self.loss(self.embed("text", text), {m: self.embed(m, x) for m, x in pooled.items()}, present)
 
     def loss(
@@ -45,7 +45,8 @@ class MMLMAlignment(nn.Module):
         present: dict[str, Tensor | None],
         positive_ids: Tensor | None = None,
     ) -> Tensor:
-        """
+        """Compute the loss of embeddings.
+
         Args:
             text: Embeddings ``[B, projection_dim]``.
             others: The same of each modality given.
@@ -84,7 +85,7 @@ class MMLMReconstruction(nn.Module):
             self.audio_head = nn.Linear(width_of(audio), audio.num_mel_bins * self.frames_per_token)
 
     def forward(self, given: dict[str, tuple[nn.Module, Tensor, Tensor | None]], like: Tensor) -> Tensor:
-        """Mean error over modalities.
+        """Compute the mean error over modalities.
 
         Args:
             given: Of each modality the tower, its values (see `encode_items`), and which are there.
@@ -99,7 +100,7 @@ class MMLMReconstruction(nn.Module):
         return torch.stack(errors).mean() if errors else like.sum() * 0
 
     def images(self, tower: nn.Module, pixel_values: Tensor) -> Tensor:
-        """Mean squared error over the hidden patches of pictures ``[N, C, height, width]``."""
+        """Compute the mean squared error over the hidden patches of pictures ``[N, C, height, width]``."""
         size = self.patch_size
         if pixel_values.shape[-1] % size or pixel_values.shape[-2] % size:
             raise ValueError(
@@ -108,12 +109,12 @@ class MMLMReconstruction(nn.Module):
             )
         patches = F.pixel_unshuffle(pixel_values, size)  # [N, C·size², rows, columns]
         hidden = self._draw(patches[:, 0])
-        shown = pixel_values.masked_fill(_enlarged(hidden, size)[:, None], 0)
-        states = tower(shown, return_dict=True).last_hidden_state[:, -hidden[0].numel() :]  # a class token comes first
+        masked = pixel_values.masked_fill(_enlarged(hidden, size)[:, None], 0)
+        states = tower(masked, return_dict=True).last_hidden_state[:, -hidden[0].numel() :]  # a class token comes first
         return _masked_error(self.image_head(states), patches.flatten(2).mT, hidden.flatten(1))
 
     def audio(self, tower: nn.Module, input_features: Tensor) -> Tensor:
-        """Mean squared error over the hidden stretches of spectrograms ``[N, mel, frames]``."""
+        """Compute the mean squared error over the hidden stretches of spectrograms ``[N, mel, frames]``."""
         count, mel, frames = input_features.shape
         step = self.frames_per_token
         if frames % step:
@@ -122,8 +123,8 @@ class MMLMReconstruction(nn.Module):
             )
         target = input_features.mT.reshape(count, frames // step, step * mel)
         hidden = self._draw(target[..., 0])
-        shown = input_features.masked_fill(hidden.repeat_interleave(step, 1)[:, None], 0)
-        states = tower(shown, return_dict=True).last_hidden_state
+        masked = input_features.masked_fill(hidden.repeat_interleave(step, 1)[:, None], 0)
+        states = tower(masked, return_dict=True).last_hidden_state
         if states.shape[1] != hidden.shape[1]:
             raise ValueError(
                 f"the audio tower makes {states.shape[1]} tokens of {frames} frames: audio_frames_per_token must be "
@@ -145,7 +146,7 @@ def _masked_error(predicted: Tensor, target: Tensor, hidden: Tensor) -> Tensor:
 
 
 def pooled_by_sample(features: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean feature of each sample's pictures or clips.
+    """Average the features of each sample's pictures or clips.
 
     Args:
         features: ``[num_items, tokens per item, H]``, in the order of the samples.

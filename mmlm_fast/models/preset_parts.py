@@ -47,7 +47,7 @@ def audio_encoder(hidden_size: int, num_hidden_layers: int, seconds: int) -> dic
 
 
 def resnet(width: int) -> dict[str, Any]:
-    """ResNet-18 at width 64."""
+    """Configure a ResNet; at width 64 it is ResNet-18."""
     sizes = [width * 2**i for i in range(4)]
     return {
         "model_type": "resnet",

@@ -19,7 +19,8 @@ Built = tuple[MMLMConfig, MMLMProcessor]
 
 @dataclass(frozen=True)
 class Preset:
-    """`build(**options)` gives configuration and processor of the class named `model`; `task` is its usual one."""
+    """A preset: `build(**options)` gives configuration and processor of the class named `model`; `task` is its usual
+    one."""
 
     build: Callable[..., Built]
     model: str
@@ -47,7 +48,8 @@ def multimodal_lstm(
     tokenizer: Any = None,
     **options: Any,
 ) -> Built:
-    """BERT states, the picture's mean colour and the mean spectrum as further steps, an LSTM, its last state, classes.
+    """Configure BERT states, the picture's mean colour and the mean spectrum as further steps, an LSTM, its last state,
+    classes.
 
     Published: BERT-base (``hidden_size=768, num_hidden_layers=12``), pictures of 224, 128 mel bins, LSTM of 128.
     """
@@ -78,8 +80,8 @@ def two_encoder_seq2seq(
     tokenizer: Any = None,
     **options: Any,
 ) -> Built:
-    """CNN of the picture, word embeddings of the text, an RNN over the spectrogram if wanted, joined feature by
-    feature; an LSTM decoder.
+    """Configure a CNN of the picture, word embeddings of the text, an RNN over the spectrogram if wanted, joined
+    feature by feature; an LSTM decoder.
 
     Published: words as tokens, Adam, 10 epochs in batches of 32.
     """
@@ -117,8 +119,8 @@ def mmlm_basic(
     tokenizer: Any = None,
     **options: Any,
 ) -> Built:
-    """Embedding and LSTM for text, convolution, pooling and a linear layer for pictures, a CNN for sound; a linear
-    layer over all three; an LSTM decoder.
+    """Configure an embedding and an LSTM for text, convolution, pooling and a linear layer for pictures, a CNN for
+    sound; a linear layer over all three; an LSTM decoder.
 
     Published: 10,000 words, pictures of 224, LSTM of 256 where the fusion expects 128: here all are `hidden_size`.
     """
@@ -147,8 +149,8 @@ def transformer_encoder_decoder(
     tokenizer: Any = None,
     **options: Any,
 ) -> Built:
-    """BERT, ResNet and a CNN; fused = Σ aᵢ·featureᵢ with a = softmax(scores); a Transformer encoder over the fused
-    feature and all tokens; a Transformer decoder with cross-attention.
+    """Configure BERT, ResNet and a CNN; fused = Σ aᵢ·featureᵢ with a = softmax(scores); a Transformer encoder over the
+    fused feature and all tokens; a Transformer decoder with cross-attention.
 
     Published: BERT-base and ResNet; also ``fusion="mean"`` and ``"weighted"``. ``fusion="cross_attention"`` leaves the
     fused feature out.
@@ -186,7 +188,8 @@ def clip_contrastive(
     tokenizer: Any = None,
     **options: Any,
 ) -> Built:
-    """Dual encoder of text and pictures (and sound), trained contrastively; matching probabilities, search.
+    """Configure a dual encoder of text and pictures (and sound), trained contrastively; for matching probabilities and
+    search.
 
     Published: CLIP ViT-B/32 (``from_towers(text=…, image="openai/clip-vit-base-patch32")``), AdamW at 1e-5.
     """
@@ -222,7 +225,7 @@ def resnet_text_classifier(
     tokenizer: Any = None,
     **options: Any,
 ) -> Built:
-    """ResNet-18 and a text encoder, joined feature by feature, dropout, classes.
+    """Configure ResNet-18 and a text encoder, joined feature by feature, dropout, classes.
 
     Published: ``resnet_width=64``, pictures of 224, ten classes, AdamW at 2e-5, batches of 16, five epochs.
     """
@@ -258,7 +261,8 @@ def token_merge_vlm(
     tokenizer: Any = None,
     **options: Any,
 ) -> Built:
-    """LLaVA-style model with audio too: SigLIP vision tower, Whisper-style audio encoder, Qwen3 decoder, bytes.
+    """Configure a LLaVA-style model with audio too: SigLIP vision tower, Whisper-style audio encoder, Qwen3 decoder,
+    bytes.
 
     Args:
         fusion: See `MMLMConfig`.
@@ -307,8 +311,10 @@ def joint_pretrain(
     tokenizer: Any = None,
     **options: Any,
 ) -> Built:
-    """BERT, SigLIP's vision tower and Whisper-style audio encoder, trained on masked words, hidden patches, hidden
-    stretches of sound, and alignment; then fine-tuned: ``MMLMForClassification.from_pretrained(folder, num_labels=…)``.
+    """Configure BERT, SigLIP's vision tower and a Whisper-style audio encoder, trained on masked words, hidden patches,
+    hidden stretches of sound, and alignment.
+
+    Then fine-tuned: ``MMLMForClassification.from_pretrained(folder, num_labels=…)``.
     """
     tokenizer = tokenizer or byte_tokenizer(padding_side="right")
     config = MMLMConfig(
@@ -336,7 +342,8 @@ def image_tokens(
     tokenizer: Any = None,
     **options: Any,
 ) -> Built:
-    """Text to a picture's tokens, which `MMLMImageTokenizer` makes and paints: a decoder over bytes and a codebook.
+    """Configure a decoder over bytes and a codebook, which writes the tokens of a picture after its text;
+    `MMLMImageTokenizer` makes and paints them.
 
     Published: DALL-E, a discrete VAE of 8,192 codes and a Transformer of 12 billion parameters.
     """

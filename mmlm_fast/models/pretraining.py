@@ -20,7 +20,7 @@ from mmlm_fast.ops import linear_cross_entropy
 
 @dataclass
 class MMLMForPreTrainingOutput(ModelOutput):
-    """`loss` is the weighted sum of the parts; a part without weight, or without its modality, is None."""
+    """The parts of the loss: `loss` is their weighted sum; a part without weight, or without its modality, is None."""
 
     loss: Tensor | None = None
     language_modeling_loss: Tensor | None = None
@@ -69,7 +69,8 @@ class MMLMForPreTraining(MMLMPreTrainedModel):
         return_loss: bool = True,
         **kwargs: Any,
     ) -> MMLMForPreTrainingOutput:
-        """Inputs as of `MMLMEncoderModel`. What is hidden is drawn at each call from torch's generator.
+        """Compute the loss. Inputs are those of `MMLMEncoderModel`; what is hidden is drawn at each call from torch's
+        generator.
 
         `return_loss` only tells Trainer that there is one without labels.
         """
@@ -106,8 +107,8 @@ class MMLMForPreTraining(MMLMPreTrainedModel):
                 hidden &= input_ids != token
         if attention_mask is not None:
             hidden &= attention_mask.bool()
-        shown = torch.where(hidden, self.config.mask_token_id, input_ids)  # type: ignore[arg-type]
-        states = self.model.encode_text(shown, attention_mask).states
+        masked = torch.where(hidden, self.config.mask_token_id, input_ids)  # type: ignore[arg-type]
+        states = self.model.encode_text(masked, attention_mask).states
         labels = input_ids.masked_fill(~hidden, -100)
         head, states, target = self.lm_head, states.flatten(0, 1), labels.flatten()  # type: ignore[union-attr]
         if is_plain(head, nn.Linear):

@@ -50,7 +50,7 @@ class MMLMProcessor(ProcessorMixin):
         super().__init__(image_processor, _feature_extractor(feature_extractor), tokenizer, chat_template=chat_template)
 
     def to_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """What is saved; also which library resizes pictures, which transformers does not keep."""
+        """Return what is saved; also which library resizes pictures, which transformers does not keep."""
         return super().to_dict(*args, **kwargs) | {"image_backend": _backend_of(self.image_processor)}
 
     @classmethod
@@ -85,7 +85,7 @@ class MMLMProcessor(ProcessorMixin):
         decoder: str | None = None,
         like: "MMLMProcessor | None" = None,
     ) -> "MMLMProcessor":
-        """The processor of a model that `from_towers` made, with the same checkpoints.
+        """Make the processor of a model that `from_towers` made, with the same checkpoints.
 
         Args:
             text, image, audio, decoder: As they were given to the model's `from_towers`.
@@ -111,23 +111,23 @@ class MMLMProcessor(ProcessorMixin):
             seeing = AutoImageProcessor.from_pretrained(image)
         if audio is not None:
             hearing = AutoFeatureExtractor.from_pretrained(audio)
-        for modality, found in (("image", seeing), ("audio", hearing)):
-            if found is None and modality in (model.config.modalities or ()):
+        for modality, part in (("image", seeing), ("audio", hearing)):
+            if part is None and modality in (model.config.modalities or ()):
                 raise ValueError(f"the model has a tower for {modality}: name its checkpoint, or a processor as like")
         if seeing is None:  # for no tower, but transformers' processors have all their parts
             seeing = image_processor(224)
         if hearing is None:
             hearing = WhisperFeatureExtractor()
-        made = cls(image_processor=seeing, feature_extractor=hearing, tokenizer=tokenizer)
+        processor = cls(image_processor=seeing, feature_extractor=hearing, tokenizer=tokenizer)
         if like is not None:
-            made.chat_template, made.chunk_seconds = like.chat_template, like.chunk_seconds
+            processor.chat_template, processor.chunk_seconds = like.chat_template, like.chunk_seconds
         if places_tokens:
             for name in ("image_token_id", "audio_token_id"):
-                wanted, got = getattr(model.config, name), getattr(made, name)
+                wanted, got = getattr(model.config, name), getattr(processor, name)
                 if wanted not in (None, got):
                     raise ValueError(f"{name} of the tokenizer must be the model's, {wanted}, got {got}")
-            made.image_seq_length, made.audio_seq_length = _tokens_per_item(model, made)
-        return made
+            processor.image_seq_length, processor.audio_seq_length = _tokens_per_item(model, processor)
+        return processor
 
     def __call__(  # type: ignore[override]
         self,
@@ -228,14 +228,14 @@ class MMLMProcessor(ProcessorMixin):
         return BatchFeature(data)
 
     def pixel_values(self, pictures: list) -> Tensor:
-        """Values of pictures, ``[N, C, height, width]``."""
+        """Make the values of pictures, ``[N, C, height, width]``."""
         # Of a picture 1 or 3 pixels high transformers takes the rows for the channels.
         pil = all(hasattr(picture, "mode") for picture in pictures)
         how = {"input_data_format": "channels_last"} if pil and _backend_of(self.image_processor) == "pil" else {}
         return self.image_processor(pictures, return_tensors="pt", **how)["pixel_values"]
 
     def _targets(self, name: str, targets: str | Sequence[str] | None) -> list[list[int]]:
-        """Tokens of what is to be written, with the end token."""
+        """Tokenize what is to be written, with the end token."""
         if targets is None:
             return []
         if self.tokenizer.eos_token_id is None:
@@ -263,13 +263,13 @@ class MMLMProcessor(ProcessorMixin):
         }
 
     def _check_placeholders(self, texts: list[str], input_ids: Tensor, tokenizer_kwargs: dict[str, Any]) -> None:
-        """Raise where truncation cut some."""
+        """Raise where truncation cut placeholders off."""
         for modality in ("image", "audio"):
             token = getattr(self, f"{modality}_token")
             if not getattr(self, f"{modality}_seq_length") or len(input_ids) != len(texts):
                 continue
-            found = (input_ids == getattr(self, f"{modality}_token_id")).sum(1).tolist()
-            for i, (text, got) in enumerate(zip(texts, found, strict=True)):
+            counts = (input_ids == getattr(self, f"{modality}_token_id")).sum(1).tolist()
+            for i, (text, got) in enumerate(zip(texts, counts, strict=True)):
                 if got != text.count(token):
                     raise ValueError(
                         f"text[{i}] has {text.count(token)} {token}, of which {got} are left within max_length "
@@ -277,7 +277,7 @@ class MMLMProcessor(ProcessorMixin):
                     )
 
     def _chunks(self, entry: Any, sampling_rate: int) -> list | None:
-        """Of a clip, or of each of a list of clips; None for none."""
+        """Cut a clip, or each of a list of clips, into chunks; None for none."""
         if entry is None:
             return None
         seconds = self.chunk_seconds or getattr(self.feature_extractor, "chunk_length", None)
@@ -295,7 +295,7 @@ class MMLMProcessor(ProcessorMixin):
     def _groups(
         self, groups: list[list | None], texts: list[str] | None, modality: str
     ) -> tuple[list[list | None], list[str] | None]:
-        """Entries checked against the texts, and texts in which every item has its placeholder (`merge`)."""
+        """Check entries against the texts, and give every item its placeholder in the texts (`merge`)."""
         token, seq_length = getattr(self, f"{modality}_token"), getattr(self, f"{modality}_seq_length")
         if texts is None:
             return groups, texts
@@ -334,19 +334,19 @@ class MMLMProcessor(ProcessorMixin):
         return groups, spread
 
 
-def _feature_extractor(found: Any) -> Any:
-    """Ours in the place of transformers' of the same name, where there is one."""
-    if not type(found).__module__.startswith("transformers."):
-        return found
+def _feature_extractor(feature_extractor: Any) -> Any:
+    """Put ours in the place of transformers' of the same name, where there is one."""
+    if not type(feature_extractor).__module__.startswith("transformers."):
+        return feature_extractor
     import mmlm_fast.audio
 
-    ours = getattr(mmlm_fast.audio, type(found).__name__, None)
-    return found if ours is None else ours(**found.to_dict())
+    our_class = getattr(mmlm_fast.audio, type(feature_extractor).__name__, None)
+    return feature_extractor if our_class is None else our_class(**feature_extractor.to_dict())
 
 
 @torch.no_grad()
 def _tokens_per_item(model: Any, processor: MMLMProcessor) -> tuple[int, int]:
-    """How many tokens the towers make of a picture and of a chunk of sound, found by trying."""
+    """Find out by trying how many tokens the towers make of a picture and of a chunk of sound."""
     from PIL import Image
 
     towers, counts = getattr(model, "model", model), [0, 0]
@@ -362,7 +362,7 @@ def _tokens_per_item(model: Any, processor: MMLMProcessor) -> tuple[int, int]:
 
 
 def _texts(name: str, given: Any) -> list[str]:
-    """A text or texts as a list."""
+    """Return a text or texts as a list."""
     is_list = isinstance(given, (Sequence, np.ndarray)) and not isinstance(given, (str, bytes))
     listed = list(given) if is_list else [given]
     if not listed or not (is_list or isinstance(given, str)):
@@ -394,7 +394,7 @@ def _padded(rows: list[list[int]], value: int, side: str, multiple: int | None =
 
 
 def _backend_of(image_processor: Any) -> str | None:
-    """``torchvision`` or ``pil``."""
+    """Return which library resizes pictures: ``torchvision`` or ``pil``."""
     if image_processor is None:
         return None
     names = {base.__name__ for base in type(image_processor).__mro__}
@@ -414,7 +414,7 @@ def _listed(entry: Any) -> list | None:
 def _encode(
     groups: list[list | None], encode: Callable[[list], Tensor], name: str, mask_name: str, merge: bool
 ) -> dict[str, Any]:
-    """Values of all items; for `merge` in one row after the other, else a row a text, filled up with zeros."""
+    """Make the values of all items; for `merge` in one row after the other, else a row a text, filled up with zeros."""
     items = [item for group in groups for item in group or ()]
     if not items:
         return {}

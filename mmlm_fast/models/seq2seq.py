@@ -48,7 +48,7 @@ class MMLMSeq2SeqEncoder(nn.Module):
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> MMLMMemory:
-        """Inputs as of `MMLMEncoderModel`."""
+        """Encode and join. Inputs are those of `MMLMEncoderModel`."""
         encoded = self.towers(input_ids, pixel_values, input_features, image_mask, audio_mask, attention_mask)
         tokens, mask, weights = self.join(encoded)
         return MMLMMemory(last_hidden_state=tokens, memory_mask=mask, fusion_weights=weights)
@@ -107,9 +107,9 @@ class MMLMForSeq2SeqLM(MMLMPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> Seq2SeqLMOutput:
-        """Logits ``[B, T, vocabulary]`` of `decoder_input_ids`, which are `labels` shifted right by default; with
-        `labels` (``[B, T]``, -100 ignored) the loss. A cache holds the memory its tokens attended to: later turns need
-        no inputs of the encoder, and may bring no other ones."""
+        """Compute logits ``[B, T, vocabulary]`` of `decoder_input_ids`, which are `labels` shifted right by default;
+        with `labels` (``[B, T]``, -100 ignored) the loss. A cache holds the memory its tokens attended to: later turns
+        need no inputs of the encoder, and may bring no other ones."""
         kept, given = kept_context(past_key_values), (input_ids, pixel_values, input_features)
         if encoder_outputs is None and kept is not None and all(x is None for x in given):
             encoder_outputs = MMLMMemory(last_hidden_state=kept[0], memory_mask=kept[1])
@@ -156,7 +156,7 @@ class MMLMForSeq2SeqLM(MMLMPreTrainedModel, GenerationMixin):
         return input_ids, model_kwargs
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
-        """Labels shifted right behind the start token; -100 becomes padding."""
+        """Shift labels right behind the start token; -100 becomes padding."""
         start = self.config.decoder_start_token_id
         pad = self.config.pad_token_id
         if start is None or pad is None:

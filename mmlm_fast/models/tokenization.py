@@ -17,7 +17,7 @@ CHAT_TEMPLATE = (
 def byte_tokenizer(
     *, padding_side: str = "left", codebook_size: int = 0, texts: Iterable[str] = (), vocab_size: int | None = None
 ) -> Any:
-    """A tokenizer that knows every language: UTF-8 bytes and a few special tokens.
+    """Make a tokenizer that knows every language: UTF-8 bytes and a few special tokens.
 
     Args:
         padding_side: ``left`` for causal decoders, ``right`` for encoders.
@@ -46,7 +46,7 @@ def byte_tokenizer(
             vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
         )
         tokenizer.train_from_iterator(texts, trainer)
-    made = PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         bos_token="<bos>",
@@ -56,13 +56,13 @@ def byte_tokenizer(
         padding_side=padding_side,
         chat_template=CHAT_TEMPLATE,
     )
-    made.add_tokens([AddedToken(f"<i{i}>", normalized=False) for i in range(codebook_size)])
-    return made
+    fast.add_tokens([AddedToken(f"<i{i}>", normalized=False) for i in range(codebook_size)])
+    return fast
 
 
 def tower_tokenizer(source: str, padding_side: str, placeholders: bool) -> Any:
-    """The tokenizer of a checkpoint, able to pad; with `placeholders`, which ``merge`` has among the tokens, it knows
-    ``<image>`` and ``<audio>``."""
+    """Load the tokenizer of a checkpoint, able to pad; with `placeholders`, which ``merge`` has among the tokens, it
+    knows ``<image>`` and ``<audio>``."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source, padding_side=padding_side)
@@ -74,7 +74,7 @@ def tower_tokenizer(source: str, padding_side: str, placeholders: bool) -> Any:
 
 
 def image_processor(size: int) -> Any:
-    """SigLIP's, to squares of `size` pixels."""
+    """Make SigLIP's image processor, to squares of `size` pixels."""
     try:  # without torchvision
         from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil as ImageProcessor
     except ImportError:

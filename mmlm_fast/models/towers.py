@@ -14,7 +14,7 @@ from mmlm_fast.ops import interval_attention
 
 
 class MMLMLSTMConfig(PretrainedConfig):
-    """Of `MMLMLSTMModel`.
+    """Configuration of `MMLMLSTMModel`.
 
     Args:
         vocab_size: 0 for a model that takes no ``input_ids``.
@@ -38,7 +38,7 @@ class MMLMLSTMConfig(PretrainedConfig):
 
 
 class MMLMConvImageConfig(PretrainedConfig):
-    """Of `MMLMConvImageModel`."""
+    """Configuration of `MMLMConvImageModel`."""
 
     model_type = "mmlm_conv_image"
 
@@ -58,7 +58,8 @@ class MMLMConvImageConfig(PretrainedConfig):
 
 
 class MMLMConvAudioConfig(PretrainedConfig):
-    """Of `MMLMConvAudioModel`. `hidden_sizes`: of its convolutions, possibly none; `recurrent`: end with an LSTM."""
+    """Configuration of `MMLMConvAudioModel`. `hidden_sizes`: of its convolutions, possibly none; `recurrent`: end with
+    an LSTM."""
 
     model_type = "mmlm_conv_audio"
 
@@ -73,7 +74,7 @@ class MMLMConvAudioConfig(PretrainedConfig):
 
 
 class MMLMMeanConfig(PretrainedConfig):
-    """Of `MMLMMeanModel`. `hidden_size`: channels of a picture, features of a spectrogram."""
+    """Configuration of `MMLMMeanModel`. `hidden_size`: channels of a picture, features of a spectrogram."""
 
     model_type = "mmlm_mean"
 
@@ -132,7 +133,8 @@ class MMLMLSTMModel(_Tower):
         encoder_attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """States ``[B, T, H]`` of ``input_ids [B, T]`` or of ``inputs_embeds``; `kwargs` of transformers are ignored.
+        """Compute states ``[B, T, H]`` of ``input_ids [B, T]`` or of ``inputs_embeds``; `kwargs` of transformers are
+        ignored.
 
         Args:
             attention_mask: ``[B, past + T]``, 0 for padding.
@@ -208,7 +210,7 @@ def _cache_states(cache: Any, index: int, hidden: Tensor, cell: Tensor) -> None:
 
 
 def _last_state(cache: Any, index: int) -> tuple[Tensor, Tensor] | None:
-    """The state after the last token is the last of what a layer caches."""
+    """Return the state after the last token, which is the last of what a layer caches."""
     length = cache.get_seq_length(index)
     if isinstance(length, int) and length == 0:
         return None
@@ -261,7 +263,7 @@ class MMLMConvImageModel(_Tower):
         self.post_init()
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutput:
-        """``[N, C, height, width]`` to ``[N, 1, H]``."""
+        """Compute states ``[N, 1, H]`` of pictures ``[N, C, height, width]``."""
         size, channels = self.config.image_size, self.config.num_channels
         if pixel_values.shape[1:] != (channels, size, size):
             raise ValueError(f"pixel_values must be [N, {channels}, {size}, {size}], got {tuple(pixel_values.shape)}")
@@ -292,7 +294,7 @@ class MMLMConvAudioModel(_Tower):
         self.post_init()
 
     def forward(self, input_features: Tensor, **kwargs: Any) -> BaseModelOutput:
-        """``[N, mel, frames]`` to ``[N, frames / 2^stages, H]``."""
+        """Compute states ``[N, frames / 2^stages, H]`` of spectrograms ``[N, mel, frames]``."""
         if input_features.dim() != 3 or input_features.shape[1] != self.config.num_mel_bins:
             raise ValueError(
                 f"input_features must be [N, {self.config.num_mel_bins}, frames], got {tuple(input_features.shape)}"
@@ -313,7 +315,7 @@ class MMLMMeanModel(_Tower):
         self.post_init()
 
     def forward(self, values: Tensor, **kwargs: Any) -> BaseModelOutput:
-        """``[N, C, …]`` to ``[N, 1, C]``."""
+        """Compute the means, ``[N, 1, C]``, of values ``[N, C, …]``."""
         if values.dim() < 2 or values.shape[1] != self.config.hidden_size:
             raise ValueError(f"values must be [N, {self.config.hidden_size}, …], got {tuple(values.shape)}")
         return BaseModelOutput(last_hidden_state=values.flatten(2).mean(-1)[:, None])
@@ -330,7 +332,7 @@ for _config, _model in (
 
 
 def make_tower(config: PretrainedConfig) -> nn.Module:
-    """The model of a configuration; of an encoder–decoder (Whisper, T5, BART), its encoder.
+    """Make the model of a configuration; of an encoder–decoder (Whisper, T5, BART), its encoder.
 
     Its batch normalisations use their running statistics where a batch in training has one value a channel, of which
     there is no variance: the last stage of a ResNet sees that of the only picture of a batch.
@@ -376,6 +378,6 @@ def freeze_poolers(tower: nn.Module) -> None:
 
 
 def tokens_of(tower: nn.Module, *args: Tensor, **kwargs: Any) -> Tensor:
-    """The states a tower makes, ``[N, tokens, H]``; maps ``[N, H, height, width]`` become tokens row by row."""
+    """Return the states a tower makes, ``[N, tokens, H]``; maps ``[N, H, height, width]`` become tokens row by row."""
     states = tower(*args, return_dict=True, **kwargs).last_hidden_state
     return states.flatten(2).mT if states.dim() == 4 else states

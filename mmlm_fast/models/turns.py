@@ -38,7 +38,8 @@ def takes_cache(forward: Callable) -> Callable:
 
 
 class _Fused:
-    """Of a cache of transformers: what happens to its rows also happens to those of the features beside them."""
+    """A cache of transformers with the features its tokens were fused with: what happens to its rows also happens to
+    theirs."""
 
     fusion: Context | None
 
@@ -101,7 +102,7 @@ def keep_context(past_key_values: Any, context: Context) -> None:
 
 
 def kept_context(past_key_values: Any) -> Context | None:
-    """What was kept: of B conversations ``[B, k, H]`` and which of it is there, bool ``[B, k]``."""
+    """Return what was kept: of B conversations ``[B, k, H]`` and which of it is there, bool ``[B, k]``."""
     return getattr(past_key_values, "fusion", None)
 
 
@@ -145,9 +146,9 @@ _ROUNDING = 0.05
 def _same_but_for_rounding(held: Context, context: Context) -> bool:
     # What is missing is at the end, as much as the longest sample of the batch wanted.
     longest = max(held[0].shape[1], context[0].shape[1])
-    (a, there), (b, there_too) = (
+    (a, a_present), (b, b_present) = (
         (F.pad(x.float(), (0, 0, 0, longest - x.shape[1])), F.pad(present, (0, longest - x.shape[1])))
         for x, present in (held, context)
     )
     near = (a - b).norm(dim=-1) <= _ROUNDING * a.norm(dim=-1)
-    return bool(((there == there_too) & (near | ~there)).all())  # one look from the host
+    return bool(((a_present == b_present) & (near | ~a_present)).all())  # one look from the host

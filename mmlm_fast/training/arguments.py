@@ -114,8 +114,8 @@ def typed(name: str, value: Any, hint: Any) -> Any:
             if inner and isinstance(value, dict):
                 return {key: typed(f"{name}.{key}", x, inner[1]) for key, x in value.items()}
             return value
-    said = " or ".join(dict.fromkeys(filter(None, map(_described, options))))
-    raise ValueError(f"{name} must be {said}, got {value!r}")
+    expected = " or ".join(dict.fromkeys(filter(None, map(_described, options))))
+    raise ValueError(f"{name} must be {expected}, got {value!r}")
 
 
 def _as_float(value: Any) -> float | int | None:
@@ -144,17 +144,17 @@ def _described(hint: Any) -> str:
 
 
 def unknown_setting(name: str, known: typing.Iterable[str], prefix: str = "") -> ValueError:
-    """The error for a setting that is not known, with the one that was probably meant."""
+    """Make the error for a setting that is not known, with the one that was probably meant."""
     near = get_close_matches(name, known, 1)
     hint = f"; did you mean {prefix}{near[0]}?" if near else ""
     return ValueError(f"unknown setting {prefix}{name}{hint}")
 
 
 def in_range(name: str, value: Any, least: float, most: float = math.inf) -> None:
-    """Raise ValueError for a number that is not."""
+    """Raise ValueError for a number outside a range."""
     if not least <= value <= most:
-        said = f"{least:g}" if least == most else f"at least {least:g}" + f" and at most {most:g}" * (most < math.inf)
-        raise ValueError(f"{name} must be {'false' if isinstance(value, bool) else said}, got {value}")
+        bounds = f"{least:g}" if least == most else f"at least {least:g}" + f" and at most {most:g}" * (most < math.inf)
+        raise ValueError(f"{name} must be {'false' if isinstance(value, bool) else bounds}, got {value}")
 
 
 def checked_generation(generation: dict[str, Any]) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def checked_generation(generation: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: naming the first setting that is not.
     """
-    known, found = {name for name in vars(GenerationConfig()) if not name.startswith("_")}, {}
+    known, options = {name for name in vars(GenerationConfig()) if not name.startswith("_")}, {}
     for key, value in generation.items():
         name = f"evaluation.generation.{key}"
         if key not in known:
@@ -172,12 +172,12 @@ def checked_generation(generation: dict[str, Any]) -> dict[str, Any]:
             hint, least, most = GENERATION[key]
             value = typed(name, value, hint)
             in_range(name, value, least, most)
-        found[key] = value
+        options[key] = value
     try:
-        GenerationConfig(**found).validate()
+        GenerationConfig(**options).validate()
     except Exception as error:
         raise ValueError(f"evaluation.generation: {error}") from error
-    return found
+    return options
 
 
 def checked(training: dict[str, Any]) -> dict[str, Any]:
@@ -188,13 +188,13 @@ def checked(training: dict[str, Any]) -> dict[str, Any]:
     """
     hints = typing.get_type_hints(TrainingArguments)
     known = {f.name: f for f in dataclasses.fields(TrainingArguments) if f.init}
-    found = {}
+    options = {}
     for key, value in training.items():
         if key in ELSEWHERE:
             raise ValueError(f"training.{key} is set by {ELSEWHERE[key] or 'the program'}, got {value!r}")
         if key not in known:
             raise unknown_setting(key, set(known) - set(ELSEWHERE), "training.")
-        found[key] = value = typed(f"training.{key}", value, hints[key])
+        options[key] = value = typed(f"training.{key}", value, hints[key])
         if key in POSITIVE and value is not None and value <= 0:
             raise ValueError(f"training.{key} must be above 0, got {value}")
         if key in AT_LEAST_0 and value < 0:
@@ -205,40 +205,40 @@ def checked(training: dict[str, Any]) -> dict[str, Any]:
         if choices and isinstance(value, str) and value not in choices:
             raise ValueError(f"training.{key} must be among {', '.join(choices)}, got {value!r}")
         if key in SECTIONS_AS_TEXT and isinstance(value, str):
-            found[key] = _section(f"training.{key}", value)
-    if found.get("optim_args") and not re.fullmatch(r"[^=,]+=[^=,]+(,[^=,]+=[^=,]+)*", found["optim_args"]):
-        raise ValueError(f"training.optim_args must be key=value,key=value, got {found['optim_args']!r}")
-    if found.get("dataloader_persistent_workers") and not found.get("dataloader_num_workers"):
+            options[key] = _section(f"training.{key}", value)
+    if options.get("optim_args") and not re.fullmatch(r"[^=,]+=[^=,]+(,[^=,]+=[^=,]+)*", options["optim_args"]):
+        raise ValueError(f"training.optim_args must be key=value,key=value, got {options['optim_args']!r}")
+    if options.get("dataloader_persistent_workers") and not options.get("dataloader_num_workers"):
         raise ValueError("training.dataloader_persistent_workers needs training.dataloader_num_workers above 0")
-    if found.get("use_liger_kernel") and find_spec("liger_kernel") is None:
+    if options.get("use_liger_kernel") and find_spec("liger_kernel") is None:
         raise ValueError("training.use_liger_kernel needs a package that is missing: pip install liger-kernel")
-    if found.get("max_steps", 1) < 1 and found["max_steps"] != -1:
-        raise ValueError(f"training.max_steps must be at least 1, or -1 for whole epochs, got {found['max_steps']}")
-    if found.get("metric_for_best_model") not in (None, "loss", "eval_loss"):
+    if options.get("max_steps", 1) < 1 and options["max_steps"] != -1:
+        raise ValueError(f"training.max_steps must be at least 1, or -1 for whole epochs, got {options['max_steps']}")
+    if options.get("metric_for_best_model") not in (None, "loss", "eval_loss"):
         raise ValueError(
             f"training.metric_for_best_model must be loss, which alone is computed while training, got "
-            f"{found['metric_for_best_model']!r}"
+            f"{options['metric_for_best_model']!r}"
         )
-    reporters = found.get("report_to") or []
+    reporters = options.get("report_to") or []
     have = get_available_reporting_integrations()
     for name in [reporters] if isinstance(reporters, str) else reporters:
         if name not in ("none", "all", *have):
             raise ValueError(f"training.report_to must be among {', '.join(have)} (installed here), got {name!r}")
-    return found
+    return options
 
 
 def _section(name: str, value: str) -> dict[str, Any]:
     try:
-        found = json.loads(value)
+        section = json.loads(value)
     except ValueError:
-        found = None
-    if not isinstance(found, dict):
+        section = None
+    if not isinstance(section, dict):
         raise ValueError(f"{name} must be a section, got {value!r}")
-    return found
+    return section
 
 
 def training_arguments(training: dict[str, Any], folder: Path, seed: int, progress: bool) -> TrainingArguments:
-    """TrainingArguments with our defaults, for checkpoints in `folder`.
+    """Make TrainingArguments with our defaults, for checkpoints in `folder`.
 
     Raises:
         ValueError: for values that do not go together, or that this machine cannot do.

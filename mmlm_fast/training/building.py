@@ -34,7 +34,7 @@ def class_of(settings: TrainSettings) -> Any:
 
 
 def check(settings: TrainSettings) -> None:
-    """Look at all that is to be seen before data is read: options of the model, and whether checkpoints are there.
+    """Look at all that can be seen before data is read: options of the model, and whether checkpoints are there.
 
     Raises:
         ValueError: naming the setting.
@@ -179,7 +179,7 @@ def _model_options(settings: TrainSettings, labels: Sequence[str]) -> dict[str, 
 
 
 def _codebook_size(settings: TrainSettings) -> int:
-    """Of the preset's tokens of pictures, 0 where it has none."""
+    """Return the size of the preset's codebook of pictures, 0 where it has none."""
     options = inspect.signature(PRESETS[settings.preset].build).parameters
     default = options["codebook_size"].default if "codebook_size" in options else 0
     return settings.model.get("codebook_size", default)
@@ -203,7 +203,7 @@ def _vocabulary_size(name: str) -> int:
 
 
 def from_checkpoints(cls: Any, towers: dict[str, str], config: Any, processor: Any) -> tuple[Any, MMLMProcessor]:
-    """A model as `config` says, but with the towers of these checkpoints, and a processor as they expect it."""
+    """Build a model as `config` says, but with the towers of these checkpoints, and a processor as they expect it."""
     options = config.to_dict()
     for name in ("model_type", "architectures", "transformers_version", "hidden_size"):
         options.pop(name, None)
@@ -219,6 +219,6 @@ def from_checkpoints(cls: Any, towers: dict[str, str], config: Any, processor: A
 
 
 def image_tokenizer_of(settings: TrainSettings) -> MMLMImageTokenizer:
-    """A new one, of the size that the preset's options ask for."""
+    """Make a new image tokenizer, of the size that the preset's options ask for."""
     options = {k: settings.model[k] for k in ("image_size", "codebook_size") if k in settings.model}
     return MMLMImageTokenizer(MMLMImageTokenizerConfig(**options))

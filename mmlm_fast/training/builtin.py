@@ -36,8 +36,8 @@ INSTRUCTIONS = {"en": "Describe the picture.", "es": "Describe la imagen.", "fr"
 
 
 def digits(kind: str, split: str, *, count: int | None = None, seed: int = 0, **options: Any) -> list[Sample]:
-    """Handwritten digits (UCI, by scikit-learn: 1,797 of 8 × 8 pixels) and spoken ones (English, Spanish, French; one
-    reading each), put together at random.
+    """Draw handwritten digits (UCI, by scikit-learn: 1,797 of 8 × 8 pixels) and spoken ones (English, Spanish, French;
+    one reading each), put together at random.
 
     Args:
         kind: ``question``: a written digit, another one spoken, and a question in one of three languages after one of
@@ -78,8 +78,8 @@ def digits(kind: str, split: str, *, count: int | None = None, seed: int = 0, **
 
 
 def _clip(spoken: Any, language: str, digit: int) -> tuple:
-    found = spoken[language][digit]
-    return ((found.waveform, found.sampling_rate),)
+    reading = spoken[language][digit]
+    return ((reading.waveform, reading.sampling_rate),)
 
 
 def _language(rng: np.random.Generator) -> str:
@@ -122,7 +122,7 @@ def _picture(digit: int, picture: Any, spoken: Any, rng: np.random.Generator) ->
 
 
 def stamps_folder() -> Path | None:
-    """Where the stamps of Tux Paint are: `MMLM_FAST_STAMPS` or Debian's folder; None where there are none."""
+    """Return where the stamps of Tux Paint are: `MMLM_FAST_STAMPS` or Debian's folder; None where there are none."""
     folder = Path(os.environ.get("MMLM_FAST_STAMPS", STAMPS_FOLDER))
     return folder if folder.is_dir() else None
 
@@ -130,7 +130,8 @@ def stamps_folder() -> Path | None:
 def stamps(
     kind: str, split: str, *, count: int | None = None, seed: int = 0, languages: Any = LANGUAGES
 ) -> list[Sample]:
-    """Stamps of Tux Paint (GPL-2, Debian's ``tuxpaint-stamps-default``): pictures with captions and spoken captions.
+    """Read stamps of Tux Paint (GPL-2, Debian's ``tuxpaint-stamps-default``): pictures with captions and spoken
+    captions.
 
     Args:
         kind: ``topic``: picture, caption in one of the languages and its reading where there is one; the label is the
@@ -150,14 +151,14 @@ def stamps(
         )
     if kind not in ("topic", "caption", "pair") or split not in ("train", "eval"):
         raise ValueError(f"stamps: kind must be topic, caption or pair, split train or eval, got {kind!r}, {split!r}")
-    found = _stamps(folder)
-    topics = sorted({t for t, *_ in found}, key=lambda t: (-sum(t == x for x, *_ in found), t))[:10]
-    captions = sorted({texts["en"] for _, _, texts, _ in found})
+    every_stamp = _stamps(folder)
+    topics = sorted({t for t, *_ in every_stamp}, key=lambda t: (-sum(t == x for x, *_ in every_stamp), t))[:10]
+    captions = sorted({texts["en"] for _, _, texts, _ in every_stamp})
     np.random.default_rng(0).shuffle(captions)  # the split does not depend on the seed of the training
     held_out = set(captions[: len(captions) // 5])
     rng = np.random.default_rng([seed, split == "eval"])
     samples = []
-    for topic, path, texts, readings in found:
+    for topic, path, texts, readings in every_stamp:
         if (texts["en"] in held_out) != (split == "eval") or (kind == "topic" and topic not in topics):
             continue
         spoken = [x for x in languages if x in texts and (x in readings or kind == "caption")]
@@ -178,8 +179,8 @@ def stamps(
 
 
 def _stamps(folder: Path) -> list[tuple[str, Path, dict[str, str], dict[str, Path]]]:
-    """Topic, picture, captions and readings by language of every stamp that has a caption in English."""
-    found = []
+    """Read topic, picture, captions and readings by language of every stamp that has a caption in English."""
+    every_stamp = []
     for path in sorted(folder.rglob("*.png")):
         described = path.with_suffix(".txt")
         if path.stem.endswith(("_mirror", "_flip")) or not described.is_file():
@@ -198,8 +199,8 @@ def _stamps(folder: Path) -> list[tuple[str, Path, dict[str, str], dict[str, Pat
             reading = path.with_name(path.stem + ending)
             if reading.is_file():
                 readings[language] = reading
-        found.append((path.relative_to(folder).parts[0], path, texts, readings))
-    return found
+        every_stamp.append((path.relative_to(folder).parts[0], path, texts, readings))
+    return every_stamp
 
 
 BUILTIN: dict[str, Callable[..., list[Sample]]] = {"digits": digits, "stamps": stamps}

@@ -66,7 +66,7 @@ def _text(folder: Path, result: dict[str, Any], examples: Sequence[dict[str, Any
 
 
 def summary_lines(result: dict[str, Any]) -> list[str]:
-    """The numbers in a few lines of plain text."""
+    """Return the numbers in a few lines of plain text."""
     lines = [f"{k}: {_shown(v)}" for k, v in _numbers(result)]
     if result["chance"] is not None:
         lines.append(f"chance: {result['chance']:.4f}")
@@ -90,7 +90,7 @@ def control_sentence() -> str:
 
 
 def control_table(result: dict[str, Any]) -> list[str]:
-    """Markdown lines."""
+    """Return the Markdown lines of a table of the controls."""
     name = next(iter(result["metrics"]))
     lines = [f"| shuffled | {name} | intact | score lost, interval | used |", "|---|---:|---:|---|---|"]
     for modality, control in result["controls"].items():

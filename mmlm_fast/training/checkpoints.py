@@ -41,7 +41,7 @@ KEPT = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsil
 
 
 def problem_of(checkpoint: Path) -> str | None:
-    """What keeps Trainer from going on from a checkpoint; None for a whole one."""
+    """Return what keeps Trainer from going on from a checkpoint; None for a whole one."""
     for name in ("trainer_state.json", "config.json"):
         path = checkpoint / name
         try:
@@ -61,12 +61,12 @@ def problem_of(checkpoint: Path) -> str | None:
 
 def write_files(checkpoint: Path) -> None:
     """Write the checksums of a checkpoint's files into it."""
-    found = {str(path.relative_to(checkpoint)): _checksum(path) for path in sorted(_files(checkpoint))}
-    _write_json(checkpoint / FILES, found)
+    checksums = {str(path.relative_to(checkpoint)): _checksum(path) for path in sorted(_files(checkpoint))}
+    _write_json(checkpoint / FILES, checksums)
 
 
 def _contents_problem(checkpoint: Path) -> str | None:
-    """Files that are not as they were written; None also for checkpoints older than their list."""
+    """Name a file that is not as it was written; None also for checkpoints older than their list."""
     try:
         listed = json.loads((checkpoint / FILES).read_text(encoding="utf-8"))
         for name, wanted in listed.items():
@@ -85,8 +85,8 @@ def _files(folder: Path) -> Iterable[Path]:
 
 
 def _checksum(path: Path) -> int:
-    found = path.stat()
-    return _checksum_of(path, found.st_size, found.st_mtime_ns)
+    status = path.stat()
+    return _checksum_of(path, status.st_size, status.st_mtime_ns)
 
 
 @lru_cache(maxsize=4096)
@@ -128,8 +128,8 @@ def _states_problem(checkpoint: Path) -> str | None:
     for name in (*(optimizer or ["optimizer.pt"]), "scheduler.pt", *(rng or ["rng_state.pth"])):
         if name not in names:
             return f"no {name}"
-        if (found := _zip_problem(checkpoint / name)) is not None:
-            return found
+        if (problem := _zip_problem(checkpoint / name)) is not None:
+            return problem
     return None
 
 
@@ -146,10 +146,10 @@ def _zip_problem(path: Path) -> str | None:
 
 
 def last_whole(folder: Path) -> tuple[Path | None, dict[Path, str]]:
-    """The last checkpoint that is whole, and what is wrong with the later ones."""
-    found = [path for path in folder.iterdir() if CHECKPOINT.fullmatch(path.name)] if folder.is_dir() else []
+    """Return the last checkpoint that is whole, and what is wrong with the later ones."""
+    paths = [path for path in folder.iterdir() if CHECKPOINT.fullmatch(path.name)] if folder.is_dir() else []
     problems: dict[Path, str] = {}
-    for path in sorted((p for p in found if p.is_dir()), key=lambda p: -int(p.name.split("-")[1])):
+    for path in sorted((p for p in paths if p.is_dir()), key=lambda p: -int(p.name.split("-")[1])):
         problem = problem_of(path)
         if problem is None:
             return path, problems
@@ -190,20 +190,20 @@ def put_away(folder: Path, *others: Path) -> None:
 
 def delete_all_but(folder: Path, limit: int | None, best: Path | None) -> None:
     """Delete checkpoints but the last `limit` (None: all), of which the best is one; but the last stays in any case."""
-    found = [path for path in folder.iterdir() if CHECKPOINT.fullmatch(path.name) and path.is_dir()]
-    found.sort(key=lambda path: int(path.name.split("-")[1]))
-    if limit is None or len(found) <= limit:
+    paths = [path for path in folder.iterdir() if CHECKPOINT.fullmatch(path.name) and path.is_dir()]
+    paths.sort(key=lambda path: int(path.name.split("-")[1]))
+    if limit is None or len(paths) <= limit:
         return
-    kept = found[-limit:]
-    if best is not None and best.name in [path.name for path in found] and best.name not in [p.name for p in kept]:
-        kept = [path for path in found if path.name == best.name] + kept[-max(1, limit - 1) :]
-    for path in found:
+    kept = paths[-limit:]
+    if best is not None and best.name in [path.name for path in paths] and best.name not in [p.name for p in kept]:
+        kept = [path for path in paths if path.name == best.name] + kept[-max(1, limit - 1) :]
+    for path in paths:
         if path not in kept:
             _delete_checkpoint(path)
 
 
 def is_replaced(folder: Path) -> bool:
-    """Whether a run that was to replace the one in `folder` ended before it had deleted its checkpoints."""
+    """Return whether a run that was to replace the one in `folder` ended before it had deleted its checkpoints."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -265,7 +265,7 @@ def compare_record(folder: Path, record: dict[str, Any]) -> None:
         raise ValueError(f"{folder / RECORD} cannot be read: {error}") from error
     if not isinstance(held, dict):
         raise ValueError(f"{folder / RECORD} cannot be read: must hold an object, got {type(held).__name__}")
-    wanted, changes, told = json.loads(json.dumps(record)), [], []
+    wanted, changes, warned_of = json.loads(json.dumps(record)), [], []
     for name in sorted({*held, *wanted}):
         before, now = held.get(name), wanted.get(name)
         key = name.removeprefix("training.")
@@ -276,19 +276,19 @@ def compare_record(folder: Path, record: dict[str, Any]) -> None:
         if key == name or key in FIXED:
             changes.append(change)
         else:
-            told.append(f"{change}, of which the checkpoint's goes on" if key in KEPT else change)
+            warned_of.append(f"{change}, of which the checkpoint's goes on" if key in KEPT else change)
     if changes:
         raise ValueError(
             f"the run in {folder} cannot be resumed, since these changed: {', '.join(changes)}; put them back, or "
             "start anew with --overwrite"
         )
-    for change in told:
+    for change in warned_of:
         warnings.warn(f"changed since the checkpoint: {change}", stacklevel=2)
 
 
 def digest_of_samples(samples: Sequence[Sample], folder: Path) -> str:
-    """Of what samples say, the names of their files from `folder` on, and what those hold: all of it where they have a
-    gibibyte together, else the sizes and the first, middle and last four kibibytes of each."""
+    """Digest what samples say, the names of their files from `folder` on, and what those hold: all of it where they
+    have a gibibyte together, else the sizes and the first, middle and last four kibibytes of each."""
     digest, named = hashlib.sha256(), [_files_of(sample) for sample in samples]
     sizes = {path: path.stat().st_size for paths in named for path in paths}
     whole, contents = sum(sizes.values()) <= WHOLE, {}
@@ -318,5 +318,5 @@ def _digest_of_file(path: Path, size: int, whole: bool) -> str:
 
 
 def digest_of_tokenizer(tokenizer: Any) -> str:
-    """Of the tokens and their numbers."""
+    """Digest the tokens and their numbers."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()

@@ -25,7 +25,7 @@ class Drawn:
 
 
 class Collator:
-    """Samples to a batch: files read, in training changed, put through the processor, with labels.
+    """Make batches of samples: read files, in training change them, put them through the processor, add labels.
 
     Args:
         task: Of `TASKS`.

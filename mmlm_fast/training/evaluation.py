@@ -63,7 +63,7 @@ def controls(
     modalities: Sequence[str],
     **options: Any,
 ) -> dict[str, dict[str, Any]]:
-    """For each modality the metrics with that modality shuffled among the samples, and the interval of what is lost.
+    """Evaluate with each modality shuffled among the samples: the metrics, and the interval of what is lost.
 
     ``used`` says whether the interval of the mean score lost lies above 0: the model uses the modality; None where too
     few samples are judged for an interval.
@@ -82,7 +82,7 @@ def controls(
 
 
 def shuffled(samples: Sequence[Sample], modality: str, seed: int = 0) -> list[Sample]:
-    """Samples that keep everything but one modality, which they take from another sample: the control that shows
+    """Return samples that keep everything but one modality, which they take from another sample: the control that shows
     whether a model uses it.
 
     Args:

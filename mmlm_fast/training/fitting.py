@@ -56,7 +56,7 @@ class _Trainer(Trainer):
 
 
 class _Begin(TrainerCallback):
-    """What Trainer leaves out when it begins a training or an epoch."""
+    """Do what Trainer leaves out when it begins a training or an epoch."""
 
     def __init__(self, samples: SampleList) -> None:
         self.samples = samples

@@ -12,21 +12,21 @@ ERROR_RATES = ("wer", "cer")  # of which less is better
 
 
 def classification(truth: Sequence[int], predicted: Sequence[int], labels: Sequence[str]) -> dict[str, Any]:
-    """accuracy, macro_f1 (over the classes that occur), and scikit-learn's classification report as text."""
+    """Compute accuracy, macro_f1 (over the classes that occur), and scikit-learn's classification report as text."""
     from sklearn.metrics import accuracy_score, classification_report, f1_score
 
-    there = sorted(set(truth) | set(predicted))
+    occurring = sorted(set(truth) | set(predicted))
     return {
         "accuracy": float(accuracy_score(truth, predicted)),
         "macro_f1": float(f1_score(truth, predicted, average="macro", labels=sorted(set(truth)), zero_division=0)),
         "classification_report": classification_report(
-            truth, predicted, labels=there, target_names=[str(labels[i]) for i in there], zero_division=0
+            truth, predicted, labels=occurring, target_names=[str(labels[i]) for i in occurring], zero_division=0
         ),
     }
 
 
 def multi_label(truth: Any, predicted: Any, labels: Sequence[str]) -> dict[str, Any]:
-    """accuracy of whole samples, macro_f1 over classes, and the report."""
+    """Compute accuracy of whole samples, macro_f1 over classes, and the report."""
     from sklearn.metrics import accuracy_score, classification_report, f1_score
 
     return {
@@ -39,8 +39,8 @@ def multi_label(truth: Any, predicted: Any, labels: Sequence[str]) -> dict[str, 
 
 
 def text(name: str, references: Sequence[str], predictions: Sequence[str]) -> float:
-    """One of wer, cer, bleu, chrf, exact_match over all samples: 0 to 1, error rates possibly more; bleu and chrf 0 to
-    100, as sacrebleu gives them."""
+    """Compute one of wer, cer, bleu, chrf, exact_match over all samples: 0 to 1, error rates possibly more; bleu and
+    chrf 0 to 100, as sacrebleu gives them."""
     if name in ERROR_RATES:
         import jiwer
 
@@ -55,12 +55,12 @@ def text(name: str, references: Sequence[str], predictions: Sequence[str]) -> fl
 
 
 def same(reference: str, prediction: str) -> bool:
-    """Whether two texts are the same but for surrounding space."""
+    """Return whether two texts are the same but for surrounding space."""
     return reference.strip() == prediction.strip()
 
 
 def text_scores(name: str, references: Sequence[str], predictions: Sequence[str]) -> np.ndarray:
-    """One number a sample, for confidence intervals: word or character errors as a share of the reference (wer, cer),
+    """Score each sample, for confidence intervals: word or character errors as a share of the reference (wer, cer),
     sentence chrF (chrf, bleu), or 0 and 1."""
     if name in (*ERROR_RATES, "exact_match"):
         return np.array([text(name, [r], [p]) for r, p in zip(references, predictions, strict=True)])
@@ -70,7 +70,7 @@ def text_scores(name: str, references: Sequence[str], predictions: Sequence[str]
 
 
 def retrieval(similarity: np.ndarray, positive: np.ndarray) -> tuple[dict[str, float], np.ndarray]:
-    """Recall at 1, 5 and 10, and how well matching pairs are told from others.
+    """Compute recall at 1, 5 and 10, and how well matching pairs are told from others.
 
     Args:
         similarity: ``[queries, candidates]``.
@@ -87,15 +87,15 @@ def retrieval(similarity: np.ndarray, positive: np.ndarray) -> tuple[dict[str, f
         raise ValueError(f"every query needs a right candidate; shapes {similarity.shape} and {positive.shape}")
     best = np.where(positive, similarity, -np.inf).max(1, keepdims=True)
     rank = (np.where(positive, -np.inf, similarity) >= best).sum(1)
-    found = {f"recall_at_{k}": float((rank < k).mean()) for k in RECALL_AT}
-    found["matching_auc"] = float(roc_auc_score(positive.ravel(), similarity.ravel())) if not positive.all() else 1.0
-    found["chance_at_1"] = float(positive.mean(1).mean())
-    return found, (rank == 0).astype(float)
+    values = {f"recall_at_{k}": float((rank < k).mean()) for k in RECALL_AT}
+    values["matching_auc"] = float(roc_auc_score(positive.ravel(), similarity.ravel())) if not positive.all() else 1.0
+    values["chance_at_1"] = float(positive.mean(1).mean())
+    return values, (rank == 0).astype(float)
 
 
 def interval(scores: np.ndarray) -> tuple[float, float] | None:
-    """Bootstrap percentile interval of the mean, at `CONFIDENCE`; the mean itself where all are equal, None of fewer
-    than two scores, which say nothing of others."""
+    """Compute the bootstrap percentile interval of the mean, at `CONFIDENCE`; the mean itself where all are equal, None
+    of fewer than two scores, which say nothing of others."""
     from scipy.stats import bootstrap
 
     scores = np.asarray(scores, float)
@@ -104,11 +104,11 @@ def interval(scores: np.ndarray) -> tuple[float, float] | None:
     if np.ptp(scores) == 0:
         return float(scores.mean()), float(scores.mean())
     options = dict(n_resamples=RESAMPLES, confidence_level=CONFIDENCE, method="percentile", rng=0)
-    found = bootstrap((scores,), np.mean, **options).confidence_interval
-    return float(found.low), float(found.high)
+    bounds = bootstrap((scores,), np.mean, **options).confidence_interval
+    return float(bounds.low), float(bounds.high)
 
 
 def interval_of(name: str, scores: np.ndarray) -> dict[str, list[float] | None]:
-    """The interval of a metric, by its name."""
-    found = interval(scores)
-    return {f"{name}_interval": None if found is None else list(found)}
+    """Return the interval of a metric, by its name."""
+    bounds = interval(scores)
+    return {f"{name}_interval": None if bounds is None else list(bounds)}

@@ -24,7 +24,7 @@ class BadSampleError(ValueError):
 
 @dataclass(frozen=True)
 class Sample:
-    """One example.
+    """A sample.
 
     Attributes:
         name: For messages, such as ``train.jsonl:12``.
@@ -108,9 +108,9 @@ def _message_problem(message: Any) -> str | None:
 
 
 def read_samples(path: str | Path, problems: list[str] | None = None, *, name: str | None = None) -> list[Sample]:
-    """Samples of a JSON-lines file in UTF-8: one object a line with some of ``image`` (path or list), ``video``,
-    ``audio`` (path or list), ``text``, ``target``, ``label``, ``messages``; null is the same as nothing. Paths are
-    relative to the file. Lines end at line feeds alone; byte order marks are passed over.
+    """Read the samples of a JSON-lines file in UTF-8: one object a line with some of ``image`` (path or list),
+    ``video``, ``audio`` (path or list), ``text``, ``target``, ``label``, ``messages``; null is the same as nothing.
+    Paths are relative to the file. Lines end at line feeds alone; byte order marks are passed over.
 
     Args:
         problems: Takes what is wrong with bad lines, which are then left out.
@@ -135,7 +135,7 @@ def read_samples(path: str | Path, problems: list[str] | None = None, *, name: s
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Lines that are not empty, with their numbers."""
+    """Yield the lines that are not empty, with their numbers."""
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
@@ -189,7 +189,7 @@ def _sample(name: str, line: bytes, folder: Path) -> Sample:
 
 
 def strict_json(text: str) -> Any:
-    """What a JSON text holds.
+    """Return what a JSON text holds.
 
     Raises:
         ValueError: also for what Python's reader passes over: keys given twice, NaN and infinity, numbers beyond
@@ -231,7 +231,7 @@ def load(sample: Sample, *, num_frames: int = 8) -> Loaded:
 
 
 def _picture(source: Any) -> Any:
-    """The first picture of a file, upright, in RGB of 8 bits."""
+    """Read the first picture of a file, upright, in RGB of 8 bits."""
     from PIL import Image
 
     try:
@@ -241,8 +241,8 @@ def _picture(source: Any) -> Any:
             return _as_rgb(file)
     except Exception as error:  # of a broken file PIL's readers raise anything, and their own class for huge ones
         reason = str(error) or type(error).__name__
-        shown = isinstance(source, (str, Path)) and str(source) not in reason
-        raise ValueError(f"{source}: {reason}" if shown else reason) from error
+        is_unnamed = isinstance(source, (str, Path)) and str(source) not in reason
+        raise ValueError(f"{source}: {reason}" if is_unnamed else reason) from error
 
 
 def _as_rgb(picture: Any) -> Any:
@@ -303,7 +303,7 @@ def usable(
     progress: bool = False,
     read: Callable[[Sample], Any] = load,
 ) -> tuple[list[Sample], list[str]]:
-    """The samples that can be read and pass `check`, and what is wrong with the others.
+    """Return the samples that can be read and pass `check`, and what is wrong with the others.
 
     Args:
         check: Raises `BadSampleError`.
@@ -336,15 +336,16 @@ def usable(
 def _find_files(sample: Sample) -> None:
     for path in (*sample.images, *sample.audio, sample.video):
         try:
-            there = not isinstance(path, (str, Path)) or Path(path).is_file()
+            is_missing = isinstance(path, (str, Path)) and not Path(path).is_file()
         except OSError as error:  # a name too long, a folder that may not be read
             raise BadSampleError(f"{sample.name}: {error}") from error
-        if not there:
+        if is_missing:
             raise BadSampleError(f"{sample.name}: no file {path}")
 
 
 def augmented(loaded: Loaded, kinds: Sequence[str], rng: np.random.Generator) -> Loaded:
-    """A changed copy, for training: pictures cropped or mirrored, clips noisier, louder or softer, faster or slower.
+    """Return a changed copy, for training: pictures cropped or mirrored, clips noisier, louder or softer, faster or
+    slower.
 
     Args:
         kinds: Some of ``crop`` (to 80–100 % of each side), ``flip`` (left to right, half of the time), ``noise`` (15

@@ -41,7 +41,7 @@ class EmbeddingIndex:
         return len(self.items)
 
     def search(self, queries: Any, k: int = 10) -> list[list[tuple[Any, float]]]:
-        """The `k` most similar items of each query ``[Q, D]``, the best first, with their similarities."""
+        """Return the `k` most similar items of each query ``[Q, D]``, the best first, with their similarities."""
         wanted = np.ascontiguousarray(np.atleast_2d(_array(queries)), np.float32)
         if wanted.shape[1] != self.table.shape[1] or k < 1:
             raise ValueError(f"queries must be [Q, {self.table.shape[1]}] and k at least 1, got {wanted.shape} and {k}")
@@ -66,7 +66,7 @@ def _array(values: Any) -> np.ndarray:
 
 @torch.no_grad()
 def embed(model: Any, batches: Iterable[dict[str, Any]], modality: str, *, progress: bool = False) -> torch.Tensor:
-    """Embeddings ``[N, D]`` of one modality of `MMLMForContrastive`, of batches of its processor.
+    """Embed one modality of batches of its processor by `MMLMForContrastive`, ``[N, D]``.
 
     Raises:
         ValueError: for a modality that is not text, image or audio.
@@ -79,8 +79,8 @@ def embed(model: Any, batches: Iterable[dict[str, Any]], modality: str, *, progr
     if modality not in inputs:
         raise ValueError(f"modality must be text, image or audio, got {modality!r}")
     function = getattr(model, f"get_{modality}_features")
-    found = []
+    parts = []
     for batch in tqdm(batches, desc=f"embedding {modality}", disable=not progress, leave=False):
-        given = {name: batch[name].to(model.device) for name in inputs[modality] if name in batch}
-        found.append(function(**given).float().cpu())
-    return torch.cat(found)
+        arguments = {name: batch[name].to(model.device) for name in inputs[modality] if name in batch}
+        parts.append(function(**arguments).float().cpu())
+    return torch.cat(parts)

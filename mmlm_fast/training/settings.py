@@ -19,7 +19,7 @@ from mmlm_fast.training.tasks import TASKS
 
 @dataclass
 class DataSettings:
-    """``[data]``.
+    """The section ``[data]``.
 
     Attributes:
         name, kind: A built-in set (``digits``, ``stamps``) and its kind, see `mmlm_fast.training.builtin`.
@@ -47,7 +47,7 @@ class DataSettings:
 
 @dataclass
 class EvaluationSettings:
-    """``[evaluation]``.
+    """The section ``[evaluation]``.
 
     Attributes:
         controls: Modalities to shuffle.
@@ -66,7 +66,7 @@ class EvaluationSettings:
 
 @dataclass
 class TrainSettings:
-    """A whole file.
+    """A whole configuration file.
 
     Attributes:
         task: Of `mmlm_fast.training.tasks.TASKS`.
@@ -161,7 +161,7 @@ class TrainSettings:
         self.data.labels = typing.cast("list[str]", names)
 
     def path(self, name: str) -> Path:
-        """A path of the file, relative to it."""
+        """Return a path of the file, relative to it."""
         return self.folder / name
 
 
@@ -171,7 +171,7 @@ def _choice(name: str, value: Any, known: Any) -> None:
 
 
 def shipped() -> list[str]:
-    """Names of the configurations that come with the package."""
+    """Return the names of the configurations that come with the package."""
     return sorted(p.name.removesuffix(".toml") for p in _configs().iterdir() if p.name.endswith(".toml"))
 
 
@@ -180,7 +180,7 @@ def _configs() -> Any:
 
 
 def read_settings(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> TrainSettings:
-    """Settings of a TOML, YAML or JSON file, or of a shipped configuration by name.
+    """Read the settings of a TOML, YAML or JSON file, or of a shipped configuration by name.
 
     Args:
         source: A path, or one of `shipped`.

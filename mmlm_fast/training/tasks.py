@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Evaluation:
-    """What came out.
+    """What came out of an evaluation.
 
     Attributes:
         metrics: By name; with the interval of the first in ``<name>_interval``.
