@@ -413,5 +413,5 @@ def test_placeholders_are_never_written():
     with torch.no_grad():
         model.lm_head.weight[[3, 4]] *= 1000
     batch = make_batch(processor)
-    made = model.generate(**batch, max_new_tokens=20, do_sample=False)[:, batch["input_ids"].shape[1] :]
-    assert not ((made == 3) | (made == 4)).any()
+    generated = model.generate(**batch, max_new_tokens=20, do_sample=False)[:, batch["input_ids"].shape[1] :]
+    assert not ((generated == 3) | (generated == 4)).any()

@@ -166,7 +166,9 @@ def test_fast_is_reference(native):
     batch = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
     exact = run()
     assert difference(fast[0], expected[0], exact[0]).ok
-    ours, theirs, truth = (torch.cat([found[1][n].flatten() for n in exact[1]]) for found in (fast, expected, exact))
+    ours, theirs, truth = (
+        torch.cat([outputs[1][n].flatten() for n in exact[1]]) for outputs in (fast, expected, exact)
+    )
     assert difference(ours, theirs, truth).ok
 
 

@@ -112,7 +112,8 @@ def test_fast_is_reference(name, options):
     if fast[1].numel() >= 64:  # of a loss or of six logits alone, whose rounding is smaller is luck
         assert difference(fast[1], plain[1], exact[1]).ok
     flat = [
-        torch.cat([found[1].flatten(), *(found[2][n].flatten() for n in fast[2])]) for found in (fast, plain, exact)
+        torch.cat([outputs[1].flatten(), *(outputs[2][n].flatten() for n in fast[2])])
+        for outputs in (fast, plain, exact)
     ]
     assert difference(*flat).ok
 
@@ -121,8 +122,8 @@ def test_fast_is_reference(name, options):
 def test_every_trained_parameter_has_a_gradient(name):
     """DDP refuses models that have others."""
     model, processor = build(name)
-    found = loss_logits_and_gradients(model.eval(), make_batch(model, processor))[2]
-    unused = [n for n, p in model.named_parameters() if p.requires_grad and n not in found]
+    gradients = loss_logits_and_gradients(model.eval(), make_batch(model, processor))[2]
+    unused = [n for n, p in model.named_parameters() if p.requires_grad and n not in gradients]
     assert not unused, unused
 
 
@@ -193,10 +194,10 @@ def test_generate_streams(name):
         def end(self):
             seen.append(None)
 
-    made = model.generate(**batch, max_new_tokens=5, do_sample=False, streamer=Streamer())
+    generated = model.generate(**batch, max_new_tokens=5, do_sample=False, streamer=Streamer())
     assert seen[-1] is None
     streamed = torch.cat([x.flatten() for x in seen[:-1]])
-    assert torch.equal(streamed, made.flatten())
+    assert torch.equal(streamed, generated.flatten())
 
 
 @pytest.mark.parametrize("fusion", CLASSIFICATION_FUSIONS)
@@ -243,9 +244,9 @@ def test_classifier_honours_what_is_missing(fusion):
 def test_fusion_weights_say_who_counts(fusion):
     model, processor = build("resnet_text_classifier", audio=True, fusion=fusion)
     out = model.eval()(**make_batch(model, processor))
-    there = torch.tensor([[1, 1, 0], [1, 0, 1], [1, 1, 1]]).bool()
-    assert (out.fusion_weights[~there] == 0).all()
-    assert (out.fusion_weights[there] > 0).all()
+    present = torch.tensor([[1, 1, 0], [1, 0, 1], [1, 1, 1]]).bool()
+    assert (out.fusion_weights[~present] == 0).all()
+    assert (out.fusion_weights[present] > 0).all()
     if fusion != "mean":
         torch.testing.assert_close(out.fusion_weights.sum(1), torch.ones(3))
 
@@ -255,8 +256,8 @@ def test_late_fusion_is_of_probabilities():
     batch = make_batch(model, processor)
     out = model.eval()(**batch)
     each = out.modality_logits.softmax(-1)
-    there = torch.tensor([[1, 1, 0], [1, 0, 1], [1, 1, 1]]).bool()
-    mean = torch.where(there[..., None], each, 0).sum(1) / there.sum(1, keepdim=True)
+    present = torch.tensor([[1, 1, 0], [1, 0, 1], [1, 1, 1]]).bool()
+    mean = torch.where(present[..., None], each, 0).sum(1) / present.sum(1, keepdim=True)
     torch.testing.assert_close(out.logits.softmax(-1), mean)
     errors = torch.stack(
         [
@@ -265,7 +266,7 @@ def test_late_fusion_is_of_probabilities():
         ],
         1,
     )
-    torch.testing.assert_close(out.loss, errors[there].mean())
+    torch.testing.assert_close(out.loss, errors[present].mean())
 
 
 def test_several_labels_and_numbers():

@@ -51,9 +51,9 @@ def test_lstm_skips_padding(side):
     cache, plain = DynamicCache(), DynamicCache()
     expected = model(ids, past_key_values=plain).last_hidden_state
     torch.testing.assert_close(model(padded, attention_mask=mask).last_hidden_state[:, ~pad], expected)
-    found = model(padded, attention_mask=mask, past_key_values=cache).last_hidden_state
-    torch.testing.assert_close(found[:, ~pad], expected)
-    assert (found[:, pad] == 0).all()
+    states = model(padded, attention_mask=mask, past_key_values=cache).last_hidden_state
+    torch.testing.assert_close(states[:, ~pad], expected)
+    assert (states[:, pad] == 0).all()
     more = torch.randint(20, (2, 1))
     after = model(more, attention_mask=torch.ones(2, 8), past_key_values=cache).last_hidden_state
     torch.testing.assert_close(after, model(more, past_key_values=plain).last_hidden_state)
@@ -74,11 +74,11 @@ def test_lstm_attends_to_what_is_there():
     model = lstm(add_cross_attention=True)
     ids, context = torch.randint(20, (2, 4)), torch.randn(2, 5, 8)
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
-    found = model(ids, encoder_hidden_states=context, encoder_attention_mask=mask).last_hidden_state
+    attended = model(ids, encoder_hidden_states=context, encoder_attention_mask=mask).last_hidden_state
     states = model.layers[0](model.embed_tokens(ids))[0]
     scores = (states @ context.mT / 8**0.5).masked_fill(mask[:, None] == 0, -torch.inf)
     expected = torch.tanh(model.attention(torch.cat([states, scores.softmax(-1) @ context], -1)))
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(attended, expected)
 
 
 def test_convolutions_and_means():

@@ -79,8 +79,8 @@ def test_targets_follow_prompts_padded_on_the_left():
     )
     tokenizer = collate.processor.tokenizer
     for i, (text, target) in enumerate((("short\n", "yes<eos>"), ("a longer question\n", "no, not so<eos>"))):
-        there = batch["attention_mask"][i].bool()
-        assert tokenizer.decode(batch["input_ids"][i][there]) == text + target
+        real = batch["attention_mask"][i].bool()
+        assert tokenizer.decode(batch["input_ids"][i][real]) == text + target
         labels = batch["labels"][i]
         assert tokenizer.decode(labels[labels != -100]) == target
 

@@ -31,22 +31,22 @@ def test_text_metrics():
 
 def test_retrieval_metrics():
     similarity = np.array([[0.9, 0.1, 0.2], [0.8, 0.7, 0.1], [0.1, 0.2, 0.2]])
-    found, hits = metrics.retrieval(similarity, np.eye(3, dtype=bool))
+    values, hits = metrics.retrieval(similarity, np.eye(3, dtype=bool))
     assert hits.tolist() == [1, 0, 0]  # the last is a tie, which counts against
-    assert found["recall_at_1"] == pytest.approx(1 / 3)
-    assert found["recall_at_5"] == 1
-    assert found["chance_at_1"] == pytest.approx(1 / 3)
+    assert values["recall_at_1"] == pytest.approx(1 / 3)
+    assert values["recall_at_5"] == 1
+    assert values["chance_at_1"] == pytest.approx(1 / 3)
     pairs = [(p, n) for p in np.diag(similarity) for n in similarity[~np.eye(3, dtype=bool)]]
-    assert found["matching_auc"] == pytest.approx(np.mean([(p > n) + 0.5 * (p == n) for p, n in pairs]))
+    assert values["matching_auc"] == pytest.approx(np.mean([(p > n) + 0.5 * (p == n) for p, n in pairs]))
     with pytest.raises(ValueError, match="every query needs a right candidate"):
         metrics.retrieval(similarity, np.zeros((3, 3), bool))
 
 
 def test_classification_metrics():
-    found = metrics.classification([0, 0, 1, 1], [0, 1, 1, 1], ["cat", "dog"])
-    assert found["accuracy"] == 0.75
-    assert found["macro_f1"] == pytest.approx((2 / 3 + 0.8) / 2)
-    assert "cat" in found["classification_report"]
+    values = metrics.classification([0, 0, 1, 1], [0, 1, 1, 1], ["cat", "dog"])
+    assert values["accuracy"] == 0.75
+    assert values["macro_f1"] == pytest.approx((2 / 3 + 0.8) / 2)
+    assert "cat" in values["classification_report"]
 
 
 def test_interval_covers_as_often_as_it_says():
@@ -60,13 +60,13 @@ def test_interval_covers_as_often_as_it_says():
 def test_shuffled_keeps_all_but_one_modality():
     samples = digits("question", "eval", count=20)
     for modality, field in (("text", "text"), ("image", "images"), ("audio", "audio")):
-        found = shuffled(samples, modality)
-        for one, other in zip(samples, found, strict=True):
+        changed = shuffled(samples, modality)
+        for one, other in zip(samples, changed, strict=True):
             for name in ("text", "images", "audio", "label"):
                 assert (getattr(one, name) is getattr(other, name)) == (name != field) or name == "text" == field
         values = [getattr(s, field) for s in samples]
-        assert sorted(map(id, values)) == sorted(id(getattr(s, field)) for s in found)
-        assert all(id(values[i]) != id(getattr(s, field)) or field == "text" for i, s in enumerate(found))
+        assert sorted(map(id, values)) == sorted(id(getattr(s, field)) for s in changed)
+        assert all(id(values[i]) != id(getattr(s, field)) or field == "text" for i, s in enumerate(changed))
     with pytest.raises(ValueError, match="modality must be text, image or audio"):
         shuffled(samples, "smell")
 
@@ -96,10 +96,10 @@ def test_retrieval_of_samples_that_lack_modalities():
         replace(s, images=() if i % 3 == 0 else s.images, audio=() if i % 2 else s.audio) for i, s in enumerate(samples)
     ]
     samples[9] = replace(samples[9], audio=())  # neither
-    found = evaluate(model, collate, samples, batch_size=5, progress=False)
-    assert np.isnan(found.scores).tolist() == [i in (3, 9) for i in range(12)]
-    told = controls(model, collate, samples, found, ["image", "audio"], batch_size=5, progress=False)
-    assert all(np.isfinite(c["loss_interval"]).all() for c in told.values())
+    intact = evaluate(model, collate, samples, batch_size=5, progress=False)
+    assert np.isnan(intact.scores).tolist() == [i in (3, 9) for i in range(12)]
+    shuffled_ones = controls(model, collate, samples, intact, ["image", "audio"], batch_size=5, progress=False)
+    assert all(np.isfinite(c["loss_interval"]).all() for c in shuffled_ones.values())
 
 
 def test_retrieval_by_hand():
@@ -117,10 +117,10 @@ def test_retrieval_by_hand():
 
     model.forward = lambda **batch: Known(outputs(**batch))
     one_each = {s.label: s for s in digits("pair", "eval", count=100)}
-    found = evaluate(model, Collator("retrieval", model, processor), list(one_each.values()), progress=False)
-    assert found.metrics["image_to_text"]["recall_at_1"] == 1
-    assert found.metrics["text_to_image"]["matching_auc"] == 1
-    assert found.metrics["audio_to_text"]["recall_at_1"] == 0
-    assert found.metrics["recall_at_1"] == 0.5
-    assert found.metrics["chance_at_1"] == pytest.approx(0.1)
-    assert found.scores.tolist() == [0.5] * 10
+    evaluation = evaluate(model, Collator("retrieval", model, processor), list(one_each.values()), progress=False)
+    assert evaluation.metrics["image_to_text"]["recall_at_1"] == 1
+    assert evaluation.metrics["text_to_image"]["matching_auc"] == 1
+    assert evaluation.metrics["audio_to_text"]["recall_at_1"] == 0
+    assert evaluation.metrics["recall_at_1"] == 0.5
+    assert evaluation.metrics["chance_at_1"] == pytest.approx(0.1)
+    assert evaluation.scores.tolist() == [0.5] * 10

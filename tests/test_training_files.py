@@ -140,11 +140,11 @@ def test_every_bad_sample_is_left_out_and_listed(folder):
     settings = read_settings(folder / "config.toml", ["data.bad_samples=skip"])
     result = train(settings, progress=False)
     assert result["num_samples"] == {"train": 4, "eval": 4}
-    found = {int(text.split(":")[1]): text for text in result["bad_samples"]}
-    assert sorted(found) == list(range(5, 5 + len(wanted)))
+    problems = {int(text.split(":")[1]): text for text in result["bad_samples"]}
+    assert sorted(problems) == list(range(5, 5 + len(wanted)))
     for number, (_, said) in enumerate(wanted, 5):
         with pytest.raises(BadSampleError, match=rf"^train.jsonl:{number}: .*{said}"):
-            raise BadSampleError(found[number])
+            raise BadSampleError(problems[number])
 
 
 @pytest.mark.parametrize("name", BAD_LINES)
@@ -302,15 +302,15 @@ def test_all_modalities_together_longer_than_positions():
 # Pictures and films
 
 
-def shown(path):
+def pixels_of(path):
     return np.asarray(load(Sample("s", images=(path,))).images[0])
 
 
 def test_pictures_of_16_bits_are_scaled(tmp_path):
     values = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
     Image.fromarray(values).save(tmp_path / "deep.png")
-    found = shown(tmp_path / "deep.png")
-    np.testing.assert_array_equal(found, np.rint(values / 257)[..., None].repeat(3, 2))
+    pixels = pixels_of(tmp_path / "deep.png")
+    np.testing.assert_array_equal(pixels, np.rint(values / 257)[..., None].repeat(3, 2))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -321,13 +321,13 @@ def test_pictures_are_turned_as_they_are_to_be_shown(tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(picture).save(tmp_path / "turned.png", exif=exif)
-    found = shown(tmp_path / "turned.png")
+    pixels = pixels_of(tmp_path / "turned.png")
     row, column = {
         1: (0, 0), 2: (0, -1), 3: (-1, -1), 4: (-1, 0), 5: (0, 0), 6: (0, -1), 7: (-1, -1), 8: (-1, 0)
     }[orientation]  # fmt: skip
-    assert found.shape == ((16, 32, 3) if orientation < 5 else (32, 16, 3))
-    assert (found[row, column] == 255).all()
-    assert found.sum() == picture.sum()
+    assert pixels.shape == ((16, 32, 3) if orientation < 5 else (32, 16, 3))
+    assert (pixels[row, column] == 255).all()
+    assert pixels.sum() == picture.sum()
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK"])
@@ -336,19 +336,19 @@ def test_pictures_of_every_mode(tmp_path, mode):
     Image.new("RGBA", (4, 2), "white").convert("RGB" if mode == "CMYK" else "RGBA").convert(mode).save(
         tmp_path / f"x.{ending}"
     )
-    np.testing.assert_array_equal(shown(tmp_path / f"x.{ending}"), np.full((2, 4, 3), 255))
+    np.testing.assert_array_equal(pixels_of(tmp_path / f"x.{ending}"), np.full((2, 4, 3), 255))
 
 
 def test_a_colour_that_stands_for_nothing_is_white(tmp_path):
     for mode, colour in (("L", 7), ("RGB", (7, 8, 9)), ("I;16", 7)):
         Image.new(mode, (4, 4), colour).save(tmp_path / "x.png", transparency=colour)
-        assert (shown(tmp_path / "x.png") == 255).all(), mode
+        assert (pixels_of(tmp_path / "x.png") == 255).all(), mode
 
 
 def test_moving_pictures_give_their_first(tmp_path):
     first, second = (Image.new("RGB", (8, 8), colour) for colour in ("white", "black"))
     first.save(tmp_path / "x.gif", save_all=True, append_images=[second])
-    assert (shown(tmp_path / "x.gif") == 255).all()
+    assert (pixels_of(tmp_path / "x.gif") == 255).all()
 
 
 def test_warnings_turned_into_errors_name_the_sample(tmp_path):
@@ -359,7 +359,7 @@ def test_warnings_turned_into_errors_name_the_sample(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with pytest.raises(BadSampleError, match=r"^s: .*large.png: .*100000000 pixels"):
-            shown(tmp_path / "large.png")
+            pixels_of(tmp_path / "large.png")
 
 
 @pytest.mark.parametrize("size", [(1, 1), (50, 1), (40, 3), (3, 40), (1, 50)])
@@ -388,10 +388,10 @@ def test_films_are_turned_as_they_are_to_be_shown(tmp_path):
     content = (tmp_path / "film.mp4").read_bytes()
     at = content.index(upright, content.index(b"tkhd"))
     (tmp_path / "film.mp4").write_bytes(content[:at] + clockwise + content[at + 36 :])
-    found = np.asarray(load(Sample("s", video=tmp_path / "film.mp4")).images[0])
-    assert found.shape == (64, 32, 3)
-    assert found[:8].mean() > 200  # what was left is above
-    assert found[24:].mean() < 50
+    frame = np.asarray(load(Sample("s", video=tmp_path / "film.mp4")).images[0])
+    assert frame.shape == (64, 32, 3)
+    assert frame[:8].mean() > 200  # what was left is above
+    assert frame[24:].mean() < 50
 
 
 def test_left_out_in_python_too(small, tmp_path):

@@ -63,12 +63,12 @@ def test_suffixes_follow_their_texts(side):
     _, processor = presets.clip_contrastive(tokenizer=tokenizer)
     batch = processor(text=["short", "a longer one"], suffix=["yes", "no, not so"])
     for i, (text, answer) in enumerate((("short", "yes<eos>"), ("a longer one", "no, not so<eos>"))):
-        there = batch["attention_mask"][i].bool()
-        assert tokenizer.decode(batch["input_ids"][i][there]) == text + answer
+        real = batch["attention_mask"][i].bool()
+        assert tokenizer.decode(batch["input_ids"][i][real]) == text + answer
         assert tokenizer.decode(batch["labels"][i][batch["labels"][i] != -100]) == answer
-        assert there[-1 if side == "left" else 0]
-        assert (batch["input_ids"][i][~there] == tokenizer.pad_token_id).all()
-        assert (batch["labels"][i][~there] == -100).all()
+        assert real[-1 if side == "left" else 0]
+        assert (batch["input_ids"][i][~real] == tokenizer.pad_token_id).all()
+        assert (batch["labels"][i][~real] == -100).all()
 
 
 def test_targets_of_another_decoder():
@@ -309,12 +309,12 @@ def test_auto_model_is_what_was_saved(name, tmp_path):
     config, _ = presets.PRESETS[name].build()
     model = getattr(models, presets.PRESETS[name].model)(config)
     model.save_pretrained(tmp_path)
-    found, told = transformers.AutoModel.from_pretrained(tmp_path, output_loading_info=True)
-    assert not told["missing_keys"]
+    loaded, info = transformers.AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
     headless = isinstance(model, MMLMForConditionalGeneration)
-    assert type(found) is (models.MMLMModel if headless else type(model))
+    assert type(loaded) is (models.MMLMModel if headless else type(model))
     expected = (model.model if headless else model).state_dict()
-    assert all(torch.equal(value, expected[key]) for key, value in found.state_dict().items())
+    assert all(torch.equal(value, expected[key]) for key, value in loaded.state_dict().items())
 
 
 def test_classes_that_the_weights_cannot_make_are_refused(tmp_path):

@@ -374,8 +374,8 @@ def test_the_last_whole_checkpoint(folder, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "kept")
     for breaks, said in BREAKS.values():
         breaks(checkpoint)
-        found, problems = checkpoints.last_whole(checkpoint.parent)
-        assert found == checkpoint.parent / "checkpoint-4"
+        last, problems = checkpoints.last_whole(checkpoint.parent)
+        assert last == checkpoint.parent / "checkpoint-4"
         assert list(problems) == [checkpoint]
         assert re.search(said, problems[checkpoint]), problems
         shutil.rmtree(checkpoint)
@@ -725,13 +725,13 @@ def test_the_cards_way_to_load_runs_as_typed(folder, task, preset, overrides, al
         command = [sys.executable, "-c", snippet]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, snippet + done.stderr[-2000:]
-        said, told = done.stdout, done.stderr
+        stdout, stderr = done.stdout, done.stderr
     else:
         capfd.readouterr()
         exec(compile(snippet, "README.md", "exec"), {"__name__": "__main__"})
-        said, told = capfd.readouterr()
-    assert said.strip()
-    assert "MISSING" not in told
+        stdout, stderr = capfd.readouterr()
+    assert stdout.strip()
+    assert "MISSING" not in stderr
 
 
 def test_two_ranks_write_once_and_draw_apart(folder):

@@ -77,8 +77,8 @@ def test_model_card_is_one_of_the_hubs(folder):
     result = train(settings_of(folder, "data.eval=data.jsonl", 'evaluation.controls=["text"]'), progress=False)
     card = ModelCard.load(folder / "out/README.md")
     assert card.data.library_name == "transformers"
-    found = {r.metric_type: r.metric_value for r in card.data.eval_results}
-    assert found["accuracy"] == result["metrics"]["accuracy"]
+    values = {r.metric_type: r.metric_value for r in card.data.eval_results}
+    assert values["accuracy"] == result["metrics"]["accuracy"]
     assert "Shuffled-modality controls" in card.text
     assert "今天天气很好" in card.text
     assert "macro avg" in card.text

@@ -21,11 +21,11 @@ def test_search(engine):
     generator = torch.Generator().manual_seed(0)
     table = torch.nn.functional.normalize(torch.randn(50, 8, generator=generator), dim=1)
     index = EmbeddingIndex(table, [f"item {i}" for i in range(50)], engine=engine)
-    found = index.search(table[[7, 3]], k=3)
-    assert [rows[0][0] for rows in found] == ["item 7", "item 3"]
-    assert found[0][0][1] == pytest.approx(1)
+    results = index.search(table[[7, 3]], k=3)
+    assert [rows[0][0] for rows in results] == ["item 7", "item 3"]
+    assert results[0][0][1] == pytest.approx(1)
     expected = (table[7] @ table.T).topk(3)
-    assert [int(name.split()[1]) for name, _ in found[0]] == expected.indices.tolist()
+    assert [int(name.split()[1]) for name, _ in results[0]] == expected.indices.tolist()
     assert len(index.search(table[0], k=99)[0]) == 50
     with pytest.raises(ValueError, match=r"queries must be \[Q, 8\]"):
         index.search(torch.zeros(1, 7))
