@@ -46,7 +46,8 @@ class Task:
         prompt: What a decoder is told where a sample has no text.
         metrics: Names of what is reported; the first is the one that confidence intervals and controls are of.
         pipeline_tag: The hub's name for models of this task.
-        kind: Name of the class, for messages.
+        kind: Name of the class of tasks: ``generation``, ``classification``, ``retrieval``, ``pretraining``,
+            ``image_generation`` or ``image_tokenizer``.
         model_class: What is trained; None for the model of the preset, which must generate.
         drops_unused_towers: Whether the model is built without the towers of modalities that are not used.
         needs_text: Whether every sample must have a text of its own.
@@ -285,14 +286,7 @@ class Retrieval(Task):
         The first metrics, and the scores, are the mean over the modalities that look for their text.
         """
         modalities = [m for m in VALUES if m in collator.modalities]
-        rows: dict[str, list[torch.Tensor]] = {m: [] for m in ("text", *modalities)}
-        for batch in batches:
-            out = model(**batch, return_loss=False)
-            for modality, batches_of_rows in rows.items():
-                name = f"{modality}_embeds"
-                embeds = out[name] if name in out else torch.zeros_like(out.text_embeds)
-                batches_of_rows.append(embeds.float().cpu())
-        embeddings = {modality: torch.cat(parts).numpy() for modality, parts in rows.items()}
+        embeddings = _embeddings(model, ("text", *modalities), batches)
         texts = [sample.text for sample in samples]
         first_row = np.array([texts.index(text) for text in dict.fromkeys(texts)])
         keys = [_match_key(sample) for sample in samples]
@@ -325,6 +319,18 @@ class Retrieval(Task):
 
     def _use(self, config: Any, modalities: Sequence[str]) -> list[str]:
         return ["print(model(**inputs).logits_per_image)" if "image" in modalities else "print(model(**inputs))"]
+
+
+def _embeddings(model: Any, modalities: Sequence[str], batches: Iterable[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """Embed every modality of all samples, ``[N, D]``; zeros for those without."""
+    parts: dict[str, list[torch.Tensor]] = {modality: [] for modality in modalities}
+    for batch in batches:
+        out = model(**batch, return_loss=False)
+        for modality in modalities:
+            name = f"{modality}_embeds"
+            embeds = out[name] if name in out else torch.zeros_like(out.text_embeds)
+            parts[modality].append(embeds.float().cpu())
+    return {modality: torch.cat(rows).numpy() for modality, rows in parts.items()}
 
 
 def _match_key(sample: Sample) -> Any:
