@@ -133,7 +133,8 @@ def how_to_load(result: dict[str, Any], model: Any) -> list[str]:
     if "audio" in modalities:
         lines.append("clip = numpy.zeros(16000, numpy.float32)  # of one second, mono, 16 kHz")
         inputs += ["audio=[clip]", "sampling_rate=16000"]
-    marks = "".join(f"<{m}>" for m in modalities if m != "text") if result["fusion"] == "merge" else ""
+    kind = getattr(config, "fusion_kind", None)  # an image tokenizer's configuration has none
+    marks = "".join(f"<{m}>" for m in modalities if m != "text") if kind is not None and kind.places_tokens else ""
     lines += task.example(config, modalities, task.example_text(config, marks), inputs)
     return [*lines, "```"]
 
