@@ -23,6 +23,55 @@ class Format:
         resampler: Any,
     ) -> None: ...
 
+class Edge:
+    none: Edge
+    zero: Edge
+    reflect: Edge
+    mirror: Edge
+
+class Log:
+    none: Log
+    natural: Log
+    decimal: Log
+
+class Energy:
+    none: Energy
+    first: Energy
+    last: Energy
+    replace_first: Energy
+    replace_last: Energy
+
+class SpectralOptions:
+    """Options of a plan; csrc/audio/spectral.h says what they do."""
+
+    frame_length: int
+    hop_length: int
+    n_fft: int
+    offset: int
+    edge: Edge
+    scale: float
+    signal_preemphasis: float
+    frame_preemphasis: float
+    remove_dc_offset: bool
+    exponent: float
+    power_add: float
+    power_floor: float
+    round_spectrum: bool
+    add: float
+    floor: float
+    log: Log
+    multiply: float
+    shift: float
+    dynamic_range: float
+    energy: Energy
+    raw_energy: bool
+    energy_floor: float
+    bins_first: bool
+    double_precision: bool
+    double_output: bool
+    prime_factor_400: bool
+    def __init__(self) -> None: ...
+
 class SpectralPlan:
     num_out: int
     largest_sample: float
@@ -32,7 +81,7 @@ class SpectralPlan:
     double_output: bool
     def __init__(
         self,
-        options: dict[str, Any],
+        options: SpectralOptions,
         window: np.ndarray,
         filters: np.ndarray | None = None,
         dct: np.ndarray | None = None,
@@ -107,6 +156,7 @@ def standardize(
     variances: bool,
     padding: float,
 ) -> None: ...
+def digest(data: int, num_bytes: int) -> tuple[int, int]: ...
 def active_isa() -> str: ...
 def best_isa() -> str: ...
 def set_isa(name: str) -> str: ...

@@ -1,18 +1,25 @@
 """Custom kernels for multimodal language models.
 
-Importing does no work: no kernel is compiled, no device touched, neither Triton nor a GPU needed.
+Importing does no work: no kernel is compiled, no device touched, neither Triton nor a GPU needed, nor torch, until
+something that needs it is asked for. Where torch is loaded already, our ops are registered with it.
 """
 
+import sys
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from mmlm_fast._doctor import doctor
 from mmlm_fast._version import __version__
-from mmlm_fast.ops.paths import reference
 
 if TYPE_CHECKING:
     from mmlm_fast.hf import accelerate
+    from mmlm_fast.ops.paths import reference
 
 __all__ = ["__version__", "accelerate", "doctor", "reference"]
+_SUBMODULES = ("audio", "core", "distributed", "hf", "masks", "models", "nn", "ops", "positions", "testing", "training")
+
+if hasattr(sys.modules.get("torch"), "compile"):  # not in the midst of its own import
+    import mmlm_fast.ops  # noqa: F401
 
 
 def __getattr__(name: str) -> Any:
@@ -20,4 +27,10 @@ def __getattr__(name: str) -> Any:
         from mmlm_fast.hf import accelerate
 
         return accelerate
+    if name == "reference":
+        from mmlm_fast.ops.paths import reference
+
+        return reference
+    if name in _SUBMODULES:
+        return import_module(f"mmlm_fast.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,5 +1,6 @@
 """Whole numbers of any kind, waveforms in arrays, tables kept within a number of bytes: alike in every function."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import mmlm_fast
 from mmlm_fast import audio
 from mmlm_fast.audio.arguments import whole
 from mmlm_fast.audio.tables import ByteCache
@@ -44,17 +46,37 @@ def test_whole_numbers(name, argument):
 
 
 @pytest.mark.parametrize("name", [n for n in FUNCTIONS if not n.startswith("Streaming")])
-def test_arrays_are_taken_as_tensors_are(name):
+def test_arrays_give_arrays_with_the_bits_of_tensors(name):
     function, options = FUNCTIONS[name]
     x, y = SPEECH.numpy(), SPEECH.numpy()[:7000].copy()
     expected = function(SPEECH, **options)
     readonly = np.frombuffer(x.tobytes(), np.float32)
-    for given in (x, x.astype(">f4"), x[::-1].copy()[::-1], readonly, np.ma.masked_array(x)):
-        assert torch.equal(function(given, **options), expected)
+    padded = np.zeros(2 * len(x), np.float32)
+    padded[::2] = x
+    unaligned = np.frombuffer(b"x" + x.tobytes(), np.uint8)[1:].view(np.float32)
+    kinds = (x, x.astype(">f4"), x[::-1].copy()[::-1], readonly, np.ma.masked_array(x), padded[::2], unaligned)
+    for given in kinds:
+        out = function(given, **options)
+        assert type(out) is np.ndarray
+        assert out.dtype == np.float32
+        assert np.array_equal(out, expected)
     listed, wanted = function([x, y], **options), function([SPEECH, SPEECH[:7000]], **options)
-    assert all(torch.equal(a, b) for a, b in zip(listed, wanted, strict=True))
+    assert all(type(a) is np.ndarray and np.array_equal(a, b) for a, b in zip(listed, wanted, strict=True))
+    mixed = function([x, SPEECH[:7000]], **options)
+    assert all(torch.equal(a, b) for a, b in zip(mixed, wanted, strict=True))
     integers = (x * 32767).astype(np.int16)
-    assert torch.equal(function(integers, **options), function(torch.from_numpy(integers), **options))
+    assert np.array_equal(function(integers, **options), function(torch.from_numpy(integers), **options))
+    with mmlm_fast.reference():
+        assert np.array_equal(function(x, **options), function(SPEECH, **options))
+    if "dtype" in inspect.signature(function).parameters:
+        for dtype, kind in ((np.float64, torch.float64), ("float16", torch.float16), (torch.float64, "float64")):
+            ours, theirs = function(x, dtype=dtype, **options), function(SPEECH, dtype=kind, **options)
+            # Tensors of float16 are standardised in float16, as torch does it, arrays in float32.
+            atol = 0.05 if name == "nemo_log_mel" and kind is torch.float16 else 0
+            assert ours.dtype == str(theirs.dtype).removeprefix("torch.")
+            np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=atol)
+        with pytest.raises(ValueError, match="numpy has no bfloat16"):
+            function(x, dtype=torch.bfloat16, **options)
     masked = np.ma.masked_array(x, mask=np.arange(len(x)) < 9)
     for bad in (masked, [masked], x.astype(np.uint8), x.astype(complex), np.array(["a"]), x.tolist(), "a.wav", x > 0):
         with pytest.raises(ValueError, match=r"clip|waveform"):
@@ -85,11 +107,11 @@ def test_what_is_kept_is_bounded_in_bytes():
 
 
 def test_many_settings_keep_no_more_than_the_bound():
-    from mmlm_fast.audio import spectral
+    from mmlm_fast.audio.spec import _PREPARED
 
     for n_fft in range(20000, 20400, 8):
         audio.mel_spectrogram(SPEECH, n_fft=n_fft, n_mels=64, pad=20000)
-        assert spectral._SPECS.num_bytes <= spectral._SPECS.max_bytes
+        assert _PREPARED.num_bytes <= _PREPARED.max_bytes
 
 
 def test_an_unknown_instruction_set_is_an_import_error():

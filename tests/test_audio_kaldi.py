@@ -8,7 +8,7 @@ import torch
 
 from mmlm_fast import _C, reference
 from mmlm_fast.audio import kaldi_fbank, mfcc
-from mmlm_fast.audio.kaldi import checked_key
+from mmlm_fast.audio.kaldi import kaldi_spec
 from support.peers import assert_no_worse, errors, need, signals
 
 SIGNALS = signals()
@@ -183,7 +183,7 @@ def test_compiles():
     (kaldi_fbank(twin, num_mel_bins=80) * 2).sum().backward()
     torch.testing.assert_close(x.grad, twin.grad)
     torch.library.opcheck(
-        torch.ops.mmlm_fast.spectral_features.default, ([SIGNALS["noise"]], checked_key(num_mel_bins=80), [48000], 0)
+        torch.ops.mmlm_fast.spectral_features.default, ([SIGNALS["noise"]], kaldi_spec(num_mel_bins=80).key, [48000], 0)
     )
 
 

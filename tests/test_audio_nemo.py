@@ -7,7 +7,10 @@ import transformers
 
 from mmlm_fast import reference
 from mmlm_fast.audio import nemo_log_mel, resample, standardize
-from mmlm_fast.audio.spectral import SpectralSpec, run_native, spectral_ref
+from mmlm_fast.audio.features import run_rows
+from mmlm_fast.audio.reference import spectral_ref
+from mmlm_fast.audio.spec import Framing, Spec, prepared
+from mmlm_fast.audio.tables import Table
 from support.peers import need, signals
 
 SIGNALS = signals()
@@ -84,18 +87,17 @@ def test_errors(call, message):
 def test_preemphasis_of_the_signal_at_every_sample(edge):
     """With a window that is not 0 at the frame's first sample, which every tile of frames starts with."""
     offset = 0 if edge == "none" else -200
-    spec = SpectralSpec(
-        key="test",
-        sampling_rate=16000,
-        window=np.linspace(1, 2, 400),
-        hop_length=160,
+    spec = Spec(
         n_fft=512,
-        offset=offset,
-        dtype=torch.float64,
-        options=dict(edge=edge, signal_preemphasis=0.9),
+        frame_length=400,
+        hop_length=160,
+        window=Table(np.linspace(1, 2, 400)),
+        framing=Framing(offset, 0, 0, edge),
+        signal_preemphasis=0.9,
+        dtype="float64",
     )
     x = SIGNALS["noise"].double()[:20000]
     frames = 122
-    out = torch.empty(spec.num_out, frames, dtype=torch.float64)
-    run_native(spec.plan, [x.numpy()], [len(x)], [frames], out[None])
+    out = torch.empty(prepared(spec).num_out, frames, dtype=torch.float64)
+    run_rows(spec, [x.numpy()], [len(x)], [frames], out.numpy()[None])
     torch.testing.assert_close(out, spectral_ref(spec, x, frames), rtol=1e-10, atol=1e-12)

@@ -1,7 +1,6 @@
 """resample against torchaudio.functional.resample; resampling fused before features."""
 
 import resource
-import sys
 import tracemalloc
 
 import numpy as np
@@ -9,8 +8,9 @@ import pytest
 import torch
 
 from mmlm_fast import reference
-from mmlm_fast.audio import StreamingResample, kaldi_fbank, log_mel, mel_spectrogram, resample
-from mmlm_fast.audio.resample import MAX_RATE, _filter, _native, _taps_at
+from mmlm_fast.audio import StreamingResample, kaldi_fbank, log_mel, mel_spectrogram, resample, sinc
+from mmlm_fast.audio.resample_op import _taps_at
+from mmlm_fast.audio.sinc import MAX_RATE, Filter
 from support.peers import errors, need, signals
 
 SIGNALS = signals()
@@ -135,7 +135,7 @@ def test_any_two_rates_in_little_memory(old, new, method):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 20 * 1024  # KiB
     assert python_peak < 4 * 2**20
     # The definition, sample by sample, with distances exact in whole numbers.
-    f = _filter(old, new, 6, 0.99, method, 14.769656459379492 if "kaiser" in method else 0.0)
+    f = Filter.between(old, new, 6, 0.99, method, 14.769656459379492 if "kaiser" in method else 0.0)
     k = torch.arange(len(x))
     for i in (0, 1, 7, len(out) // 2, len(out) - 1):
         taps = _taps_at(f, k * f.new - i * f.old)
@@ -143,7 +143,7 @@ def test_any_two_rates_in_little_memory(old, new, method):
     torch.testing.assert_close(resample(x.float(), old, new, resampling_method=method).double(), out, rtol=0, atol=2e-6)
     with reference():
         torch.testing.assert_close(resample(x, old, new, resampling_method=method), out, rtol=0, atol=1e-12)
-    assert _native.cache.num_bytes <= _native.cache.max_bytes
+    assert sinc._native.cache.num_bytes <= sinc._native.cache.max_bytes
 
 
 @pytest.mark.parametrize(("old", "new"), [(441, 160), (160, 441), (97, 89), (3, 2), (1, 5), (5, 1)])
@@ -152,12 +152,12 @@ def test_without_a_table_as_with_one(old, new, monkeypatch):
     for options in (dict(), dict(resampling_method="sinc_interp_kaiser"), dict(lowpass_filter_width=31, rolloff=0.9)):
         expected = resample(x, old, new, **options)
         with monkeypatch.context() as patched:
-            patched.setattr(sys.modules[_filter.__module__], "_MAX_TAPS", 0)
-            _native.cache._kept.clear()
+            patched.setattr(sinc, "_MAX_TAPS", 0)
+            sinc._native.cache._kept.clear()
             out = resample(x, old, new, **options)
             with reference():
                 torch.testing.assert_close(resample(x, old, new, **options), out, rtol=0, atol=1e-13)
-        _native.cache._kept.clear()
+        sinc._native.cache._kept.clear()
         torch.testing.assert_close(out, expected, rtol=0, atol=1e-13)
 
 

@@ -148,8 +148,9 @@ def test_own_filters_are_used():
     ours.mel_filters = ours.mel_filters * 2
     theirs.mel_filters = theirs.mel_filters * 2
     assert_same(ours(CLIPS["one"], sampling_rate=16000), theirs(CLIPS["one"], sampling_rate=16000))
-    with pytest.raises(ValueError, match="read-only"):  # a change in place would go unnoticed
-        ours.mel_filters[0, 0] = 1
+    for extractor in (ours, theirs):
+        extractor.mel_filters[100:] *= 5  # in place
+    assert_same(ours(CLIPS["one"], sampling_rate=16000), theirs(CLIPS["one"], sampling_rate=16000))
 
 
 def test_tensors_are_clips_too():

@@ -11,9 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mmlm_fast
 from mmlm_fast import _C, doctor
-from mmlm_fast.audio import cuda, kaldi_fbank, log_mel, mfcc, resample, tables
-from mmlm_fast.audio.log_mel import checked_key
-from mmlm_fast.audio.spectral import spec_of
+from mmlm_fast.audio import cuda, device_tables, kaldi_fbank, log_mel, mfcc, resample
+from mmlm_fast.audio.log_mel import WHISPER
 
 SECOND = torch.randn(16000)
 CALLS = {
@@ -27,8 +26,8 @@ CALLS = {
 
 @pytest.fixture(autouse=True)
 def _nothing_kept(monkeypatch):
-    monkeypatch.setattr(tables, "_kept", {})
-    monkeypatch.setattr(tables, "_kept_bytes", 0)
+    monkeypatch.setattr(device_tables, "_kept", {})
+    monkeypatch.setattr(device_tables, "_kept_bytes", 0)
 
 
 @pytest.fixture
@@ -69,7 +68,7 @@ def test_what_was_made_first_elsewhere_is_not_kept(first):
     call, expected = CALLS["resampled"], torch.autograd.functional.jacobian(CALLS["resample"], SECOND[:64])
     with mmlm_fast.reference():
         plain = call(SECOND)
-        tables._kept.clear()
+        device_tables._kept.clear()
         if first == "inference_mode":
             with torch.inference_mode():
                 call(SECOND)
@@ -91,14 +90,14 @@ def test_what_was_made_first_elsewhere_is_not_kept(first):
 @pytest.mark.parametrize("within", ["FakeTensorMode", "grad", "functionalize"])
 def test_what_a_mode_or_transform_finds_is_plain(within):
     def ask(x):
-        return tables.kept_tables("key", lambda: [np.ones(3)], torch.float32, SECOND)[0].sum() * x.sum()
+        return device_tables.kept_tables("key", lambda: [np.ones(3)], torch.float32, SECOND)[0].sum() * x.sum()
 
     if within == "FakeTensorMode":
         with FakeTensorMode(allow_non_fake_inputs=True):
             ask(SECOND)
     else:
         getattr(torch.func, within)(ask)(SECOND)
-    ((table,),) = tables._kept.values()
+    ((table,),) = device_tables._kept.values()
     assert type(table) is torch.Tensor
     assert not torch._C._functorch.is_functorch_wrapped_tensor(table)
     assert not table.is_inference()
@@ -107,17 +106,17 @@ def test_what_a_mode_or_transform_finds_is_plain(within):
 
 def test_what_is_kept_is_bounded_and_never_let_go(monkeypatch):
     """A captured CUDA graph holds the addresses of tables: a full store takes nothing more."""
-    monkeypatch.setattr(tables, "MAX_BYTES", 100_000)
+    monkeypatch.setattr(device_tables, "MAX_BYTES", 100_000)
     with mmlm_fast.reference():
         first = log_mel(SECOND)
-        kept = dict(tables._kept)
+        kept = dict(device_tables._kept)
         assert kept
         for rate in range(40, 100):
             resample(SECOND[:100], rate + 1, rate)
         assert torch.equal(log_mel(SECOND), first)
-    assert all(tables._kept[place] is kept[place] for place in kept)
-    total = sum(t.nbytes for held in tables._kept.values() for t in held)
-    assert total == tables._kept_bytes <= tables.MAX_BYTES
+    assert all(device_tables._kept[place] is kept[place] for place in kept)
+    total = sum(t.nbytes for held in device_tables._kept.values() for t in held)
+    assert total == device_tables._kept_bytes <= device_tables.MAX_BYTES
 
 
 def test_threads_share_what_is_kept():
@@ -125,7 +124,7 @@ def test_threads_share_what_is_kept():
 
     def ask():
         barrier.wait()
-        seen.append(tables.kept_tables("key", lambda: [np.ones(1000)], torch.float32, SECOND)[0])
+        seen.append(device_tables.kept_tables("key", lambda: [np.ones(1000)], torch.float32, SECOND)[0])
 
     threads = [threading.Thread(target=ask) for _ in range(8)]
     for thread in threads:
@@ -133,7 +132,7 @@ def test_threads_share_what_is_kept():
     for thread in threads:
         thread.join()
     assert len({id(t) for t in seen}) == 1
-    assert tables._kept_bytes == 4000
+    assert device_tables._kept_bytes == 4000
 
 
 def test_a_first_call_while_a_graph_is_captured_says_what_to_do(monkeypatch):
@@ -141,8 +140,8 @@ def test_a_first_call_while_a_graph_is_captured_says_what_to_do(monkeypatch):
     with pytest.raises(
         RuntimeError, match=r"cannot capture the first call of an audio function on cuda:0.*once before"
     ):
-        tables._make(("key", None, torch.device("cuda:0")), lambda: [np.ones(3)])
-    assert not tables._kept
+        device_tables._make(("key", None, torch.device("cuda:0")), lambda: [np.ones(3)])
+    assert not device_tables._kept
 
 
 # ---- where the core's CUDA code cannot run -----------------------------------------------------------------------
@@ -196,12 +195,11 @@ def test_code_of_one_architecture_only():
 
 def test_a_driver_too_old_is_said_once_and_plain_pytorch_runs(core, monkeypatch):
     """torch of CUDA 12 runs on drivers that the core's CUDA 13 does not: it was a RuntimeError of the first launch."""
-    spec = spec_of(checked_key(80, None, torch.float32))
     core(OLD_DRIVER)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         for _ in range(3):  # on the CPU for the GPU
-            out = cuda.spectral(spec, [SECOND], [16000], 0)
+            out = cuda.spectral_features([SECOND], WHISPER.key, [16000], 0)
     with mmlm_fast.reference():
         assert torch.equal(out.view(80, 100), log_mel(SECOND))
     assert [str(w.message) for w in said] == [

@@ -9,7 +9,7 @@ import torch
 from mmlm_benchmarks.audio.speech import against_float64, speech
 from mmlm_benchmarks.harness import OWN_FORMULA, Case
 from mmlm_fast.audio import resample
-from mmlm_fast.audio.resample import resample_ref
+from mmlm_fast.audio.resample_op import resample_ref
 
 
 def _stereo(seconds: int) -> list[tuple]:

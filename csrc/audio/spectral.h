@@ -12,6 +12,9 @@ namespace mmlm {
 // last sample ("reflect"), or mirrored including them (Kaldi's snip_edges=false).
 enum class Edge { none, zero, reflect, mirror };
 enum class Spectrum { power, magnitude, exponent };  // |X|^2, |X|, (|X|^2)^(exponent/2)
+inline Spectrum spectrum_of(double exponent) {
+  return exponent == 2 ? Spectrum::power : exponent == 1 ? Spectrum::magnitude : Spectrum::exponent;
+}
 enum class Log { none, natural, decimal };
 // Where a frame's log energy goes: a row of its own, or in place of the first or last one.
 enum class Energy { none, first, last, replace_first, replace_last };
@@ -22,12 +25,11 @@ struct SpectralOptions {
   int n_fft = 400;     // at least frame_length; frames are padded with zeros
   int64_t offset = 0;  // index of the first sample of frame 0, negative where frames are centred
   Edge edge = Edge::none;
-  double scale = 1;               // samples are multiplied by this
-  double signal_preemphasis = 0;  // y[t] = x[t] - c x[t-1] on the whole signal, x[-1] = 0
-  double frame_preemphasis = 0;   // the same inside each frame, with x[-1] = x[0]
-  bool remove_dc_offset = false;  // subtract each frame's mean first
-  Spectrum spectrum = Spectrum::power;
-  double exponent = 2;
+  double scale = 1;                       // samples are multiplied by this
+  double signal_preemphasis = 0;          // y[t] = x[t] - c x[t-1] on the whole signal, x[-1] = 0
+  double frame_preemphasis = 0;           // the same inside each frame, with x[-1] = x[0]
+  bool remove_dc_offset = false;          // subtract each frame's mean first
+  double exponent = 2;                    // of |X|
   double power_add = 0, power_floor = 0;  // |X|^2 becomes max(|X|^2 + add, floor)
   bool round_spectrum = false;            // round X to complex64 first, as float64 peers do
   double add = 0, floor = 0;              // filter sums become max(sum + add, floor)
@@ -74,6 +76,7 @@ struct SpectralPlan {
                const double* dct, int num_ceps);
 
   SpectralOptions o;
+  Spectrum spectrum;
   int num_bins, num_filters, num_ceps, num_out;
   bool has_filters;
 

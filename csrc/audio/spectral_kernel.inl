@@ -193,7 +193,7 @@ struct PowerSink {
         power(to),
         rounds(p.o.round_spectrum),
         adds(p.o.power_add != 0 || p.o.power_floor != 0),
-        is_power(p.o.spectrum == Spectrum::power) {}
+        is_power(p.spectrum == Spectrum::power) {}
   MMLM_INLINE void operator()(int k, Vec<T> re, Vec<T> im) const {
     if (rounds) {
       re = round_to_float(re);
@@ -202,7 +202,7 @@ struct PowerSink {
     Vec<T> value = re * re + im * im;
     if (adds) value = max(broadcast(T(plan.o.power_floor)), value + T(plan.o.power_add));  // NaN, second, stays
     if (!is_power) {
-      if (plan.o.spectrum == Spectrum::magnitude) {
+      if (plan.spectrum == Spectrum::magnitude) {
         value = square_root(value);
       } else {
         for (int i = 0; i < kWidth<T>; ++i) value[i] = std::pow(value[i], T(plan.o.exponent / 2));
@@ -379,7 +379,7 @@ SpectralRange frames_of(const SpectralPlan& plan, const SpectralClip& clip, int6
   constexpr int w = kWidth<T>;
   const SpectralOptions& o = plan.o;
   const Scratch<T> s = scratch_of<T>(plan);
-  const bool is_plain = o.spectrum == Spectrum::power && !o.round_spectrum && o.power_add == 0 && o.power_floor == 0;
+  const bool is_plain = plan.spectrum == Spectrum::power && !o.round_spectrum && o.power_add == 0 && o.power_floor == 0;
   const bool in_place = clip.type == kOwnType<T> && clip.num_channels == 1 && clip.sample_stride == 1 &&
                         clip.resampler == nullptr && o.signal_preemphasis == 0;
   const T* memory = static_cast<const T*>(clip.samples);

@@ -94,7 +94,7 @@ double largest_sample_of(const SpectralPlan& plan, const double* window, const d
   // What a sample may become before the window; 4 for sums within the transform.
   const double gain = 4 * std::max(std::abs(o.scale), 1e-30) * (1 + std::abs(o.signal_preemphasis)) *
                       (1 + std::abs(o.frame_preemphasis)) * (o.remove_dc_offset ? 2 : 1);
-  const double exponent = o.spectrum == Spectrum::magnitude ? 1 : o.spectrum == Spectrum::power ? 2 : o.exponent;
+  const double exponent = o.exponent;
   const double largest = std::min(std::sqrt(most), std::pow(most / row_sum, 1 / exponent)) / std::max(weight, 1.);
   return std::min(largest, std::sqrt(most / o.frame_length)) / gain;
 }
@@ -173,6 +173,7 @@ void plan_400(SpectralPlan& plan) {
 SpectralPlan::SpectralPlan(const SpectralOptions& options, const double* window, const double* filters,
                            int filter_count, const double* dct, int ceps)
     : o(options),
+      spectrum(spectrum_of(options.exponent)),
       num_bins(options.n_fft / 2 + 1),
       num_filters(filters != nullptr ? filter_count : num_bins),
       num_ceps(dct != nullptr ? ceps : 0),

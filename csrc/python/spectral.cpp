@@ -15,6 +15,7 @@
 #include "audio/spectral_device.h"
 #include "audio/standardize.h"
 #include "audio/stream.h"
+#include "core/digest.h"
 #include "python/arguments.h"
 
 namespace py = pybind11;
@@ -25,82 +26,8 @@ namespace {
 using Array = py::array_t<double, py::array::c_style | py::array::forcecast>;
 using MaybeArray = std::optional<Array>;
 
-// Options by name; an unknown one is an error.
-SpectralOptions options_of(const py::dict& given) {
-  SpectralOptions o;
-  const auto is = [](const py::handle& value, const char* name) { return value.cast<std::string>() == name; };
-  const auto one_of = [&](const std::string& key, const py::handle& value, std::initializer_list<const char*> names) {
-    int index = 0;
-    for (const char* name : names) {
-      if (is(value, name)) return index;
-      ++index;
-    }
-    throw py::value_error(key + " cannot be " + value.cast<std::string>());
-  };
-  for (const auto& [key_object, value] : given) {
-    const auto key = key_object.cast<std::string>();
-    if (key == "frame_length")
-      o.frame_length = value.cast<int>();
-    else if (key == "hop_length")
-      o.hop_length = value.cast<int>();
-    else if (key == "n_fft")
-      o.n_fft = value.cast<int>();
-    else if (key == "offset")
-      o.offset = value.cast<int64_t>();
-    else if (key == "edge")
-      o.edge = static_cast<Edge>(one_of(key, value, {"none", "zero", "reflect", "mirror"}));
-    else if (key == "scale")
-      o.scale = value.cast<double>();
-    else if (key == "signal_preemphasis")
-      o.signal_preemphasis = value.cast<double>();
-    else if (key == "frame_preemphasis")
-      o.frame_preemphasis = value.cast<double>();
-    else if (key == "remove_dc_offset")
-      o.remove_dc_offset = value.cast<bool>();
-    else if (key == "exponent") {
-      o.exponent = value.cast<double>();
-      o.spectrum = o.exponent == 2 ? Spectrum::power : o.exponent == 1 ? Spectrum::magnitude : Spectrum::exponent;
-    } else if (key == "power_add")
-      o.power_add = value.cast<double>();
-    else if (key == "power_floor")
-      o.power_floor = value.cast<double>();
-    else if (key == "round_spectrum")
-      o.round_spectrum = value.cast<bool>();
-    else if (key == "add")
-      o.add = value.cast<double>();
-    else if (key == "floor")
-      o.floor = value.cast<double>();
-    else if (key == "log")
-      o.log = static_cast<Log>(one_of(key, value, {"none", "natural", "decimal"}));
-    else if (key == "multiply")
-      o.multiply = value.cast<double>();
-    else if (key == "shift")
-      o.shift = value.cast<double>();
-    else if (key == "dynamic_range")
-      o.dynamic_range = value.cast<double>();
-    else if (key == "energy") {
-      o.energy = static_cast<Energy>(one_of(key, value, {"none", "first", "last", "replace_first", "replace_last"}));
-    } else if (key == "raw_energy")
-      o.raw_energy = value.cast<bool>();
-    else if (key == "energy_floor")
-      o.energy_floor = value.cast<double>();
-    else if (key == "bins_first")
-      o.bins_first = value.cast<bool>();
-    else if (key == "double_precision")
-      o.double_precision = value.cast<bool>();
-    else if (key == "double_output")
-      o.double_output = value.cast<bool>();
-    else if (key == "prime_factor_400")
-      o.prime_factor_400 = value.cast<bool>();
-    else
-      throw py::value_error("unknown option " + key);
-  }
-  return o;
-}
-
-std::shared_ptr<SpectralPlan> make_plan(const py::dict& given, const Array& window, const MaybeArray& filters,
+std::shared_ptr<SpectralPlan> make_plan(const SpectralOptions& o, const Array& window, const MaybeArray& filters,
                                         const MaybeArray& dct) {
-  const SpectralOptions o = options_of(given);
   if (o.frame_length < 1 || o.hop_length < 1 || o.n_fft < o.frame_length || o.n_fft > (1 << 24)) {
     throw py::value_error("frame_length and hop_length must be at least 1 and n_fft from frame_length to 2^24");
   }
@@ -306,7 +233,7 @@ SpectralCudaArgs device_args(const SpectralPlan& plan, const std::vector<uintptr
   a.has_filters = plan.has_filters;
   a.bins_first = o.bins_first;
   a.raw_energy = o.raw_energy;
-  a.spectrum = o.spectrum;
+  a.spectrum = plan.spectrum;
   a.exponent = static_cast<float>(o.exponent);
   a.power_add = static_cast<float>(o.power_add);
   a.power_floor = static_cast<float>(o.power_floor);
@@ -398,6 +325,56 @@ void set_stream_state(SpectralStream& stream, int64_t received, int64_t next_fra
   stream.set_state({received, next_frame, first_kept, {kept.data(), kept.data() + kept.size()}});
 }
 
+void bind_options(py::module_& m) {
+  py::enum_<Edge>(m, "Edge")
+      .value("none", Edge::none)
+      .value("zero", Edge::zero)
+      .value("reflect", Edge::reflect)
+      .value("mirror", Edge::mirror);
+  py::enum_<Log>(m, "Log").value("none", Log::none).value("natural", Log::natural).value("decimal", Log::decimal);
+  py::enum_<Energy>(m, "Energy")
+      .value("none", Energy::none)
+      .value("first", Energy::first)
+      .value("last", Energy::last)
+      .value("replace_first", Energy::replace_first)
+      .value("replace_last", Energy::replace_last);
+  using O = SpectralOptions;
+  py::class_<O>(m, "SpectralOptions")
+      .def(py::init<>())
+      .def_readwrite("frame_length", &O::frame_length)
+      .def_readwrite("hop_length", &O::hop_length)
+      .def_readwrite("n_fft", &O::n_fft)
+      .def_readwrite("offset", &O::offset)
+      .def_readwrite("edge", &O::edge)
+      .def_readwrite("scale", &O::scale)
+      .def_readwrite("signal_preemphasis", &O::signal_preemphasis)
+      .def_readwrite("frame_preemphasis", &O::frame_preemphasis)
+      .def_readwrite("remove_dc_offset", &O::remove_dc_offset)
+      .def_readwrite("exponent", &O::exponent)
+      .def_readwrite("power_add", &O::power_add)
+      .def_readwrite("power_floor", &O::power_floor)
+      .def_readwrite("round_spectrum", &O::round_spectrum)
+      .def_readwrite("add", &O::add)
+      .def_readwrite("floor", &O::floor)
+      .def_readwrite("log", &O::log)
+      .def_readwrite("multiply", &O::multiply)
+      .def_readwrite("shift", &O::shift)
+      .def_readwrite("dynamic_range", &O::dynamic_range)
+      .def_readwrite("energy", &O::energy)
+      .def_readwrite("raw_energy", &O::raw_energy)
+      .def_readwrite("energy_floor", &O::energy_floor)
+      .def_readwrite("bins_first", &O::bins_first)
+      .def_readwrite("double_precision", &O::double_precision)
+      .def_readwrite("double_output", &O::double_output)
+      .def_readwrite("prime_factor_400", &O::prime_factor_400);
+}
+
+py::tuple digest(uintptr_t data, int64_t num_bytes) {
+  if (num_bytes < 0 || (num_bytes > 0 && data == 0)) throw py::value_error(kNoMemory);
+  const Digest found = digest_of(reinterpret_cast<const unsigned char*>(data), num_bytes);
+  return py::make_tuple(found.high, found.low);
+}
+
 }  // namespace
 
 void bind_spectral(py::module_& m) {
@@ -406,6 +383,7 @@ void bind_spectral(py::module_& m) {
       .def(py::init(&resampler_without_table))
       .def("num_output", &Resampler::num_output)
       .def_property_readonly("num_bytes", &Resampler::num_bytes);
+  bind_options(m);
   py::class_<Format>(m, "Format").def(py::init<int, int, int64_t, int64_t, std::shared_ptr<Resampler>>());
   py::class_<SpectralPlan, std::shared_ptr<SpectralPlan>>(m, "SpectralPlan")
       .def(py::init(&make_plan), py::arg("options"), py::arg("window"), py::arg("filters") = py::none(),
@@ -451,6 +429,7 @@ void bind_spectral(py::module_& m) {
   m.def("read_samples", &read_all);
   m.def("read_range", &read_range);
   m.def("standardize", &standardize_all);
+  m.def("digest", &digest);
 }
 
 }  // namespace mmlm

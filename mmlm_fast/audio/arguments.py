@@ -1,11 +1,11 @@
-"""Whole numbers among arguments: Python's, numpy's and tensors of one; never a bool, never a float."""
+"""Whole numbers and dtypes among arguments: Python's, numpy's and torch's; never a bool, never a float."""
 
 import operator
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
+
+_FLOATS = ("float32", "float64", "float16", "bfloat16")
 
 
 def whole(name: str, value: Any, least: int = 1, most: int | None = None, what: str = "") -> int:
@@ -29,11 +29,36 @@ def whole(name: str, value: Any, least: int = 1, most: int | None = None, what: 
 
 
 def _index(value: Any) -> int | None:
-    if isinstance(value, (bool, np.bool_)) or getattr(value, "dtype", None) in (np.dtype(bool), torch.bool):
+    if isinstance(value, (bool, np.bool_)) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool"):
         return None
-    if isinstance(value, (Tensor, np.ndarray)) and value.ndim:
+    if getattr(value, "ndim", 0):
         return None
     try:
         return operator.index(value)
     except TypeError:
         return None
+
+
+def plain_float(value: float) -> float:
+    """Return a float that Dynamo takes for a constant: it traces arguments, defaults too, as symbols otherwise."""
+    return float(value).__float__()
+
+
+def float_name(dtype: Any, name: str = "dtype", among: tuple[str, ...] = _FLOATS) -> str:
+    """Return the name of a floating-point dtype of torch or numpy, or of its name.
+
+    Raises:
+        ValueError: for any other.
+    """
+    if type(dtype) is str and dtype in among:
+        return dtype
+    found = str(dtype).removeprefix("torch.")
+    if found not in among:
+        try:
+            found = np.dtype(dtype).name
+        except TypeError:
+            found = ""
+    if found not in among:
+        wanted = ", ".join(f"torch.{n}" if i == 0 else n for i, n in enumerate(among[:-1]))
+        raise ValueError(f"{name} must be {wanted} or {'torch.' if len(among) == 2 else ''}{among[-1]}, got {dtype}")
+    return found

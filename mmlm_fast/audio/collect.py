@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from mmlm_fast.audio.decoders import HEADROOM, Block
-from mmlm_fast.audio.resample import num_resampled, resample
+from mmlm_fast.audio.resample import resample
+from mmlm_fast.audio.sinc import num_resampled
 
 _ZERO_CROSSINGS, _ROLLOFF = 6, 0.99  # of `resample`, by default
 

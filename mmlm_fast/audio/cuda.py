@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from mmlm_fast import _C
+from mmlm_fast.audio.device_tables import kept_tables
 from mmlm_fast.audio.plain import address_of
-from mmlm_fast.audio.resample import resample_ref
-from mmlm_fast.audio.spectral import SpectralSpec, offsets_of, spec_of, spectral_ref
-from mmlm_fast.audio.tables import kept_tables, kept_within
-from mmlm_fast.audio.waveforms import as_float
+from mmlm_fast.audio.reference import by_reference
+from mmlm_fast.audio.resample_op import resample_ref
+from mmlm_fast.audio.spec import Spec, offsets_of, prepared, spec_of
+from mmlm_fast.audio.tensors import as_float
 
 _OUT_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # What every supported architecture has (sm_120 least); longer transforms run in plain PyTorch.
@@ -54,52 +55,44 @@ def _has_kernel(index: int) -> bool:
     return not reason
 
 
-@kept_within(16 * 2**20, lambda plan: plan.num_bytes)
-def device_plan(key: str) -> "_C.SpectralPlan":
-    return spec_of(key).native_plan(double_precision=False, double_output=False, prime_factor_400=False)
-
-
-def is_covered(spec: SpectralSpec) -> bool:
-    """float64, and transforms that do not fit a block's shared memory, run in plain PyTorch."""
-    if spec.dtype == torch.float64 or spec.n_fft < _MIN_N_FFT:
+def is_covered(spec: Spec) -> bool:
+    """Return whether the kernel takes a spec: not float64, nor transforms beyond a block's shared memory."""
+    if spec.dtype == "float64" or spec.n_fft < _MIN_N_FFT:
         return False
-    return device_plan(spec.key).device_bytes() <= _MAX_SHARED_BYTES
+    return prepared(spec).device_plan.device_bytes() <= _MAX_SHARED_BYTES
 
 
-def spectral(spec: SpectralSpec, waveforms: list[Tensor], num_samples: list[int], orig_freq: int) -> Tensor:
-    """The flat features of the op, on the waveforms' device and its current stream.
+def spectral_features(waveforms: list[Tensor], spec: str, num_samples: list[int], orig_freq: int) -> Tensor:
+    """Compute the flat features of the op, on the waveforms' device and its current stream.
 
     Nothing waits for the device but the first call of a spec, which copies its tables there: make it before a CUDA
     graph is captured.
     """
-    if orig_freq and orig_freq != spec.sampling_rate:
-        resampled = [as_float(w, torch.float32) for w in waveforms]
-        waveforms = [resample_ref(w, orig_freq, spec.sampling_rate) for w in resampled]
-    layout = spec.layout
-    frames = [layout.num_frames(n) for n in num_samples]
-    first = waveforms[0]
-    if not _has_kernel(first.device.index) or not is_covered(spec):
-        compute = torch.float64 if spec.dtype == torch.float64 else torch.float32
-        parts = []
-        for waveform, n, f in zip(waveforms, num_samples, frames, strict=True):
-            x = torch.nn.functional.pad(as_float(waveform, compute), (0, n - waveform.shape[-1]))
-            parts.append(spectral_ref(spec, x, f).to(spec.dtype).flatten())
-        return torch.cat(parts)
+    wanted, first = spec_of(spec), waveforms[0]
+    made, dtype = prepared(wanted), getattr(torch, wanted.dtype)
+    if not _has_kernel(first.device.index) or not is_covered(wanted):
+        parts = [by_reference(wanted, w, n, orig_freq) for w, n in zip(waveforms, num_samples, strict=True)]
+        return torch.cat([part.flatten() for part in parts])
+    if orig_freq and orig_freq != wanted.sampling_rate:
+        rates = orig_freq, made.layout.sampling_rate
+        waveforms = [resample_ref(as_float(w, torch.float32), *rates) for w in waveforms]
+        first = waveforms[0]
+    frames = [made.layout.num_frames(n) for n in num_samples]
     if first.dim() != 1 or first.dtype not in (torch.int16, torch.float32):
         waveforms = [as_float(w, torch.float32) for w in waveforms]
         first = waveforms[0]
-    starts = offsets_of([spec.num_out * f for f in frames])
-    out = torch.empty(starts[-1], dtype=spec.dtype, device=first.device)
+    starts = offsets_of([made.num_out * f for f in frames])
+    out = torch.empty(starts[-1], dtype=dtype, device=first.device)
     clip_max = torch.empty(len(waveforms), dtype=torch.int32, device=first.device)
-    tables = kept_tables((spec.key, "cuda"), device_plan(spec.key).device_tables, None, first)
-    start = address_of(out, spec.dtype, starts[-1], first.device)
+    tables = kept_tables((wanted, "cuda"), made.device_plan.device_tables, None, first)
+    start = address_of(out, dtype, starts[-1], first.device)
     stream = torch.cuda.current_stream(first.device).cuda_stream
     # Clips of one length go in one launch of up to 64; rows of other lengths have another stride, a launch each.
     groups = (
-        [range(len(waveforms))] if len(set(frames)) == 1 or not spec.bins_first else [[i] for i in range(len(frames))]
+        [range(len(waveforms))] if len(set(frames)) == 1 or not wanted.bins_first else [[i] for i in range(len(frames))]
     )
     for group in groups:
-        device_plan(spec.key).run_device(
+        made.device_plan.run_device(
             [address_of(t, t.dtype, device=first.device) for t in tables],
             [address_of(waveforms[i], device=first.device) for i in group],
             [waveforms[i].shape[-1] for i in group],
@@ -108,8 +101,8 @@ def spectral(spec: SpectralSpec, waveforms: list[Tensor], num_samples: list[int]
             [start + starts[i] * out.element_size() for i in group],
             first.stride(0) if first.shape[0] > 1 else 1,
             first.dtype == torch.int16,
-            _OUT_TYPES[spec.dtype],
-            frames[group[0]] if spec.bins_first else spec.num_out,
+            _OUT_TYPES[dtype],
+            frames[group[0]] if wanted.bins_first else made.num_out,
             address_of(clip_max, torch.int32, len(waveforms), first.device),
             stream,
             first.device.index,

@@ -1,64 +1,76 @@
 """Whisper's log-mel spectrogram."""
 
-import torch
-from torch import Tensor
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-from mmlm_fast.audio.arguments import whole
-from mmlm_fast.audio.filters import mel_filters, window_of
-from mmlm_fast.audio.resample import num_resampled
-from mmlm_fast.audio.spectral import dtype_name, family, features_of, plain_float, spec_of, spectral_ref
-from mmlm_fast.audio.waveforms import Waveform, clips_of
+from mmlm_fast.audio.arguments import float_name, plain_float, whole
+from mmlm_fast.audio.features import features_of
+from mmlm_fast.audio.sinc import num_resampled
+from mmlm_fast.audio.spec import Framing, MelFilters, Spec, Window, kept_spec, prepared, spec_of, torch_is_loaded
+from mmlm_fast.audio.waveforms import ARRAYS, Samples, clips_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
 
 N_FFT = 400
 HOP_LENGTH = 160
 SAMPLING_RATE = 16000
-MIN_SAMPLES = N_FFT // 2 + 1  # reflect padding needs more samples than it adds
-DYNAMIC_RANGE = 8.0
+DYNAMIC_RANGE = 8.0  # in log10 mel, below the loudest value of a clip
+
+# (max(log10(max(mel, 1e-10)), loudest - 8) + 4) / 4; the last frame is dropped.
+WHISPER = Spec(
+    n_fft=N_FFT,
+    frame_length=N_FFT,
+    hop_length=HOP_LENGTH,
+    window=Window("hann"),
+    framing=Framing.centered(N_FFT, N_FFT, "reflect", num_dropped=1),
+    sampling_rate=SAMPLING_RATE,
+    filters=MelFilters(80),
+    floor=1e-10,
+    log="decimal",
+    multiply=0.25,
+    shift=1.0,
+    dynamic_range=DYNAMIC_RANGE / 4,
+)
 
 
-def whisper_options(floor: float = 1e-10) -> dict:
-    """(log10(max(mel, floor)) + 4) / 4, the range still unlimited."""
-    return dict(edge="reflect", floor=floor, log="decimal", multiply=0.25, shift=1.0)
+def below(spec: Spec, log_mel_max: float) -> Spec:
+    """Return a spec that clips to 8 below a constant, not below each clip's own maximum."""
+    return replace(spec, floor=max(1e-10, 10.0 ** (log_mel_max - DYNAMIC_RANGE)), dynamic_range=0.0)
 
 
-@family("log_mel")
-def log_mel_key(num_mel_bins: int, log_mel_max: float | None, dtype: str) -> dict:
-    if log_mel_max is None:
-        options = whisper_options() | dict(dynamic_range=DYNAMIC_RANGE / 4)
-    else:
-        options = whisper_options(max(1e-10, 10.0 ** (log_mel_max - DYNAMIC_RANGE)))
+def _plain(*, num_mel_bins: Any, log_mel_max: Any, dtype: Any) -> dict[str, Any]:
     return dict(
-        sampling_rate=SAMPLING_RATE,
-        window=window_of("hann", N_FFT),
-        hop_length=HOP_LENGTH,
-        n_fft=N_FFT,
-        filters=mel_filters(num_mel_bins),
-        offset=-(N_FFT // 2),
-        pad_total=N_FFT,
-        span=N_FFT,
-        drop=1,  # the last frame
-        min_samples=MIN_SAMPLES,
-        dtype=getattr(torch, dtype),
-        options=options,
-    )
-
-
-def checked_key(num_mel_bins: int, log_mel_max: float | None, dtype: torch.dtype) -> str:
-    return log_mel_key(
         num_mel_bins=whole("num_mel_bins", num_mel_bins, 1, 512, "from 1 to 512"),
         log_mel_max=None if log_mel_max is None else plain_float(log_mel_max),
-        dtype=dtype_name(dtype),
+        dtype=float_name(dtype),
     )
 
 
-def log_mel_ref(waveform: Tensor, num_mel_bins: int = 80) -> Tensor:
-    """The definition, in plain PyTorch and in the waveform's dtype: ``[*batch, N]`` to ``[*batch, M, N // 160]``."""
-    spec = spec_of(checked_key(num_mel_bins, None, torch.float32))
-    return spectral_ref(spec, waveform, spec.layout.num_frames(waveform.shape[-1]))
+@kept_spec(_plain)
+def log_mel_spec(*, num_mel_bins: int, log_mel_max: float | None, dtype: str) -> Spec:
+    """Return the spec of `log_mel`'s keywords.
+
+    Raises:
+        ValueError: for keywords out of range.
+    """
+    spec = replace(WHISPER, filters=MelFilters(num_mel_bins), dtype=dtype)
+    return spec if log_mel_max is None else below(spec, log_mel_max)
+
+
+def log_mel_ref(waveform: "Tensor", num_mel_bins: int = 80) -> "Tensor":
+    """Compute the definition, in plain PyTorch and in the waveform's dtype: ``[*batch, N]`` to ``[*batch, M, F]``."""
+    from mmlm_fast.audio.reference import spectral_ref
+
+    spec = log_mel_spec(num_mel_bins=num_mel_bins, log_mel_max=None, dtype="float32")
+    spec = spec_of(spec) if isinstance(spec, str) else spec
+    return spectral_ref(spec, waveform, prepared(spec).layout.num_frames(waveform.shape[-1]))
 
 
 def log_mel(
-    waveform: Waveform,
+    waveform: "Samples | Sequence[Samples]",
     *,
     num_mel_bins: int = 80,
     sampling_rate: int = SAMPLING_RATE,
@@ -66,17 +78,16 @@ def log_mel(
     orig_freq: int | None = None,
     channel_dim: int | None = None,
     log_mel_max: float | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
+    dtype: Any = "float32",
+) -> Samples:
     """Compute Whisper's log-mel spectrogram, ``(max(log₁₀ mel, max − 8) + 4) / 4``.
 
     Frames of 400 samples every 160, centred (reflect padding), periodic Hann window, power, Slaney mel filters from
     0 to 8000 Hz, floor 1e-10, clipped to 8 below the clip's maximum.
 
     Args:
-        waveform: Audio at 16 kHz: a tensor ``[*batch, N]``, or a sequence of 1-D tensors of different lengths;
-            arrays likewise. Float
-            samples in [-1, 1], or int16 or int32 ones, which are scaled to [-1, 1).
+        waveform: Audio at 16 kHz: a tensor or an array ``[*batch, N]``, or a sequence of 1-D ones of different lengths.
+            Float samples in [-1, 1], or int16 or int32 ones, which are scaled to [-1, 1).
         num_mel_bins: 80 (Whisper up to large-v2) or 128 (large-v3), any number from 1 to 512.
         sampling_rate: In hertz, for callers that carry it along. Only 16000 is accepted; see `orig_freq`.
         num_samples: Every clip is padded with zeros to this length before anything else, as Whisper pads to 30 s
@@ -86,11 +97,12 @@ def log_mel(
         channel_dim: Dimension that holds channels, which are averaged; by default there is none.
         log_mel_max: Clip to 8 below this value of log₁₀ mel, not below each clip's own maximum: 1.5 is Voxtral
             Realtime's. Then frames do not depend on what comes later, and `StreamingLogMel` has the same bits.
-        dtype: Of the result: float32, float16, bfloat16 (computed in float32, rounded once), or float64, computed in
-            float64, for what a peer in float64 computes.
+        dtype: Of the result, of torch or numpy or by name: float32, float16, bfloat16 (computed in float32, rounded
+            once), or float64, computed in float64, for what a peer in float64 computes.
 
     Returns:
-        ``[*batch, num_mel_bins, num_samples // 160]`` of `dtype` on the device of the waveform. On a CPU the native
+        ``[*batch, num_mel_bins, num_samples // 160]`` of `dtype`: a tensor on the device of the waveform, an array for
+        arrays. On a CPU the native
         core computes each clip's own samples only, on `torch.get_num_threads()` threads above 20 s of audio. Where the
         waveform needs a gradient, the differentiable reference runs instead.
 
@@ -106,18 +118,23 @@ def log_mel(
             f"sampling_rate must be {SAMPLING_RATE}, got {sampling_rate}: pass orig_freq={sampling_rate} to have the "
             f"waveform resampled"
         )
-    key = checked_key(num_mel_bins, log_mel_max, dtype)
+    spec = log_mel_spec(num_mel_bins=num_mel_bins, log_mel_max=log_mel_max, dtype=dtype)
     clips = clips_of(waveform, channel_dim=channel_dim, orig_freq=orig_freq)
     if num_samples is not None:
         num_samples = whole("num_samples", num_samples, 0)
     elif clips.batch is None:
         lengths = [num_resampled(w.shape[-1], clips.orig_freq, SAMPLING_RATE) for w in clips.waveforms]
         num_samples = max(lengths, default=0)
-    out = features_of(key, clips, num_samples)
-    if isinstance(out, Tensor):
-        return out
-    if out:
-        return torch.stack(out)
-    return torch.empty(
-        0, whole("num_mel_bins", num_mel_bins), (num_samples or 0) // HOP_LENGTH, dtype=dtype, device="cpu"
-    )
+    if clips.batch is None and clips.waveforms:
+        clips = clips._replace(batch=(len(clips.waveforms),))  # all are padded to one length
+    out = features_of(spec, clips, num_samples)
+    return out if clips.batch is not None else _of_no_clips(num_mel_bins, num_samples or 0, dtype)
+
+
+def _of_no_clips(num_mel_bins: Any, num_samples: int, dtype: Any) -> Any:
+    """Return no features: of no clips, which are neither tensors nor arrays, what torch is loaded for."""
+    library: Any = ARRAYS
+    if torch_is_loaded():
+        from mmlm_fast.audio.tensors import TENSORS as library
+    shape = (0, whole("num_mel_bins", num_mel_bins), num_samples // HOP_LENGTH)
+    return library.empty(shape, float_name(dtype))

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 F = TypeVar("F", bound=Callable)
 
@@ -120,3 +121,33 @@ def address_of(
 
 
 _NUMPY = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64), torch.int16: np.dtype(np.int16)}
+
+
+def samples_in_memory(waveform: Tensor) -> np.ndarray:
+    """Return the samples of a CPU tensor as an array; float16 and bfloat16 ones as float32.
+
+    Raises:
+        ValueError: for samples that need a derivative, which an array gives none, or that a mode hides.
+    """
+    if not has_memory(waveform):
+        raise ValueError(
+            f"a stream takes samples, got a {type(waveform).__name__} within a transform or a mode that hides them"
+        )
+    has_tangent = forward_ad._current_level >= 0 and forward_ad.unpack_dual(waveform).tangent is not None
+    if has_tangent or (waveform.requires_grad and torch.is_grad_enabled()):
+        raise ValueError("a stream gives no derivatives: pass waveform.detach()")
+    return _as_array(waveform)
+
+
+@in_plain_torch
+def _as_array(waveform: Tensor) -> Any:
+    if waveform.device.type != "cpu":
+        return waveform  # the caller refuses it
+    waveform = waveform.detach()
+    return (waveform.float() if waveform.dtype in (torch.float16, torch.bfloat16) else waveform).numpy()
+
+
+@in_plain_torch
+def as_plain_tensor(array: np.ndarray) -> Tensor:
+    """Return a tensor on an array's memory, whatever modes there are."""
+    return torch.from_numpy(array)

@@ -1,60 +1,68 @@
 """Features of a signal that arrives in pieces. A frame comes out as soon as its samples are there, with the bits that
 the function on the whole signal gives it."""
 
+import sys
 from threading import Lock
 from typing import Any, Self
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.autograd import forward_ad
 
 from mmlm_fast import _C
-from mmlm_fast.audio import kaldi
-from mmlm_fast.audio.arguments import whole
-from mmlm_fast.audio.log_mel import DYNAMIC_RANGE, checked_key
-from mmlm_fast.audio.plain import address_of, has_memory, in_plain_torch
-from mmlm_fast.audio.resample import ResampledSignal, checked_options, checked_rates
-from mmlm_fast.audio.spectral import SpectralSpec, spec_of
-from mmlm_fast.audio.waveforms import SAMPLE_TYPES, tensor_of
+from mmlm_fast.audio.arguments import float_name, whole
+from mmlm_fast.audio.kaldi import SETTINGS, kaldi_spec
+from mmlm_fast.audio.log_mel import DYNAMIC_RANGE, log_mel_spec
+from mmlm_fast.audio.sinc import ResampledSignal, checked_options, checked_rates, mono_of
+from mmlm_fast.audio.spec import Spec, prepared
+from mmlm_fast.audio.waveforms import ARRAYS, SAMPLE_TYPES, Samples
 
 
 class _Signal:
     """What all streams share: one signal at a time, calls from several threads on one stream serialised."""
 
     _settings: dict[str, Any]
-    _flushed: bool
-    _lock: Any
 
-    def accept(self, waveform: Tensor | np.ndarray) -> Tensor:
+    def _begin(self, settings: dict[str, Any], channel_dim: int | None) -> None:
+        self._channel_dim = None if channel_dim is None else whole("channel_dim", channel_dim, -2, 1)
+        self._settings = settings | dict(channel_dim=self._channel_dim)
+        self._num_channels = 0  # none came yet
+        self._gives_arrays: bool | None = None  # what came last
+        self._flushed = False
+        self._lock = Lock()
+
+    def accept(self, waveform: Samples) -> Samples:
         """Take the next samples, any number of them, and return what is complete with them.
 
         Args:
-            waveform: ``[N]``, a CPU tensor or an array: float samples in [-1, 1], or int16 or int32 ones, which are
-                scaled to [-1, 1).
+            waveform: ``[N]``, or with `channel_dim` two dimensions, of which that one holds channels, to be averaged: a
+                CPU tensor or an array of float samples in [-1, 1], or of int16 or int32 ones, which are scaled to
+                [-1, 1).
+
+        Returns:
+            A tensor for a tensor, an array for an array.
 
         Raises:
-            ValueError: for other shapes and dtypes, samples that are NaN, infinite or so large that a frame might
-                overflow, tensors that need a gradient, which a stream does not give, and after `flush`. Then nothing
-                is taken: the next samples follow those before.
+            ValueError: for other shapes and dtypes, another number of channels than before, samples that are NaN,
+                infinite or so large that a frame might overflow, tensors that need a gradient, which a stream does not
+                give, and after `flush`. Then nothing is taken: the next samples follow those before.
         """
-        if isinstance(waveform, Tensor):
-            _refuse_derivatives(waveform)
-        return self._accept(waveform)
-
-    __call__ = accept
-
-    @in_plain_torch
-    def _accept(self, waveform: Tensor | np.ndarray) -> Tensor:
-        array = _samples_of(waveform)
+        samples, is_array = self._samples_of(waveform)
         with self._lock:
             if self._flushed:
                 raise ValueError("the stream was flushed: reset() it to start another signal")
-            return self._push(array)
+            num_channels = samples.shape[0] if samples.ndim == 2 else 1
+            if self._num_channels not in (0, num_channels):
+                raise ValueError(f"the signal has {self._num_channels} channels, got samples of {num_channels}")
+            out = self._push(samples)
+            self._num_channels, self._gives_arrays = num_channels, is_array
+        return out if is_array else _as_tensor(out)  # type: ignore[return-value]
 
-    @in_plain_torch
-    def flush(self) -> Tensor:
-        """End the signal and return what is left, the edge made up as on the whole signal.
+    __call__ = accept
+
+    def flush(self) -> Any:
+        """End the signal and return the remaining frames, padded at the end exactly as the offline function pads.
+
+        Returns:
+            What `accept` last returned: a tensor or an array. Where nothing came, a tensor if torch is loaded.
 
         Raises:
             ValueError: where the whole signal would be too short for the function, and when flushed already.
@@ -64,15 +72,42 @@ class _Signal:
                 raise ValueError("the stream was flushed already: reset() it to start another signal")
             self._check_end()
             self._flushed = True
-            return self._finish()
+            out = self._finish()
+        is_array = "torch" not in sys.modules if self._gives_arrays is None else self._gives_arrays
+        return out if is_array else _as_tensor(out)
 
-    def _push(self, samples: np.ndarray) -> Tensor:
+    def _samples_of(self, waveform: Any) -> tuple[np.ndarray, bool]:
+        """Return samples that the core reads, ``[N]`` or ``[channels, N]``, and whether they came as an array."""
+        array, is_array = waveform, isinstance(waveform, np.ndarray)
+        if hasattr(waveform, "untyped_storage"):
+            from mmlm_fast.audio.plain import samples_in_memory
+
+            array = samples_in_memory(waveform)
+        ndim = 1 if self._channel_dim is None else 2
+        if isinstance(array, np.ndarray) and array.ndim == ndim:
+            array = ARRAYS.admit(array, "samples")
+            if array.dtype == np.float16:
+                array = array.astype(np.float32)
+        if not isinstance(array, np.ndarray) or array.ndim != ndim or array.dtype not in SAMPLE_TYPES:
+            wanted = "1-D" if ndim == 1 else f"2-D (channel_dim={self._channel_dim})"
+            raise ValueError(
+                f"samples must be a {wanted} tensor or array of int16, int32, float32 or float64, got "
+                f"{getattr(waveform, 'dtype', type(waveform).__name__)} of shape {getattr(waveform, 'shape', '?')}"
+            )
+        if ndim == 2:
+            array = np.moveaxis(array, self._channel_dim, 0)  # type: ignore[arg-type]
+            if not len(array):
+                raise ValueError(f"a signal needs at least one channel, got shape {tuple(waveform.shape)}")
+            return array if len(array) > 1 else np.ascontiguousarray(array[0]), is_array
+        return np.ascontiguousarray(array), is_array
+
+    def _push(self, samples: np.ndarray) -> np.ndarray:
         raise NotImplementedError
 
     def _check_end(self) -> None:
         raise NotImplementedError
 
-    def _finish(self) -> Tensor:
+    def _finish(self) -> np.ndarray:
         raise NotImplementedError
 
     def _state(self) -> dict[str, Any]:
@@ -87,12 +122,13 @@ class _Signal:
 
     def __getstate__(self) -> dict[str, Any]:
         with self._lock:
-            return {"settings": self._settings, "flushed": self._flushed} | self._state()
+            shared = (self._flushed, self._num_channels, self._gives_arrays)
+            return {"settings": self._settings, "shared": shared} | self._state()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         type(self).__init__(self, **state["settings"])
         self._set_state(state)
-        self._flushed = state["flushed"]
+        self._flushed, self._num_channels, self._gives_arrays = state["shared"]
 
     def __copy__(self) -> Self:
         return self.__deepcopy__({})
@@ -103,57 +139,35 @@ class _Signal:
         return twin
 
 
-def _refuse_derivatives(waveform: Tensor) -> None:
-    if not has_memory(waveform):
-        raise ValueError(
-            f"a stream takes samples, got a {type(waveform).__name__} within a transform or a mode that hides them"
-        )
-    has_tangent = forward_ad._current_level >= 0 and forward_ad.unpack_dual(waveform).tangent is not None
-    if has_tangent or (waveform.requires_grad and torch.is_grad_enabled()):
-        raise ValueError("a stream gives no derivatives: pass waveform.detach()")
+def _as_tensor(array: np.ndarray) -> Any:
+    from mmlm_fast.audio.plain import as_plain_tensor
 
-
-def _samples_of(waveform: Any) -> np.ndarray:
-    """Dense 1-D samples that the core reads, or ValueError."""
-    if isinstance(waveform, Tensor) and waveform.dtype in (torch.float16, torch.bfloat16):
-        waveform = waveform.float()
-    array: Any = waveform
-    is_here = not isinstance(waveform, Tensor) or waveform.device.type == "cpu"
-    if isinstance(waveform, (Tensor, np.ndarray)) and waveform.ndim == 1 and is_here:
-        array = tensor_of(waveform, "samples").detach().numpy()
-        if array.dtype == np.float16:
-            array = array.astype(np.float32)
-    if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype not in SAMPLE_TYPES:
-        raise ValueError(
-            f"samples must be a 1-D tensor or array of int16, int32, float32 or float64, got "
-            f"{getattr(waveform, 'dtype', type(waveform).__name__)} of shape {getattr(waveform, 'shape', '?')}"
-        )
-    return np.ascontiguousarray(array)
+    return as_plain_tensor(array)
 
 
 class _Stream(_Signal):
-    """Features of a signal. Pickles and copies with everything it has yet to give.
+    """Compute features of a signal. Pickles and copies with everything it has yet to give.
 
     Memory is bounded by about two frames of samples, and two filters' lengths with `orig_freq`. Different streams run
     in parallel and share their tables.
     """
 
-    _spec: SpectralSpec
+    _spec: Spec
     _stream: "_C.SpectralStream"
 
-    def _start(self, spec: SpectralSpec, settings: dict[str, Any], orig_freq: Any) -> None:
+    def _start(self, spec: Spec, settings: dict[str, Any], orig_freq: Any, channel_dim: Any) -> None:
         if spec.dtype != spec.compute_dtype:
             raise ValueError(f"dtype must be torch.float32 or torch.float64, got {spec.dtype}")
-        self._spec, self._settings, self._flushed = spec, settings | dict(orig_freq=orig_freq), False
-        self._dtype = spec.dtype
-        self._stream = _C.SpectralStream(spec.plan)
-        self._lock = Lock()
+        self._begin(settings | dict(orig_freq=orig_freq), channel_dim)
+        self._spec, made = spec, prepared(spec)
+        self._layout = made.layout
+        self._stream = _C.SpectralStream(made.plan)
         self._resampled: ResampledSignal | None = None
         if orig_freq is not None:
-            rates = checked_rates(orig_freq, spec.sampling_rate)
+            rates = checked_rates(orig_freq, made.layout.sampling_rate)
             # In the core's own precision, as on the whole signal. Sums of six zero crossings grow by 2.5 at most.
-            largest = spec.plan.largest_sample / 4
-            self._resampled = ResampledSignal((*rates, *checked_options()), spec.plan.double_precision, largest)
+            largest = made.plan.largest_sample / 4
+            self._resampled = ResampledSignal((*rates, *checked_options()), spec.is_exact, largest)
 
     @property
     def num_samples(self) -> int:
@@ -165,29 +179,31 @@ class _Stream(_Signal):
         """Frames given out so far."""
         return self._stream.next_frame
 
-    def _push(self, samples: np.ndarray) -> Tensor:
+    def _push(self, samples: np.ndarray) -> np.ndarray:
         if self._resampled is not None:
-            samples = self._resampled.push(samples).numpy()
+            samples = self._resampled.push(samples)
+        elif samples.ndim == 2:
+            samples = mono_of(samples, self._spec.is_exact)
         return self._pull(self._take(samples))
 
     def _take(self, samples: np.ndarray) -> int:
-        return self._stream.push(address_of(samples), SAMPLE_TYPES[samples.dtype], len(samples))
+        return self._stream.push(ARRAYS.address(samples), SAMPLE_TYPES[samples.dtype], len(samples))
 
     def _check_end(self) -> None:
         if self.num_samples > 0:
             total = self._stream.num_received if self._resampled is None else self._resampled.num_total
-            self._spec.layout.check_length(total)
+            self._layout.check_length(total)
 
-    def _finish(self) -> Tensor:
+    def _finish(self) -> np.ndarray:
         if self._resampled is not None:
-            self._take(self._resampled.finish().numpy())
-        total = self._spec.layout.num_frames(self._stream.num_received) if self.num_samples else 0
+            self._take(self._resampled.finish())
+        total = self._layout.num_frames(self._stream.num_received) if self.num_samples else 0
         return self._pull(self._stream.finish(total))
 
-    def _pull(self, frames: int) -> Tensor:
-        out = torch.empty(self._spec.layout.shape(frames), dtype=self._dtype, device="cpu")
+    def _pull(self, frames: int) -> np.ndarray:
+        out = np.empty(self._layout.shape(frames), self._spec.dtype)
         if frames:
-            finite = self._stream.pull(address_of(out, self._dtype), out.shape[1], frames)
+            finite = self._stream.pull(ARRAYS.address(out), out.shape[1], frames)
             assert finite, "samples that could overflow were taken"
         return out
 
@@ -202,7 +218,7 @@ class _Stream(_Signal):
 
 
 class StreamingResample(_Signal):
-    """`resample` of a signal that arrives in pieces, bit by bit the same: ``[samples]`` a piece.
+    """Resample a signal that arrives in pieces, with the bits of `resample`: ``[samples]`` a piece.
 
     Memory is bounded by two lengths of the filter. Pickles and copies.
 
@@ -211,6 +227,7 @@ class StreamingResample(_Signal):
         new_freq: Rate wanted.
         lowpass_filter_width: As in `resample`; so are `rolloff`, `resampling_method` and `beta`.
         dtype: float32, or float64, which `resample` has for float64 samples.
+        channel_dim: Dimension of pieces that holds channels, which are averaged; by default there is none.
 
     Example::
 
@@ -227,14 +244,14 @@ class StreamingResample(_Signal):
         resampling_method: str = "sinc_interp_hann",
         beta: float | None = None,
         *,
-        dtype: torch.dtype = torch.float32,
+        dtype: Any = "float32",
+        channel_dim: int | None = None,
     ) -> None:
         rates = checked_rates(orig_freq, new_freq)
-        if dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+        dtype = float_name(dtype, among=("float32", "float64"))
         options = checked_options(lowpass_filter_width, rolloff, resampling_method, beta)
-        self._resampled = ResampledSignal((*rates, *options), dtype == torch.float64)
-        self._settings = dict(
+        self._resampled = ResampledSignal((*rates, *options), dtype == "float64")
+        settings = dict(
             orig_freq=rates[0],
             new_freq=rates[1],
             lowpass_filter_width=options[0],
@@ -243,7 +260,7 @@ class StreamingResample(_Signal):
             beta=beta,
             dtype=dtype,
         )
-        self._flushed, self._lock = False, Lock()
+        self._begin(settings, channel_dim)
 
     @property
     def num_samples(self) -> int:
@@ -255,13 +272,13 @@ class StreamingResample(_Signal):
         """Samples given out so far."""
         return self._resampled.num_given
 
-    def _push(self, samples: np.ndarray) -> Tensor:
+    def _push(self, samples: np.ndarray) -> np.ndarray:
         return self._resampled.push(samples)
 
     def _check_end(self) -> None:
         pass
 
-    def _finish(self) -> Tensor:
+    def _finish(self) -> np.ndarray:
         return self._resampled.finish()
 
     def _state(self) -> dict[str, Any]:
@@ -278,12 +295,12 @@ def _refuse(settings: dict[str, Any], *names: str) -> None:
 
 
 class StreamingFbank(_Stream):
-    """`kaldi_fbank` of a signal that arrives in pieces, bit by bit the same.
+    """Compute `kaldi_fbank` of a signal that arrives in pieces, with the same bits.
 
     Args:
         orig_freq: Rate of the samples where it is not `sample_frequency`: they are resampled on the way.
-        settings: `kaldi_fbank`'s other keywords but `subtract_mean`, `dither`, `channel`, `channel_dim` and
-            `min_duration`.
+        channel_dim: Dimension of pieces that holds channels, which are averaged; by default there is none.
+        settings: `kaldi_fbank`'s other keywords but `subtract_mean`, `dither`, `channel` and `min_duration`.
 
     Example::
 
@@ -293,25 +310,32 @@ class StreamingFbank(_Stream):
         rest = stream.flush()
     """
 
-    def __init__(self, *, orig_freq: int | None = None, **settings: Any) -> None:
+    def __init__(self, *, orig_freq: int | None = None, channel_dim: int | None = None, **settings: Any) -> None:
         _refuse(settings, "subtract_mean", "dither", "num_ceps")
-        self._start(spec_of(kaldi.checked_key(**_known(settings, "num_ceps", "cepstral_lifter"))), settings, orig_freq)
+        spec = kaldi_spec(**_known(settings, "num_ceps", "cepstral_lifter"))
+        self._start(spec, settings, orig_freq, channel_dim)
 
 
 class StreamingMfcc(_Stream):
-    """`mfcc` (Kaldi's) of a signal that arrives in pieces, bit by bit the same; keywords as in `StreamingFbank`."""
+    """Compute `mfcc` (Kaldi's) of a signal that arrives in pieces, with the same bits; see `StreamingFbank`."""
 
     def __init__(
-        self, *, num_ceps: int = 13, cepstral_lifter: float = 22.0, orig_freq: int | None = None, **settings: Any
+        self,
+        *,
+        num_ceps: int = 13,
+        cepstral_lifter: float = 22.0,
+        orig_freq: int | None = None,
+        channel_dim: int | None = None,
+        **settings: Any,
     ) -> None:
         _refuse(settings, "subtract_mean", "dither")
-        num_ceps = whole("num_ceps", num_ceps)
-        key = kaldi.checked_key(num_ceps=num_ceps, cepstral_lifter=cepstral_lifter, **_known(settings, "use_power"))
-        self._start(spec_of(key), settings | dict(num_ceps=num_ceps, cepstral_lifter=cepstral_lifter), orig_freq)
+        own = dict(num_ceps=whole("num_ceps", num_ceps), cepstral_lifter=cepstral_lifter)
+        spec = kaldi_spec(**own, **_known(settings, "use_power"))
+        self._start(spec, settings | own, orig_freq, channel_dim)
 
 
 def _known(settings: dict[str, Any], *not_here: str) -> dict[str, Any]:
-    known = set(kaldi.checked_key.__kwdefaults__ or ()) - set(not_here)
+    known = SETTINGS - set(not_here)
     unknown = sorted(set(settings) - known - {"subtract_mean", "dither"})
     if unknown:
         raise ValueError(f"settings must be among {', '.join(sorted(known))}, got {', '.join(unknown)}")
@@ -319,7 +343,7 @@ def _known(settings: dict[str, Any], *not_here: str) -> dict[str, Any]:
 
 
 class StreamingLogMel(_Stream):
-    """`log_mel` of a signal that arrives in pieces: ``[num_mel_bins, frames]`` a piece.
+    """Compute `log_mel` of a signal that arrives in pieces: ``[num_mel_bins, frames]`` a piece.
 
     Whisper clips at 8 below the loudest value of the whole clip, which a stream cannot know. With `log_mel_max` it
     clips below that constant, and the frames have the bits of ``log_mel(…, log_mel_max=…)``. Without, it clips below
@@ -330,6 +354,7 @@ class StreamingLogMel(_Stream):
         log_mel_max: In log10 mel; 1.5 is Voxtral Realtime's.
         dtype: float32 or float64.
         orig_freq: Rate of the samples where it is not 16 kHz: they are resampled on the way.
+        channel_dim: Dimension of pieces that holds channels, which are averaged; by default there is none.
     """
 
     def __init__(
@@ -337,19 +362,25 @@ class StreamingLogMel(_Stream):
         *,
         num_mel_bins: int = 80,
         log_mel_max: float | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: Any = "float32",
         orig_freq: int | None = None,
+        channel_dim: int | None = None,
     ) -> None:
-        settings = dict(num_mel_bins=num_mel_bins, log_mel_max=log_mel_max, dtype=dtype)
-        self._start(spec_of(checked_key(num_mel_bins, log_mel_max, dtype)), settings, orig_freq)
+        settings = dict(num_mel_bins=num_mel_bins, log_mel_max=log_mel_max, dtype=float_name(dtype))
+        self._start(
+            log_mel_spec(num_mel_bins=num_mel_bins, log_mel_max=log_mel_max, dtype=dtype),
+            settings,
+            orig_freq,
+            channel_dim,
+        )
         self._largest: float | None = None if log_mel_max is None else np.inf
 
-    def _pull(self, frames: int) -> Tensor:
+    def _pull(self, frames: int) -> np.ndarray:
         out = super()._pull(frames)
         if frames and self._largest != np.inf:
             largest = float(out.max())
             self._largest = largest if self._largest is None else max(self._largest, largest)
-            out.clamp_(min=self._largest - DYNAMIC_RANGE / 4)
+            np.maximum(out, out.dtype.type(self._largest - DYNAMIC_RANGE / 4), out=out)
         return out
 
     def _state(self) -> dict[str, Any]:

@@ -1,22 +1,21 @@
-"""Tables of the audio functions (filters, windows, twiddles): what is kept of them, and once on each device."""
+"""Tables by value: what tells one array of numbers from another, and caches bounded in bytes."""
 
+import base64
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from functools import wraps
 from threading import Lock
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from mmlm_fast.audio.plain import plain_torch
+from mmlm_fast import _C
 
 V = TypeVar("V")
 
 
 class ByteCache(Generic[V]):
-    """What was used last, up to a number of bytes in all; the very last whatever its size. For any number of threads.
+    """Keep what was used last, up to a number of bytes in all; the very last whatever its size. For any threads.
 
     Args:
         max_bytes: Of all values.
@@ -31,8 +30,14 @@ class ByteCache(Generic[V]):
     def __len__(self) -> int:
         return len(self._kept)
 
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._kept.clear()
+            self.num_bytes = 0
+
     def get(self, key: Hashable, make: Callable[[], V]) -> V:
-        """The value kept for `key`, or a new one."""
+        """Return the value kept for `key`, or a new one."""
         with self._lock:
             known = self._kept.get(key)
             if known is not None:
@@ -66,50 +71,63 @@ def kept_within(max_bytes: int, size_of: Callable[[Any], int]) -> Callable[[Call
     return decorate
 
 
-# A few hundred KiB a function, rate and dtype; what comes when this is full is made again at every call.
-MAX_BYTES = 256 * 2**20
+class Table:
+    """Numbers by value: equal and of one hash where shape and float64 numbers are the same.
 
-# Nothing in here is let go: a captured CUDA graph knows a table by its address.
-_kept: dict[tuple, tuple[Tensor, ...]] = {}
-_kept_bytes = 0
-_lock = Lock()
+    The array given stays the caller's, who may write to it: its numbers are looked at again with each `Table.of`.
 
-
-def kept_tables(
-    key: Hashable, make: Callable[[], Sequence[np.ndarray]], dtype: torch.dtype | None, like: Tensor
-) -> tuple[Tensor, ...]:
-    """The arrays of `make` as tensors on the device of `like`, in `dtype` or their own; not to be written to.
-
-    Copying to a GPU waits for it, so that every stream may use what was kept: the first call of each function, dtype
-    and device does, later ones wait for nothing.
-
-    Args:
-        key: What determines the arrays: those of one key are the same.
-
-    Raises:
-        RuntimeError: where a CUDA graph is captured and the tables are not there yet.
+    Attributes:
+        array: The numbers in float64, read-only.
     """
-    device = like.device
-    # What a compiler traces is its own to keep, and so is what is made of fake tensors or of other subclasses.
-    if torch.compiler.is_compiling() or type(like) not in (Tensor, torch.nn.Parameter):
-        return tuple(torch.tensor(array, dtype=dtype, device=device) for array in make())
-    tables = _kept.get((key, dtype, device))
-    return _make((key, dtype, device), make) if tables is None else tables
+
+    __slots__ = ("_hash", "array", "digest")
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = np.array(array, np.float64, order="C")  # always a copy
+        self.array.setflags(write=False)
+        self.digest = (self.array.shape, *_C.digest(_address(self.array), self.array.nbytes))
+        self._hash = hash(self.digest)
+
+    @classmethod
+    def of(cls, numbers: Any, *, transposed: bool = False) -> "Table":
+        """Return the table of an array, or of a CPU tensor; of its transpose where that is asked for."""
+        array = numbers if type(numbers) is np.ndarray else _array_of(numbers)
+        if not array.flags.c_contiguous:
+            array = np.ascontiguousarray(array)
+        key = (_C.digest(_address(array), array.nbytes), array.shape, array.dtype, transposed)
+        return _TABLES.get(key, lambda: cls(array.T if transposed else array))
+
+    @classmethod
+    def from_text(cls, text: str) -> "Table":
+        """Read back what `text` wrote."""
+        shape, _, numbers = text.partition(":")
+        array = np.frombuffer(base64.b64decode(numbers), "<f8")
+        return cls(array.reshape([int(n) for n in shape.split("x")]))
+
+    def text(self) -> str:
+        """Write shape and numbers down, all their bits."""
+        numbers = base64.b64encode(self.array.astype("<f8").tobytes()).decode()
+        return f"{'x'.join(map(str, self.array.shape))}:{numbers}"
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Table) and self.digest == other.digest)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self) -> tuple:
+        return Table, (self.array,)
 
 
-def _make(place: tuple, make: Callable[[], Sequence[np.ndarray]]) -> tuple[Tensor, ...]:
-    global _kept_bytes
-    _, dtype, device = place
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            f"a CUDA graph cannot capture the first call of an audio function on {device}, which copies its tables "
-            f"there: call the function once before, with the same options"
-        )
-    with plain_torch():  # later calls use them, in other modes and with gradients
-        tables = tuple(torch.tensor(array, dtype=dtype, device=device) for array in make())
-    size = sum(t.nbytes for t in tables)
-    with _lock:
-        if place not in _kept and _kept_bytes + size <= MAX_BYTES:
-            _kept[place] = tables
-            _kept_bytes += size
-        return _kept.get(place, tables)
+def _address(array: np.ndarray) -> int:
+    return array.__array_interface__["data"][0]
+
+
+def _array_of(numbers: Any) -> np.ndarray:
+    if hasattr(numbers, "detach"):
+        numbers = numbers.detach().cpu()
+        return (numbers if numbers.dtype.itemsize >= 4 else numbers.float()).numpy()
+    return np.asarray(numbers)
+
+
+_TABLES: ByteCache[Table] = ByteCache(16 * 2**20, lambda table: table.array.nbytes + 512)

@@ -7,13 +7,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.audio_utils import make_list_of_audio
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.utils import logging
 
-from mmlm_fast.audio.extractors.plans import Original
+from mmlm_fast.audio.extractors.shared import Original, check_rate
 from mmlm_fast.audio.kaldi import kaldi_fbank
-from mmlm_fast.audio.nemo import standardize_in_place
-
-logger = logging.get_logger("transformers." + __name__)
+from mmlm_fast.audio.standardize import standardize_in_place
 
 
 def _as_tensor(clip: Any) -> Tensor:
@@ -39,7 +36,7 @@ class NeuCodecMixin(Original):
             sample_frequency=self.sampling_rate,
             scale=2.0**15,
         )
-        standardize_in_place(features[None], [features.shape[0]], ddof=1, eps_inside=1e-7)
+        standardize_in_place(features.numpy()[None], [features.shape[0]], ddof=1, eps_inside=1e-7)
         return features
 
     def __call__(
@@ -58,16 +55,7 @@ class NeuCodecMixin(Original):
             return super().__call__(
                 audio, padding, max_length, truncation, return_tensors, sampling_rate, device, **kwargs
             )
-        if sampling_rate is None:
-            logger.warning(
-                f"It is strongly recommended to pass the `sampling_rate` argument to `{self.__class__.__name__}()`. "
-                "Failing to do so can result in silent errors that might be hard to debug."
-            )
-        elif sampling_rate != self.sampling_rate:
-            raise ValueError(
-                f"sampling_rate must be the {self.sampling_rate} this extractor was made for, "
-                f"got {sampling_rate}: resample the audio first"
-            )
+        check_rate(self, sampling_rate)
         clips = make_list_of_audio(audio)
         for clip in clips:
             if clip.ndim > 2:

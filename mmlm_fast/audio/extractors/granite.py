@@ -1,27 +1,32 @@
 """GraniteSpeech and GraniteSpeech5, whose originals need torchaudio."""
 
+from dataclasses import replace
+from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from mmlm_fast import _C
-from mmlm_fast.audio.extractors.plans import (
-    Framing,
+from mmlm_fast.audio.extractors.shared import (
+    NotOursError,
     Original,
-    cached_plan,
     features,
     has_torchaudio,
     is_cpu,
+    num_frames,
     refuse_short,
 )
-from mmlm_fast.audio.filters import mel_filters, window_of
-from mmlm_fast.audio.log_mel import DYNAMIC_RANGE, whisper_options
+from mmlm_fast.audio.log_mel import DYNAMIC_RANGE, WHISPER
+from mmlm_fast.audio.spec import Framing, MelFilters, Spec, Window
+from mmlm_fast.audio.tables import Table
 from mmlm_fast.ops.paths import using_reference
 
 
 class GraniteSpeechMixin(Original):
     """torchaudio's MelSpectrogram, log10, clipped to 8 below each clip's maximum. Needs no torchaudio here."""
+
+    mel_filters: Any
 
     def __init__(self, sampling_rate: int = 16000, n_fft: int = 512, win_length: int = 400, hop_length: int = 160,
                  n_mels: int = 80, projector_window_size: int = 15, projector_downsample_rate: int = 5,
@@ -34,6 +39,7 @@ class GraniteSpeechMixin(Original):
                 projector_window_size=projector_window_size, projector_downsample_rate=projector_downsample_rate,
                 padding_value=padding_value, **kwargs,
             )  # fmt: skip
+            _AS_MADE[self.mel_filters] = _tables_of(self.mel_filters)
             return
         feature_size = n_mels if kwargs.get("feature_size") is None else kwargs.pop("feature_size")
         SequenceFeatureExtractor.__init__(
@@ -49,7 +55,9 @@ class GraniteSpeechMixin(Original):
     def _extract_mel_spectrograms(self, audio: Tensor, device: str | None = "cpu") -> Tensor:
         if self._takes_original("_extract_mel_spectrograms") or not is_cpu(device):
             return super()._extract_mel_spectrograms(audio, device)
-        out = _granite_log_mel(self.melspec_kwargs, audio.float(), DYNAMIC_RANGE)
+        audio = audio.float()
+        spec = _spec_of(self.mel_filters, self.melspec_kwargs, DYNAMIC_RANGE)
+        out = _log_mel(spec, audio, num_frames(spec, audio))
         out = out[:, : out.shape[1] // 2 * 2]  # the odd last frame
         return torch.from_numpy(out).reshape(len(out), -1, 2 * out.shape[-1])
 
@@ -65,27 +73,73 @@ class GraniteSpeechMixin(Original):
         return BatchFeature(dict(input_features=features, audio_embed_sizes=sizes, input_features_mask=mask))
 
 
-def _granite_log_mel(melspec: dict[str, int], audio: Any, dynamic_range: float, frames: int | None = None) -> Any:
-    """``max(log10 mel, max - range) / 4 + 1``, ``[num_clips, frames, n_mels]``."""
+# Tables of torchaudio's MelSpectrogram as its extractor made them, in whatever default dtype that was: ours take their
+# place. Tables that the user changed are taken as they are.
+_AS_MADE: WeakKeyDictionary[Any, tuple[Table, Table]] = WeakKeyDictionary()
 
-    framing = Framing(melspec["win_length"], melspec["hop_length"], melspec["n_fft"])
-    options, num_frames = framing.centred("reflect")
-    refuse_short(audio.shape[-1], melspec["n_fft"] // 2 + 1)
 
-    def make() -> "_C.SpectralPlan":
-        all_options = whisper_options() | options | framing.options()
-        all_options |= dict(dynamic_range=dynamic_range / 4, bins_first=False)
-        rate = melspec["sample_rate"]
-        filters = mel_filters(melspec["n_mels"], n_fft=melspec["n_fft"], sampling_rate=rate, norm=None, mel_scale="htk",
-                              dtype=torch.float32, highest_hz=rate // 2)  # fmt: skip
-        return _C.SpectralPlan(all_options, window_of("hann", framing.frame_length), filters)
+def _tables_of(transform: Any) -> tuple[Table, Table]:
+    return Table.of(transform.spectrogram.window), Table.of(transform.mel_scale.fb, transposed=True)
 
-    plan = cached_plan(("granite", framing, dynamic_range, *melspec.values()), [], make)
-    return features(plan, audio, num_frames(audio.shape[-1]) if frames is None else frames, bins_first=False)
+
+def _spec_of(transform: Any, melspec: dict[str, int], dynamic_range: float) -> Spec:
+    """Return ``max(log10 mel, max - range) / 4 + 1`` of torchaudio's MelSpectrogram, or of its arguments without it."""
+    if transform is not None:
+        inner = transform.spectrogram
+        melspec = dict(
+            n_fft=inner.n_fft,
+            win_length=inner.win_length,
+            hop_length=inner.hop_length,
+            sample_rate=transform.sample_rate,
+            n_mels=transform.n_mels,
+        )
+    if dynamic_range <= 0:
+        raise NotOursError(f"a dynamic range of {dynamic_range} is for the original")
+    rate = melspec["sample_rate"]
+    tables: tuple[Any, Any] = (
+        Window("hann"),
+        MelFilters(melspec["n_mels"], norm=None, mel_scale="htk", computed_in="float32", highest_hz=rate // 2),
+    )
+    if transform is not None and (own := _tables_of(transform)) != _AS_MADE.get(transform, own):
+        tables = own
+    return _spec(melspec["n_fft"], melspec["win_length"], melspec["hop_length"], rate, *tables, dynamic_range)
+
+
+@lru_cache(maxsize=64)
+def _spec(
+    n_fft: int,
+    win_length: int,
+    hop_length: int,
+    sampling_rate: int,
+    window: Window | Table,
+    filters: MelFilters | Table,
+    dynamic_range: float,
+) -> Spec:
+    return replace(
+        WHISPER,
+        n_fft=n_fft,
+        frame_length=win_length,
+        hop_length=hop_length,
+        sampling_rate=sampling_rate,
+        window=window,
+        framing=Framing.centered(n_fft, win_length, "reflect"),
+        filters=filters,
+        dynamic_range=dynamic_range / 4,
+        bins_first=False,
+        computed_in="float32",
+    )
+
+
+def _log_mel(spec: Spec, audio: Any, frames: int) -> Any:
+    """Compute ``[num_clips, frames, n_mels]``."""
+    refuse_short(audio.shape[-1], spec.n_fft // 2 + 1)
+    return features(spec, audio, frames)
 
 
 class GraniteSpeech5Mixin(Original):
     """The same with deltas and frames stacked. Needs no torchaudio here."""
+
+    mel_filters: Any
 
     def __init__(self, num_mel_bins: int = 80, sampling_rate: int = 16000, n_fft: int = 512, win_length: int = 400,
                  hop_length: int = 160, delta_win_length: int = 3, logmel_floor_db: float = 8.0,
@@ -98,6 +152,7 @@ class GraniteSpeech5Mixin(Original):
                 hop_length=hop_length, delta_win_length=delta_win_length, logmel_floor_db=logmel_floor_db,
                 padding_value=padding_value, **kwargs,
             )  # fmt: skip
+            _AS_MADE[self.mel_filters] = _tables_of(self.mel_filters)
             return
         kwargs.pop("feature_size", None)
         SequenceFeatureExtractor.__init__(
@@ -125,7 +180,8 @@ class GraniteSpeech5Mixin(Original):
         melspec = dict(sample_rate=self.sampling_rate, n_fft=self.n_fft, win_length=self.win_length,
                        hop_length=self.hop_length, n_mels=self.num_mel_bins)  # fmt: skip
         # The maximum is taken over the frames that are kept.
-        logmel = torch.from_numpy(_granite_log_mel(melspec, audio, self.logmel_floor_db, frames))
+        spec = _spec_of(self.mel_filters, melspec, self.logmel_floor_db)
+        logmel = torch.from_numpy(_log_mel(spec, audio, min(frames, num_frames(spec, audio))))
         deltas = _deltas(logmel, self.delta_win_length)
         both = torch.cat([logmel, deltas], -1)
         return both.reshape(len(audio), -1, stacking * both.shape[-1])
@@ -133,6 +189,8 @@ class GraniteSpeech5Mixin(Original):
 
 def _deltas(features: Tensor, win_length: int) -> Tensor:
     """Slopes over `win_length` frames, ends repeated: ``[B, T, M]``. Source: torchaudio ``compute_deltas``."""
+    if win_length < 3:
+        raise NotOursError(f"slopes need 3 frames or more, got {win_length}")
     n = (win_length - 1) // 2
     x = torch.cat([features[:, :1]] * n + [features] + [features[:, -1:]] * n, 1)
     frames = features.shape[1]

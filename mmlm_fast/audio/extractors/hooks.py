@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import transformers
 
@@ -49,30 +50,64 @@ def takes_tensors(extractor: Any) -> bool:
 
 
 def is_as_made(extractor: Any, method: str) -> bool:
-    """Whether the original's `method`, of this object, would run the original's code alone."""
-    lineage = type(extractor).__mro__
+    """Return whether the original's `method`, of this object, would run the original's code alone."""
+    watches = _WATCHES.get(type(extractor))
+    if watches is None:
+        watches = _WATCHES[type(extractor)] = {}
+    watch = watches.get(method)
+    if watch is None:
+        watch = watches[method] = _watch_of(type(extractor), method)
+    if watch.is_unknown:
+        return True  # accelerate()'s twin before it is one, or a class made by hand
+    if watch.is_foreign or not watch.names.isdisjoint(vars(extractor)):
+        return False
+    for get, name, value in watch.expected:
+        if get(name) is not value:
+            return False
+    return all(names.isdisjoint(found) for names, found in watch.forbidden)
+
+
+@dataclass
+class _Watch:
+    """What to look at, each time, to tell whether a class is as it was made.
+
+    Attributes:
+        names: What the original's method calls, and must not lie on the instance.
+        expected: Of the original's classes, a look-up, a name, and what must be there.
+        forbidden: Names that must not be in other classes, and what is in them.
+    """
+
+    names: frozenset[str] = frozenset()
+    expected: list[tuple[Any, str, Any]] = field(default_factory=list)
+    forbidden: list[tuple[frozenset[str], Any]] = field(default_factory=list)
+    is_foreign: bool = False
+    is_unknown: bool = False
+
+
+_WATCHES: WeakKeyDictionary[type, dict[str, _Watch]] = WeakKeyDictionary()
+
+
+def _watch_of(cls: type, method: str) -> _Watch:
+    lineage = cls.__mro__
     drop_in = next((base for base in lineage if base in _RECORDS), None)
     if drop_in is None:
-        return True  # accelerate()'s twin before it is one, or a class made by hand
+        return _Watch(is_unknown=True)
     record = _RECORDS[drop_in]
     names = record.reached.get(method)
     if names is None:
         names = record.reached[method] = _reached(record, method)
-    if not names.isdisjoint(record.foreign) or not names.isdisjoint(vars(extractor)):
-        return False
+    watch = _Watch(names, is_foreign=not names.isdisjoint(record.foreign))
     # Who overrides the method itself and calls ours has said what he wants.
     others, ours = names - {method}, set(drop_in.__mro__)
     for base in lineage:
         known = record.methods.get(base)
         if known is not None:
-            found = vars(base)
-            if any(found.get(name) is not known.get(name) for name in names):
-                return False
-        elif (base not in ours or base is drop_in) and not others.isdisjoint(vars(base)):
-            return False
+            watch.expected += [(vars(base).get, name, known.get(name)) for name in names]
+        elif base not in ours or base is drop_in:
+            watch.forbidden.append((others, vars(base)))
         if base is drop_in:
             others = names
-    return True
+    return watch
 
 
 def _reached(record: _Record, method: str) -> frozenset[str]:

@@ -1,30 +1,33 @@
 """Kaldi's filter bank: AST, FunAsrNano, SeamlessM4T, Speech2Text."""
 
+from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from torch import Tensor
+from transformers.utils import is_speech_available
 
-from mmlm_fast import _C
-from mmlm_fast.audio.extractors.plans import (
-    AS_NUMPY,
-    FLOAT64,
-    Framing,
+from mmlm_fast.audio.extractors.shared import (
     Original,
-    as_filters,
-    cached_plan,
+    check_rate,
     features,
     mono_clips,
+    num_frames,
     one_clip,
     pads_to_longest,
-    rate_is_wrong,
     refuse_short,
     rounded_up,
 )
-from mmlm_fast.audio.filters import kaldi_mel_filters, window_of
-from mmlm_fast.audio.kaldi import EPSILON, kaldi_fbank
-from mmlm_fast.audio.nemo import standardize_in_place
-from mmlm_fast.audio.spectral import run_native
+from mmlm_fast.audio.features import run_rows
+from mmlm_fast.audio.kaldi import KaldiSettings, kaldi_fbank
+from mmlm_fast.audio.spec import KaldiFilters, Spec, Window, prepared
+from mmlm_fast.audio.standardize import standardize_in_place
+from mmlm_fast.audio.tables import Table
+
+KALDI = replace(KaldiSettings().spec(), computed_in="float64")  # 25 ms every 10 ms at 16 kHz, 512 points
+MIN_SAMPLES = KALDI.frame_length
+SCALE = 32768.0  # of 16-bit integers
 
 
 class FunAsrNanoMixin(Original):
@@ -43,32 +46,36 @@ class FunAsrNanoMixin(Original):
         )  # type: ignore[return-value]
 
 
-_KALDI = Framing(400, 160, 512)
+@lru_cache(maxsize=64)
+def _by_torchaudio(window: str, num_mel_bins: int, scale: float, sampling_rate: int) -> Spec:
+    """Return what torchaudio's Kaldi computes, in float64."""
+    own: dict[str, Any] = dict(scale=scale, sampling_rate=sampling_rate)
+    return replace(KALDI, window=Window(window, False), filters=KaldiFilters(num_mel_bins), **own)
 
 
-def _kaldi_plan(extractor: Any, window: str, num_mel_bins: int, scale: float, bins: tuple = ()) -> "_C.SpectralPlan":
-    """Kaldi's filter bank in float64, with the extractor's own filters where it has some (no torchaudio there)."""
-    own = getattr(extractor, "mel_filters", None)
-
-    def make() -> "_C.SpectralPlan":
-        options, _ = _KALDI.whole(_KALDI.frame_length)
-        options |= _KALDI.options() | dict(log="natural", floor=EPSILON, bins_first=False, scale=scale)
-        options |= dict(remove_dc_offset=True, frame_preemphasis=0.97) | (AS_NUMPY if own is not None else FLOAT64)
-        if own is not None:
-            return _C.SpectralPlan(options, np.asarray(extractor.window, np.float64), as_filters(own))
-        filters = kaldi_mel_filters(num_mel_bins, _KALDI.n_fft, extractor.sampling_rate)
-        return _C.SpectralPlan(options, window_of(window, _KALDI.frame_length, False), filters)
-
-    tables = [] if own is None else [own, extractor.window]
-    return cached_plan(("kaldi", window, num_mel_bins, scale, extractor.sampling_rate), tables, make)
+@lru_cache(maxsize=64)
+def _by_numpy(window: Table, filters: Table, scale: float) -> Spec:
+    """Return what transformers' ``audio_utils.spectrogram`` computes of an extractor's own tables."""
+    return replace(KALDI, window=window, filters=filters, scale=scale, round_spectrum=True)
 
 
-def _kaldi_features(plan: "_C.SpectralPlan", waveform: np.ndarray, limit: int | None = None) -> np.ndarray:
-    """``[frames, bins]`` of one clip."""
+def _spec(extractor: Any, window: str, scale: float) -> Spec:
+    """Return Kaldi's filter bank as an extractor has it that takes torchaudio's where that is installed."""
+    if is_speech_available():
+        return _by_torchaudio(window, extractor.num_mel_bins, scale, extractor.sampling_rate)
+    return _own_spec(extractor, scale)
+
+
+def _own_spec(extractor: Any, scale: float) -> Spec:
+    return _by_numpy(Table.of(extractor.window), Table.of(extractor.mel_filters, transposed=True), scale)
+
+
+def _features(spec: Spec, waveform: np.ndarray, limit: int | None = None) -> np.ndarray:
+    """Compute ``[frames, bins]`` of one clip."""
     rows = one_clip(waveform)
-    refuse_short(rows.shape[1], _KALDI.frame_length)
-    frames = (rows.shape[1] - _KALDI.frame_length) // _KALDI.hop_length + 1
-    return features(plan, rows, frames if limit is None else min(frames, limit), bins_first=False)[0]
+    refuse_short(rows.shape[1], MIN_SAMPLES)
+    frames = num_frames(spec, rows)
+    return features(spec, rows, frames if limit is None else min(frames, limit))[0]
 
 
 class ASTMixin(Original):
@@ -77,8 +84,7 @@ class ASTMixin(Original):
     def _extract_fbank_features(self, waveform: np.ndarray, max_length: int) -> np.ndarray:
         if self._takes_original("_extract_fbank_features") or self.sampling_rate != 16000:
             return super()._extract_fbank_features(waveform, max_length)
-        plan = _kaldi_plan(self, "hanning", self.num_mel_bins, 1.0)
-        features = _kaldi_features(plan, waveform, max_length)
+        features = _features(_spec(self, "hanning", 1.0), waveform, max_length)
         out = np.zeros((max_length, features.shape[1]), np.float32)
         out[: len(features)] = features
         return out
@@ -95,7 +101,7 @@ class SeamlessM4TMixin(Original):
         first = np.squeeze(waveform[0] if waveform.ndim == 2 else waveform)
         if first.ndim != 1:
             raise ValueError(f"a clip must be [num_samples] or [1, num_samples], got shape {waveform.shape}")
-        return _kaldi_features(_kaldi_plan(self, "povey", 0, 32768.0), first)
+        return _features(_own_spec(self, SCALE), first)
 
 
 class SeamlessM4TCallMixin(SeamlessM4TMixin):
@@ -124,25 +130,22 @@ class SeamlessM4TCallMixin(SeamlessM4TMixin):
                 raw_speech, padding, pad_to_multiple_of, max_length, truncation, return_tensors, sampling_rate,
                 return_attention_mask, do_normalize_per_mel_bins, **kwargs,
             )  # fmt: skip
-        if rate_is_wrong(self, sampling_rate):
-            raise ValueError(
-                f"sampling_rate must be the {self.sampling_rate} that {type(self).__name__} was made for, got "
-                f"{sampling_rate}: resample the audio first"
-            )
-        plan = _kaldi_plan(self, "povey", 0, 32768.0)
+        check_rate(self, sampling_rate)
+        spec = _own_spec(self, SCALE)
         for clip in clips:
-            refuse_short(len(clip), _KALDI.frame_length)
-        valid = [(len(clip) - _KALDI.frame_length) // _KALDI.hop_length + 1 for clip in clips]
+            refuse_short(len(clip), MIN_SAMPLES)
+        valid = [num_frames(spec, clip) for clip in clips]
+        num_out = prepared(spec).num_out
         frames = rounded_up(max(valid), pad_to_multiple_of)
-        out = np.empty((len(clips), frames, plan.num_out), np.float32)
-        run_native(plan, clips, [len(clip) for clip in clips], valid, out)
+        out = np.empty((len(clips), frames, num_out), np.float32)
+        run_rows(spec, clips, [len(clip) for clip in clips], valid, out)
         if do_normalize_per_mel_bins:
             standardize_in_place(out, valid, ddof=1, eps_inside=1e-7, padding=float(self.padding_value))
         else:
             for row, n in zip(out, valid, strict=True):
                 row[n:] = self.padding_value
         whole = frames // self.stride * self.stride
-        data: dict[str, Any] = {"input_features": out[:, :whole].reshape(len(clips), -1, plan.num_out * self.stride)}
+        data: dict[str, Any] = {"input_features": out[:, :whole].reshape(len(clips), -1, num_out * self.stride)}
         if self.return_attention_mask if return_attention_mask is None else return_attention_mask:
             mask = (np.arange(whole) < np.array(valid)[:, None]).astype(np.int32)
             data["attention_mask"] = mask[:, np.arange(whole) % self.stride == 1]
@@ -150,9 +153,9 @@ class SeamlessM4TCallMixin(SeamlessM4TMixin):
 
 
 class Speech2TextMixin(Original):
-    """The same; without dither."""
+    """Kaldi's filter bank for Speech2Text; with dither the original's code runs."""
 
     def _extract_fbank_features(self, waveform: np.ndarray) -> np.ndarray:
         if self._takes_original("_extract_fbank_features") or self.dither != 0 or self.sampling_rate != 16000:
             return super()._extract_fbank_features(waveform)
-        return _kaldi_features(_kaldi_plan(self, "povey", self.num_mel_bins, 32768.0), waveform)
+        return _features(_spec(self, "povey", SCALE), waveform)

@@ -1,26 +1,54 @@
 """NeMo's log-mel: Parakeet, CohereAsr, NemotronAsrStreaming."""
 
+from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mmlm_fast import _C
-from mmlm_fast.audio.extractors.plans import (
-    Framing,
+from mmlm_fast.audio.extractors.shared import (
     Original,
-    cached_plan,
+    check_rate,
     features,
     is_cpu,
     mono_clips,
+    num_frames,
     pads_to_longest,
-    rate_is_wrong,
     refuse_short,
     rounded_up,
 )
+from mmlm_fast.audio.features import run_rows
 from mmlm_fast.audio.filters import window_of
-from mmlm_fast.audio.nemo import standardize_in_place
-from mmlm_fast.audio.spectral import run_native
+from mmlm_fast.audio.nemo import EPSILON, NEMO
+from mmlm_fast.audio.spec import Framing, Spec, Window, prepared
+from mmlm_fast.audio.standardize import standardize_in_place
+from mmlm_fast.audio.tables import Table
+
+
+@lru_cache(maxsize=64)
+def _spec(
+    n_fft: int,
+    win_length: int,
+    hop_length: int,
+    window: Window | Table,
+    filters: Table,
+    preemphasis: float,
+    center: bool,
+) -> Spec:
+    framing = Framing.centered(n_fft, win_length, "zero") if center else Framing.inside(n_fft, win_length)
+    return replace(
+        NEMO,
+        n_fft=n_fft,
+        frame_length=win_length,
+        hop_length=hop_length,
+        window=window,
+        framing=framing,
+        filters=filters,
+        signal_preemphasis=preemphasis,
+        computed_in="float32",
+    )
 
 
 class ParakeetMixin(Original):
@@ -32,22 +60,17 @@ class ParakeetMixin(Original):
         if self._takes_original("_torch_extract_fbank_features") or not is_cpu(device):
             extra = {} if center else {"center": center}
             return super()._torch_extract_fbank_features(waveform, device, **extra)
-        framing = Framing(self.win_length, self.hop_length, self.n_fft)
-        options, num_frames = framing.centred("zero") if center else framing.whole()
         if not center:
             refuse_short(waveform.shape[-1], self.n_fft)
-
-        def make() -> "_C.SpectralPlan":
-            window, filters = window_of("hann", self.win_length, False), self.mel_filters
-            if self.mel_filters_dtype != "float32":
-                dtype = getattr(torch, self.mel_filters_dtype)
-                rounded = torch.tensor(window_of("hann", self.win_length, False, dtype=torch.float32)).to(dtype)
-                window, filters = rounded.double().numpy(), filters.to(dtype)
-            all_options = options | framing.options() | dict(log="natural", add=2.0**-24, bins_first=False)
-            return _C.SpectralPlan(all_options, window, filters.double().numpy())
-
-        plan = cached_plan(("parakeet", framing, center, self.mel_filters_dtype), [self.mel_filters], make)
-        return torch.from_numpy(features(plan, waveform, num_frames(waveform.shape[-1]), bins_first=False))
+        window: Window | Table = NEMO.window
+        filters = self.mel_filters
+        if self.mel_filters_dtype != "float32":
+            dtype = getattr(torch, self.mel_filters_dtype)
+            exact = window_of("hann", self.win_length, False, dtype="float32")
+            window, filters = Table.of(torch.tensor(exact, device="cpu").to(dtype)), filters.to(dtype)
+        sizes = self.n_fft, self.win_length, self.hop_length
+        spec = _spec(*sizes, window, Table.of(filters), 0.0, bool(center))
+        return torch.from_numpy(features(spec, waveform, num_frames(spec, waveform)))
 
 
 class ParakeetCallMixin(ParakeetMixin):
@@ -79,11 +102,7 @@ class ParakeetCallMixin(ParakeetMixin):
                 raw_speech, truncation, pad_to_multiple_of, return_tensors, return_attention_mask, padding, max_length,
                 sampling_rate, do_normalize, device, return_token_timestamps, **kwargs,
             )  # fmt: skip
-        if rate_is_wrong(self, sampling_rate):
-            raise ValueError(
-                f"sampling_rate must be the {self.sampling_rate} that {type(self).__name__} was made for, got "
-                f"{sampling_rate}: resample the audio first"
-            )
+        check_rate(self, sampling_rate)
         lengths = [len(clip) for clip in clips]
         valid = [n // self.hop_length for n in lengths]
         for i, frames in enumerate(valid):
@@ -93,20 +112,15 @@ class ParakeetCallMixin(ParakeetMixin):
                     f"{lengths[i]}: the original returns NaN"
                 )
         num_samples = rounded_up(max(lengths), pad_to_multiple_of)
-        framing = Framing(self.win_length, self.hop_length, self.n_fft)
-        options, num_frames = framing.centred("zero")
         emphasis = 0.0 if self.preemphasis is None else float(self.preemphasis)
-
-        def make() -> "_C.SpectralPlan":
-            all_options = options | framing.options() | dict(log="natural", add=2.0**-24, bins_first=False)
-            all_options["signal_preemphasis"] = emphasis
-            window = window_of("hann", self.win_length, False)
-            return _C.SpectralPlan(all_options, window, self.mel_filters.double().numpy())
-
-        plan = cached_plan(("parakeet call", framing, emphasis), [self.mel_filters], make)
-        frames = num_frames(num_samples)
-        out = torch.empty(len(clips), frames, plan.num_out, dtype=torch.float32, device="cpu")
-        run_native(plan, clips, [num_samples] * len(clips), [frames] * len(clips), out)
-        standardize_in_place(out, valid, ddof=1, eps_outside=1e-5)
+        sizes = self.n_fft, self.win_length, self.hop_length
+        spec = _spec(*sizes, NEMO.window, Table.of(self.mel_filters), emphasis, True)
+        made = prepared(spec)
+        frames = made.layout.num_frames(num_samples)
+        out = np.empty((len(clips), frames, made.num_out), np.float32)
+        run_rows(spec, clips, [num_samples] * len(clips), [frames] * len(clips), out)
+        standardize_in_place(out, valid, ddof=1, eps_outside=EPSILON)
         mask = torch.arange(frames, device="cpu")[None, :] < torch.tensor(valid, device="cpu")[:, None]
-        return BatchFeature({"input_features": out, "attention_mask": mask}, tensor_type=return_tensors)
+        return BatchFeature(
+            {"input_features": torch.from_numpy(out), "attention_mask": mask}, tensor_type=return_tensors
+        )

@@ -1,25 +1,45 @@
 """Extractors that compute with numpy in float64: Clap, Clvp, Gemma3n, Gemma4, Pop2Piano, SpeechT5, UnivNet."""
 
 import math
+from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from mmlm_fast import _C
-from mmlm_fast.audio.extractors.plans import (
-    AS_NUMPY,
-    FLOAT64,
-    FLOAT64_OUT,
-    Framing,
-    Original,
-    as_filters,
-    cached_plan,
-    features,
-    one_clip,
-    refuse_short,
-)
-from mmlm_fast.audio.filters import window_of
+from mmlm_fast.audio.extractors.shared import Original, features, num_frames, one_clip, refuse_short
+from mmlm_fast.audio.spec import Framing, Spec, Window
+from mmlm_fast.audio.tables import Table
 from mmlm_fast.ops.paths import using_reference
+
+
+@lru_cache(maxsize=64)
+def _gemma_spec(
+    fft_length: int,
+    frame_length: int,
+    hop_length: int,
+    window: Table,
+    filters: Table,
+    num_zeros: int,
+    dtype: str,
+    **options: float,
+) -> Spec:
+    # Frames are cut a sample longer than their window; pre-emphasis of the signal takes the first of these.
+    first = 1 if options.get("signal_preemphasis") else 0
+    return Spec(
+        n_fft=fft_length,
+        frame_length=frame_length,
+        hop_length=hop_length,
+        window=window,
+        framing=Framing(first - num_zeros, num_zeros, frame_length + 1, "zero"),
+        filters=filters,
+        exponent=1.0,
+        log="natural",
+        bins_first=False,
+        dtype=dtype,
+        computed_in="float64",
+        **options,  # type: ignore[arg-type]
+    )
 
 
 class Gemma3nAudioMixin(Original):
@@ -34,27 +54,24 @@ class Gemma3nAudioMixin(Original):
         if self.dither > 0.0:  # the same draw from the same generator as in the original
             rows = rows + self.dither * np.random.randn(*rows.shape).astype(rows.dtype)
         left = self.frame_length // 2 if self._adds_floor else 0
-        framing = Framing(self.frame_length, self.hop_length, self.fft_length)
         per_bin = self.per_bin_mean is not None or self.per_bin_stddev is not None
-
-        def make() -> "_C.SpectralPlan":
-            floor = float(self.mel_floor)
-            options = framing.options() | dict(exponent=1.0, log="natural", bins_first=False, edge="zero", offset=-left)
-            options |= {"add": floor} if self._adds_floor else {"floor": floor}
-            options |= FLOAT64_OUT if per_bin else FLOAT64
-            options["scale"] = float(self.input_scale_factor)
-            if self.preemphasis > 0 and self.preemphasis_htk_flavor:
-                options["frame_preemphasis"] = self.preemphasis
-            elif self.preemphasis > 0:  # of the signal, a frame starting one sample later
-                options |= dict(signal_preemphasis=self.preemphasis, offset=1 - left)
-            return _C.SpectralPlan(options, self.window.astype(np.float64), as_filters(self.mel_filters))
-
-        settings = (self.preemphasis, self.preemphasis_htk_flavor, float(self.mel_floor), self.input_scale_factor)
-        key = ("gemma", framing, left, per_bin, *settings)
-        plan = cached_plan(key, [self.mel_filters, self.window], make)
-        span = self.frame_length + 1
-        frames = max(0, (rows.shape[1] + left - span) // self.hop_length + 1)
-        out = features(plan, rows, frames, bins_first=False, dtype=np.float64 if per_bin else np.float32)[0]
+        options = {"add" if self._adds_floor else "floor": float(self.mel_floor)}
+        if self.preemphasis > 0:
+            emphasis = "frame_preemphasis" if self.preemphasis_htk_flavor else "signal_preemphasis"
+            options[emphasis] = float(self.preemphasis)
+        spec = _gemma_spec(
+            self.fft_length,
+            self.frame_length,
+            self.hop_length,
+            Table.of(self.window),
+            Table.of(self.mel_filters, transposed=True),
+            left,
+            "float64" if per_bin else "float32",
+            scale=float(self.input_scale_factor),
+            **options,
+        )
+        frames = num_frames(spec, rows)
+        out = features(spec, rows, frames)[0]
         if self.per_bin_mean is not None:
             out = out - self.per_bin_mean[0]
         if self.per_bin_stddev is not None:
@@ -84,33 +101,48 @@ class Gemma4AudioMixin(Gemma3nAudioMixin):
         return np.pad(attention_mask, (left, 0))[ends].astype(bool)
 
 
-def _numpy_features(
-    extractor: Any,
+# What transformers' audio_utils.spectrogram does: transform in float64, keep complex64.
+AUDIO_UTILS = Spec(
+    n_fft=400,
+    frame_length=400,
+    hop_length=160,
+    window=Window("hann"),
+    framing=Framing.centered(400, 400, "reflect"),
+    round_spectrum=True,
+    computed_in="float64",
+)
+
+
+@lru_cache(maxsize=64)
+def _audio_utils_spec(
+    frame_length: int, hop_length: int, n_fft: int, window: Window | Table, filters: Table, center: bool, **options: Any
+) -> Spec:
+    framing = Framing.centered(n_fft, frame_length, "reflect") if center else Framing.inside(n_fft, frame_length)
+    sizes = dict(n_fft=n_fft, frame_length=frame_length, hop_length=hop_length)
+    return replace(AUDIO_UTILS, **sizes, window=window, framing=framing, filters=filters, **options)  # type: ignore[arg-type]
+
+
+def _spectrogram(
     waveform: np.ndarray,
-    framing: Framing,
+    sizes: tuple[int, int, int],
     window: Any,
     filters: np.ndarray,
-    *,
-    bins_first: bool,
     center: bool = True,
-    double: bool = False,
     **options: Any,
 ) -> np.ndarray:
-    """What transformers' ``audio_utils.spectrogram`` computes, of one clip."""
-    edges, num_frames = framing.centred("reflect") if center else framing.whole()
+    """Compute what transformers' ``audio_utils.spectrogram`` does of one clip.
+
+    Args:
+        sizes: Of frame, hop and transform.
+        window: By name or by its values.
+        filters: ``[bins, num_filters]``.
+        options: Fields of the spec that differ from `AUDIO_UTILS`.
+    """
     rows = one_clip(waveform)
-    refuse_short(rows.shape[1], framing.n_fft // 2 + 1 if center else framing.n_fft)
-
-    def make() -> "_C.SpectralPlan":
-        table = np.asarray(window_of(window, framing.frame_length) if isinstance(window, str) else window, np.float64)
-        all_options = edges | framing.options() | AS_NUMPY | dict(bins_first=bins_first, double_output=double) | options
-        return _C.SpectralPlan(all_options, table, as_filters(filters))
-
-    tables = [filters] if isinstance(window, str) else [filters, window]
-    key = (type(extractor).__name__, framing, center, double, bins_first, *sorted(options.items()))
-    plan = cached_plan(key, tables, make)
-    dtype = np.float64 if double else np.float32
-    return features(plan, rows, num_frames(rows.shape[1]), bins_first=bins_first, dtype=dtype)[0]
+    refuse_short(rows.shape[1], sizes[2] // 2 + 1 if center else sizes[2])
+    shape = Window(window) if isinstance(window, str) else Table.of(window)
+    spec = _audio_utils_spec(*sizes, shape, Table.of(filters, transposed=True), bool(center), **options)
+    return features(spec, rows, num_frames(spec, rows))[0]
 
 
 class ClapMixin(Original):
@@ -119,9 +151,9 @@ class ClapMixin(Original):
     def _np_extract_fbank_features(self, waveform: np.ndarray, mel_filters: np.ndarray | None = None) -> np.ndarray:
         if self._takes_original("_np_extract_fbank_features") or mel_filters is None:
             return super()._np_extract_fbank_features(waveform, mel_filters)
-        framing = Framing(self.fft_window_size, self.hop_length, self.fft_window_size)
+        sizes = self.fft_window_size, self.hop_length, self.fft_window_size
         options: dict[str, Any] = dict(log="decimal", floor=1e-10, multiply=10.0)
-        return _numpy_features(self, waveform, framing, "hann", mel_filters, bins_first=False, **options)
+        return _spectrogram(waveform, sizes, "hann", mel_filters, bins_first=False, **options)
 
 
 class ClvpMixin(Original):
@@ -130,11 +162,9 @@ class ClvpMixin(Original):
     def _np_extract_fbank_features(self, waveform: np.ndarray) -> np.ndarray:
         if self._takes_original("_np_extract_fbank_features"):
             return super()._np_extract_fbank_features(waveform)
-        framing = Framing(self.n_fft, self.hop_length, self.n_fft)
-        options: dict[str, Any] = dict(log="natural", floor=1e-5)
-        out = _numpy_features(
-            self, waveform, framing, "hann", self.mel_filters, bins_first=True, double=True, **options
-        )
+        sizes = self.n_fft, self.hop_length, self.n_fft
+        options: dict[str, Any] = dict(log="natural", floor=1e-5, dtype="float64")
+        out = _spectrogram(waveform, sizes, "hann", self.mel_filters, **options)
         return out if self.mel_norms is None else out / np.array(self.mel_norms)[:, None]
 
 
@@ -145,9 +175,9 @@ class SpeechT5Mixin(Original):
         # Its frames are centred by half a frame, which is half a transform only where both are of one length.
         if self._takes_original("_extract_mel_features") or self.sample_size != self.n_fft:
             return super()._extract_mel_features(one_waveform)
-        framing = Framing(self.sample_size, self.sample_stride, self.n_fft)
+        sizes = self.sample_size, self.sample_stride, self.n_fft
         options: dict[str, Any] = dict(exponent=1.0, log="decimal", floor=float(self.mel_floor))
-        return _numpy_features(self, one_waveform, framing, self.window, self.mel_filters, bins_first=False, **options)
+        return _spectrogram(one_waveform, sizes, self.window, self.mel_filters, bins_first=False, **options)
 
 
 class UnivNetMixin(Original):
@@ -158,18 +188,17 @@ class UnivNetMixin(Original):
             return super().mel_spectrogram(waveform)
         pad = int((self.n_fft - self.hop_length) / 2)
         padded = np.pad(waveform, (pad, pad), mode="reflect")
-        framing = Framing(self.n_fft, self.hop_length, self.n_fft)
         options: dict[str, Any] = dict(
             exponent=1.0,
             power_add=float(self.mel_floor),
             log="natural",
             floor=float(self.compression_clip_val),
             shift=math.log(self.compression_factor),
+            bins_first=False,
+            dtype="float64",
         )
-        tables: tuple = (self.window, self.mel_filters)
-        return _numpy_features(
-            self, padded, framing, *tables, bins_first=False, center=self.center, double=True, **options
-        )
+        sizes = self.n_fft, self.hop_length, self.n_fft
+        return _spectrogram(padded, sizes, self.window, self.mel_filters, self.center, **options)
 
 
 class Pop2PianoMixin(Original):
@@ -178,9 +207,6 @@ class Pop2PianoMixin(Original):
     def mel_spectrogram(self, sequence: np.ndarray) -> np.ndarray:
         if self._takes_original("mel_spectrogram"):
             return super().mel_spectrogram(sequence)
-        framing = Framing(self.window_size, self.hop_length, self.window_size)
-        options: dict[str, Any] = dict(floor=1e-10)
-        return np.array([
-            _numpy_features(self, clip, framing, "hann", self.mel_filters, bins_first=True, double=True, **options)
-            for clip in sequence
-        ])  # fmt: skip
+        sizes = self.window_size, self.hop_length, self.window_size
+        options: dict[str, Any] = dict(floor=1e-10, dtype="float64")
+        return np.array([_spectrogram(clip, sizes, "hann", self.mel_filters, **options) for clip in sequence])

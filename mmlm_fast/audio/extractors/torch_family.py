@@ -1,24 +1,29 @@
 """Extractors that compute with torch in float32 or float64: Lasr, Phi4Multimodal, Inkling."""
 
-import math
+from functools import lru_cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from mmlm_fast import _C
-from mmlm_fast.audio.extractors.plans import (
-    AS_NUMPY,
-    FLOAT64_OUT,
-    Framing,
-    Original,
-    as_filters,
-    cached_plan,
-    features,
-    is_cpu,
-    refuse_short,
-)
-from mmlm_fast.audio.filters import window_of
+from mmlm_fast.audio.extractors.shared import Original, features, is_cpu, num_frames, refuse_short
+from mmlm_fast.audio.spec import Framing, Spec, Window
+from mmlm_fast.audio.tables import Table
+
+
+@lru_cache(maxsize=64)
+def _lasr_spec(n_fft: int, win_length: int, hop_length: int, filters: Table) -> Spec:
+    return Spec(
+        n_fft=n_fft,
+        frame_length=win_length,
+        hop_length=hop_length,
+        window=Window("hann", periodic=False),
+        framing=Framing.snipped(win_length),
+        filters=filters,
+        floor=1e-5,
+        log="natural",
+        bins_first=False,
+        dtype="float64",
+    )
 
 
 class LasrMixin(Original):
@@ -28,17 +33,28 @@ class LasrMixin(Original):
         if self._takes_original("_torch_extract_fbank_features") or not is_cpu(device):
             return super()._torch_extract_fbank_features(waveform, device)
         refuse_short(waveform.shape[-1], self.win_length)
-        framing = Framing(self.win_length, self.hop_length, self.n_fft)
-        options, num_frames = framing.whole(self.win_length)
+        filters = Table.of(self.mel_filters, transposed=True)
+        spec = _lasr_spec(self.n_fft, self.win_length, self.hop_length, filters)
+        return torch.from_numpy(features(spec, waveform, num_frames(spec, waveform)))
 
-        def make() -> "_C.SpectralPlan":
-            all_options = options | framing.options() | FLOAT64_OUT | dict(log="natural", floor=1e-5, bins_first=False)
-            window = window_of("hann", self.win_length, False)
-            return _C.SpectralPlan(all_options, window, as_filters(self.mel_filters))
 
-        plan = cached_plan(("lasr", framing), [self.mel_filters], make)
-        frames = num_frames(waveform.shape[-1])
-        return torch.from_numpy(features(plan, waveform, frames, bins_first=False, dtype=np.float64))
+@lru_cache(maxsize=64)
+def _phi4_spec(n_fft: int, win_length: int, hop_length: int, filters: Table, preemphasis: float) -> Spec:
+    return Spec(
+        n_fft=n_fft,
+        frame_length=win_length,
+        hop_length=hop_length,
+        window=Window("hamming", periodic=False),
+        framing=Framing.snipped(win_length),
+        filters=filters,
+        scale=32768.0,
+        frame_preemphasis=preemphasis,
+        round_spectrum=True,
+        floor=1.0,
+        log="natural",
+        bins_first=False,
+        computed_in="float64",
+    )
 
 
 class Phi4MultimodalMixin(Original):
@@ -48,17 +64,9 @@ class Phi4MultimodalMixin(Original):
         if self._takes_original("_torch_extract_fbank_features") or not is_cpu(device):
             return super()._torch_extract_fbank_features(waveform, audio_lengths, device)
         refuse_short(waveform.shape[-1], self.win_length)
-        framing = Framing(self.win_length, self.hop_length, self.n_fft)
-        options, num_frames = framing.whole(self.win_length)
-
-        def make() -> "_C.SpectralPlan":
-            all_options = options | framing.options() | AS_NUMPY | dict(log="natural", floor=1.0, bins_first=False)
-            all_options |= dict(frame_preemphasis=self.preemphasis, scale=32768.0)
-            window = window_of("hamming", self.win_length, False)
-            return _C.SpectralPlan(all_options, window, as_filters(self.mel_filters))
-
-        plan = cached_plan(("phi4", framing, self.preemphasis), [self.mel_filters], make)
-        out = torch.from_numpy(features(plan, waveform, num_frames(waveform.shape[-1]), bins_first=False))
+        filters = Table.of(self.mel_filters, transposed=True)
+        spec = _phi4_spec(self.n_fft, self.win_length, self.hop_length, filters, float(self.preemphasis))
+        out = torch.from_numpy(features(spec, waveform, num_frames(spec, waveform)))
         # In a batch the original zeroes the frames of shorter clips that see both the clip and its padding, in a range
         # that depends on all of them; a frame of zeros is ln(1).
         shorter = torch.arange(len(out), device="cpu")[audio_lengths != audio_lengths.max()]
@@ -72,21 +80,32 @@ class Phi4MultimodalMixin(Original):
         return out
 
 
+@lru_cache(maxsize=64)
+def _inkling_spec(n_fft: int, frame_length: int, hop_length: int, window: Table, filters: Table) -> Spec:
+    # Frame t ends with sample (t + 1) * hop_length: as many frames as hops are begun.
+    offset = (n_fft - frame_length) // 2 - max(n_fft - hop_length, 0)
+    return Spec(
+        n_fft=n_fft,
+        frame_length=frame_length,
+        hop_length=hop_length,
+        window=window,
+        framing=Framing(offset, hop_length - 1, hop_length, "zero"),
+        filters=filters,
+        exponent=1.0,
+        power_floor=1e-10,
+        floor=1e-10,
+        log="decimal",
+        bins_first=False,
+        computed_in="float32",
+    )
+
+
 class InklingMixin(Original):
     """log10 of the mel magnitude, frames that end with each hop, zeros before."""
 
     def _torch_extract_fbank_features(self, waveform: Tensor, device: str = "cpu") -> Tensor:
         if self._takes_original("_torch_extract_fbank_features") or not is_cpu(device):
             return super()._torch_extract_fbank_features(waveform, device)
-        framing = Framing(self.window_size, self.hop_length, self.n_fft)
-        left = max(self.n_fft - self.hop_length, 0)
-
-        def make() -> "_C.SpectralPlan":
-            options = framing.options() | dict(exponent=1.0, power_floor=1e-10, log="decimal", floor=1e-10)
-            options |= dict(edge="zero", offset=(self.n_fft - self.window_size) // 2 - left, bins_first=False)
-            return _C.SpectralPlan(options, self.window.double().numpy(), self.mel_filters.double().numpy())
-
-        plan = cached_plan(("inkling", framing), [self.mel_filters, self.window], make)
-        padded = left + math.ceil(waveform.shape[-1] / self.hop_length) * self.hop_length
-        frames = max(0, (padded - self.n_fft) // self.hop_length + 1)
-        return torch.from_numpy(features(plan, waveform, frames, bins_first=False))
+        sizes = self.n_fft, self.window_size, self.hop_length
+        spec = _inkling_spec(*sizes, Table.of(self.window), Table.of(self.mel_filters))
+        return torch.from_numpy(features(spec, waveform, num_frames(spec, waveform)))

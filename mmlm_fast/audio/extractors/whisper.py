@@ -5,15 +5,17 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import BatchFeature
-from transformers.models.whisper.feature_extraction_whisper import logger
 from transformers.utils import PaddingStrategy
 
+from mmlm_fast.audio.extractors.shared import check_rate
 from mmlm_fast.audio.extractors.whisper_family import WhisperMixin
+from mmlm_fast.audio.features import run_rows
 from mmlm_fast.audio.log_mel import HOP_LENGTH, N_FFT
-from mmlm_fast.audio.spectral import run_native
 from mmlm_fast.audio.waveforms import check_mono
 
 MIN_SAMPLES = N_FFT // 2 + 1
+_FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+_STRATEGIES = {"longest": PaddingStrategy.LONGEST, "max_length": PaddingStrategy.MAX_LENGTH}
 
 
 class FastWhisperMixin(WhisperMixin):
@@ -51,47 +53,75 @@ class FastWhisperMixin(WhisperMixin):
         **kwargs: Any,
     ) -> BatchFeature:
         """Extract log-mel features; arguments and result are those of transformers' class."""
+        given: dict[str, Any] = dict(
+            truncation=truncation,
+            pad_to_multiple_of=pad_to_multiple_of,
+            return_tensors=return_tensors,
+            return_attention_mask=return_attention_mask,
+            padding=padding,
+            max_length=max_length,
+            sampling_rate=sampling_rate,
+            do_normalize=do_normalize,
+            device=device,
+        )
         clips = _as_clips(raw_speech)
-        wrong_rate = sampling_rate is not None and sampling_rate != self.sampling_rate
+        out = self._computed(clips, **given)
+        return super().__call__(clips, **given, **kwargs) if out is None else out
+
+    def _direct(self, raw_speech: Any, *args: Any, **kwargs: Any) -> BatchFeature | None:
+        """Answer a call with one float clip, or a list of them, as `__call__` would; None for others."""
+        clips = [raw_speech] if isinstance(raw_speech, np.ndarray) else raw_speech
+        if args or type(clips) is not list or not clips:
+            return None
+        for clip in clips:
+            if type(clip) is not np.ndarray or clip.ndim != 1 or clip.dtype not in _FLOATS:
+                return None
+        return self._computed([np.ascontiguousarray(clip, np.float32) for clip in clips], **kwargs)
+
+    def _computed(
+        self,
+        clips: list[np.ndarray],
+        truncation: bool = True,
+        pad_to_multiple_of: int | None = None,
+        return_tensors: Any = None,
+        return_attention_mask: bool | None = None,
+        padding: Any = "max_length",
+        max_length: int | None = None,
+        sampling_rate: int | None = None,
+        do_normalize: bool | None = None,
+        device: str | None = "cpu",
+        **kwargs: Any,
+    ) -> BatchFeature | None:
+        """Answer a call in the core; None where the original is to pad, to normalise or to raise its own error.
+
+        Features are from our core there too: with dither, normalisation and on other devices.
+        """
+        if do_normalize or device != "cpu" or not self._is_native():
+            return None
+        if sampling_rate is not None and sampling_rate != self.sampling_rate:
+            return None
         lengths = self._padded_lengths(clips, truncation, pad_to_multiple_of, padding, max_length)
-        if wrong_rate or lengths is None or do_normalize or device != "cpu" or not self._is_native():
-            # Dither, normalisation and other devices: padding as there, features still from our core (see below).
-            # Clips that come out unequal: the original's own error.
-            return super().__call__(
-                clips,
-                truncation=truncation,
-                pad_to_multiple_of=pad_to_multiple_of,
-                return_tensors=return_tensors,
-                return_attention_mask=return_attention_mask,
-                padding=padding,
-                max_length=max_length,
-                sampling_rate=sampling_rate,
-                do_normalize=do_normalize,
-                device=device,
-                **kwargs,
-            )
-        if sampling_rate is None:
-            logger.warning(
-                f"It is strongly recommended to pass the `sampling_rate` argument to `{self.__class__.__name__}()`. "
-                "Failing to do so can result in silent errors that might be hard to debug."
-            )
+        if lengths is None:  # clips that come out unequal
+            return None
+        check_rate(self, sampling_rate)
         num_valid, num_samples = lengths
         _check_length(num_samples)
         frames = num_samples // HOP_LENGTH
-        out = torch.empty(len(clips), self.feature_size, frames, dtype=torch.float32, device="cpu")
+        out = np.empty((len(clips), self.feature_size, frames), np.float32)
         valid = [clip[:n] for clip, n in zip(clips, num_valid, strict=True)]
-        run_native(self.log_mel_plan(), valid, [num_samples] * len(clips), [frames] * len(clips), out)
+        run_rows(self.log_mel_spec(), valid, [num_samples] * len(clips), [frames] * len(clips), out)
 
         wants_tensor = return_tensors == "pt"
-        features: dict[str, Any] = {"input_features": out if wants_tensor else out.numpy()}
+        result = BatchFeature(tensor_type=None if wants_tensor else return_tensors)
+        result.data["input_features"] = torch.from_numpy(out) if wants_tensor else out
         # As in the original, an explicit False leaves the choice to the extractor's own setting, and only a mask
         # asked for in the call is brought from samples to frames.
         if return_attention_mask or self.return_attention_mask:
             step = HOP_LENGTH if return_attention_mask else 1
             positions = np.arange(num_samples // step) * step
             mask = (positions < np.array(num_valid)[:, None]).astype(np.int32)
-            features["attention_mask"] = torch.from_numpy(mask) if wants_tensor else mask
-        return BatchFeature(features, tensor_type=None if wants_tensor else return_tensors)
+            result.data["attention_mask"] = torch.from_numpy(mask) if wants_tensor else mask
+        return result if wants_tensor or return_tensors is None else result.convert_to_tensors(return_tensors)
 
     def _is_native(self) -> bool:
         usual = self._is_covered() and self.padding_value == 0 and self.dither == 0
@@ -115,7 +145,9 @@ class FastWhisperMixin(WhisperMixin):
             return n if multiple is None else -(-n // multiple) * multiple
 
         num_valid = [min(len(c), rounded(limit)) if truncation else len(c) for c in clips]
-        strategy = self._get_padding_strategies(padding=padding, max_length=limit)
+        strategy = _STRATEGIES.get(padding) if type(padding) is str else None
+        if strategy is None:
+            strategy = self._get_padding_strategies(padding=padding, max_length=limit)
         if strategy == PaddingStrategy.DO_NOT_PAD:
             target = 0
         else:
