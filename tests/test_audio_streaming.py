@@ -11,7 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmlm_fast.audio import StreamingFbank, StreamingLogMel, StreamingMfcc, kaldi_fbank, log_mel, mfcc
+from mmlm_fast.audio import (
+    StreamingFbank,
+    StreamingLogMel,
+    StreamingMfcc,
+    StreamingResample,
+    kaldi_fbank,
+    log_mel,
+    mfcc,
+    resample,
+)
 from support.speech import WAVEFORMS
 
 SPEECH = torch.from_numpy(WAVEFORMS[0])
@@ -274,3 +283,75 @@ def test_a_large_sample_is_taken_where_nothing_can_overflow():
     for options in (dict(), dict(dtype=torch.float64), dict(use_power=False)):
         stream = StreamingFbank(**options)
         assert torch.equal(torch.cat([stream.accept(x), stream.flush()]), kaldi_fbank(x, **options))
+
+
+# ---- channels, arrays ---------------------------------------------------------------------------------------------
+
+STEREO = torch.stack([SPEECH[:30000], SPEECH[10000:40000] * 0.5, -SPEECH[5000:35000]])
+KINDS = {
+    "float32": STEREO,
+    "float64": STEREO.double(),
+    "int16": (STEREO * 20000).to(torch.int16),
+    "int32": (STEREO * 2**30).to(torch.int32),
+}
+WITH_CHANNELS = {
+    "fbank": (StreamingFbank, kaldi_fbank, dict(num_mel_bins=40), 0),
+    "fbank float64": (StreamingFbank, kaldi_fbank, dict(num_mel_bins=40, dtype=torch.float64), 0),
+    "fbank of 8 kHz": (StreamingFbank, kaldi_fbank, dict(num_mel_bins=40, orig_freq=8000), 0),
+    "mfcc": (StreamingMfcc, mfcc, dict(num_mel_bins=40, orig_freq=22050), 0),
+    "log_mel": (StreamingLogMel, log_mel, dict(log_mel_max=1.5), 1),
+    "log_mel of 44.1 kHz": (StreamingLogMel, log_mel, dict(log_mel_max=1.5, orig_freq=44100), 1),
+    "resample": (StreamingResample, resample, dict(orig_freq=44100, new_freq=16000), 0),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", WITH_CHANNELS)
+@pytest.mark.parametrize("channel_dim", [0, 1, -1])
+def test_channels_are_averaged_as_on_the_whole_signal(name, kind, channel_dim):
+    stream_of, function, options, time = WITH_CHANNELS[name]
+    if name == "resample":
+        options = options | (dict(dtype=torch.float64) if kind == "float64" else {})
+    signal = KINDS[kind] if channel_dim == 0 else KINDS[kind].t()
+    stream = stream_of(**options, channel_dim=channel_dim)
+    pieces = signal.split([1, 0, 159, 4000, 11111, 14729], dim=0 if channel_dim else 1)
+    out = [stream.accept(piece) for piece in pieces[:3]]
+    stream = pickle.loads(pickle.dumps(stream))
+    out += [stream.accept(piece) for piece in pieces[3:]] + [stream.flush()]
+    given = {k: v for k, v in options.items() if not (name == "resample" and k == "dtype")}
+    assert torch.equal(torch.cat(out, time), function(signal, **given, channel_dim=channel_dim))
+    assert stream.num_samples == 30000
+
+
+def test_what_a_stream_with_channels_refuses():
+    stream = StreamingFbank(num_mel_bins=40, channel_dim=0)
+    stream.accept(STEREO[:, :5000])
+    for bad, message in (
+        (STEREO[:2, :100], "the signal has 3 channels, got samples of 2"),
+        (STEREO[0, :100], r"samples must be a 2-D \(channel_dim=0\) tensor or array"),
+        (STEREO[:0], "at least one channel"),
+        (torch.full((3, 10), torch.nan), "finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            stream.accept(bad)
+    out = torch.cat([stream.accept(STEREO[:, 5000:]), stream.flush()])
+    assert torch.equal(out, kaldi_fbank(STEREO, num_mel_bins=40, channel_dim=0)[-len(out) :])
+    for wrong in (2, -3, 0.0, True):
+        with pytest.raises(ValueError, match="channel_dim must be"):
+            StreamingFbank(channel_dim=wrong)
+    with pytest.raises(ValueError, match="samples must be a 1-D tensor or array"):
+        StreamingFbank().accept(STEREO)
+
+
+@pytest.mark.parametrize("name", WITH_CHANNELS)
+def test_arrays_give_arrays(name):
+    stream_of, function, options, time = WITH_CHANNELS[name]
+    stream, signal = stream_of(**options), SPEECH[:30000].numpy()
+    out = [stream.accept(piece) for piece in np.split(signal, [100, 7777])]
+    stream = copy.deepcopy(stream)
+    out.append(stream.flush())
+    assert all(type(piece) is np.ndarray for piece in out)
+    expected = function(signal, **options)
+    assert np.array_equal(np.concatenate(out, time), expected)
+    assert type(expected) is np.ndarray
+    assert isinstance(stream_of(**options).flush(), torch.Tensor)  # torch is loaded, and nothing came

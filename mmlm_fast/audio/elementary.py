@@ -41,9 +41,9 @@ class NumpyFunctions:
         return np.where(i < count // 2, np.float64(a) + step * i, np.float64(b) - step * (count - 1 - i)).astype(dtype)
 
     def cosine_window(self, length: int, periodic: bool, alpha: float, dtype: str) -> Array:
-        turns = np.arange(length) * (2 * np.pi / max(length if periodic else length - 1, 1))
-        window = np.ones(1) if length == 1 else alpha - (1 - alpha) * np.cos(turns)
-        return window.astype(dtype)
+        # torch's, step by step in its dtype.
+        phase = np.arange(length, dtype=dtype) * np.dtype(dtype).type(2 * np.pi / max(length - (not periodic), 1))
+        return np.ones(1, dtype) if length == 1 else self.cos(phase) * np.dtype(dtype).type(alpha - 1) + alpha
 
 
 _functions: Any = NumpyFunctions()

@@ -1,0 +1,174 @@
+"""Audio features without torch: what an import brings in, and that arrays get what tensors get."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import mmlm_fast.audio.np as anp
+from mmlm_fast import audio
+from support.speech import WAVEFORMS
+
+# Calls by text, so that a process without torch can make them too. `x` is mono, `two` has channels, `s` is a stream.
+CALLS = {
+    "log_mel": "f.log_mel(x)",
+    "log_mel, 128 bins, padded": "f.log_mel(x, num_mel_bins=128, num_samples=480000)",
+    "log_mel, float64": "f.log_mel(x, dtype='float64')",
+    "log_mel, clips": "f.log_mel([x, x[:9000]])",
+    "log_mel, integers": "f.log_mel(integers)",
+    "log_mel, channels resampled": "f.log_mel(two, channel_dim=0, orig_freq=22050)",
+    "log_mel, below a constant": "f.log_mel(x, log_mel_max=1.5)",
+    "kaldi_fbank": "f.kaldi_fbank(x, num_mel_bins=80)",
+    "kaldi_fbank, mirrored": "f.kaldi_fbank(x, snip_edges=False, use_energy=True, window_type='hamming')",
+    "kaldi_fbank, warped": "f.kaldi_fbank(x, vtln_warp=1.1)",
+    "kaldi_mfcc": "f.kaldi_mfcc(x)",
+    "mel_spectrogram": "f.mel_spectrogram(x)",
+    "mel_spectrogram, librosa": "f.mel_spectrogram(x, convention='librosa', log='dB', top_db=80.0)",
+    "mel_spectrogram, a window": "f.mel_spectrogram(x, window_fn=np.hanning, pad=30)",
+    "spectrogram": "f.spectrogram(x, n_fft=405, window_fn='blackman')",
+    "mel_mfcc": "f.mel_mfcc(x)",
+    "mel_mfcc, log": "f.mel_mfcc(x, log_mels=True, convention='librosa', lifter=22.0)",
+    "nemo_log_mel": "f.nemo_log_mel(x)",
+    "resample": "f.resample(x, 44100, 16000)",
+    "resample, Kaiser": "f.resample(two, 16000, 22050, resampling_method='sinc_interp_kaiser', channel_dim=0)",
+    "standardize": "f.standardize(f.log_mel(x), per='clip')",
+    "StreamingFbank": "pieces(f.StreamingFbank(num_mel_bins=40))",
+    "StreamingMfcc": "pieces(f.StreamingMfcc(orig_freq=8000))",
+    "StreamingLogMel": "pieces(f.StreamingLogMel())",
+    "StreamingResample": "pieces(f.StreamingResample(48000, 16000))",
+}
+PRELUDE = """
+import numpy as np
+
+def pieces(stream):
+    time = 1 if type(stream).__name__ == "StreamingLogMel" else 0
+    return np.concatenate([*(stream.accept(x[i:i + 3001]) for i in range(0, len(x), 3001)), stream.flush()], time)
+
+def signals(mono):
+    return dict(x=mono, two=np.stack([mono, mono[::-1]]), integers=(mono * 32767).astype(np.int16))
+"""
+SPEECH = WAVEFORMS[0][20000:52000].copy()
+# What differs without torch: cosines and exponentials of tables that torchaudio computes in float32, in their last bit.
+LAST_BIT = {
+    *("kaldi_fbank, warped", "kaldi_mfcc", "StreamingMfcc"),
+    *("spectrogram", "mel_spectrogram", "mel_spectrogram, a window", "mel_mfcc"),
+}
+# What is computed in another order for tensors: sums of a product and of a clip.
+ANOTHER_ORDER = {"mel_mfcc", "standardize"}
+
+
+def assert_near(ours, theirs):
+    """Up to roundings of float32: 2^-20 of the largest value."""
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=2**-20 * np.abs(theirs).max())
+
+
+def evaluated(call, functions, mono):
+    names = {"f": functions}
+    exec(PRELUDE, names)
+    names |= names["signals"](mono)
+    return eval(call, names)
+
+
+@pytest.fixture(scope="module")
+def without_torch(tmp_path_factory):
+    """Results of a process in which torch, transformers and triton cannot be imported, and the modules it has."""
+    folder = tmp_path_factory.mktemp("numpy")
+    np.save(folder / "speech.npy", SPEECH)
+    code = f"""
+import sys
+for name in ("torch", "transformers", "triton", "scipy"):
+    sys.modules[name] = None
+import mmlm_fast.audio.np as f
+{PRELUDE}
+import json
+x = np.load({str(folder / "speech.npy")!r})
+globals().update(signals(x))
+calls = json.loads({json.dumps(json.dumps(CALLS))})
+np.savez({str(folder / "results.npz")!r}, **{{name: eval(call) for name, call in calls.items()}})
+dtype = "bfloat16"
+for bad in ("f.kaldi_fbank(x, dither=1.0)", "f.log_mel('a.wav')", "f.log_mel([[1.0]])", "f.log_mel(x, dtype=dtype)"):
+    try:
+        eval(bad)
+        print("no error")
+    except ValueError as error:
+        print(error)
+print(f.log_mel([], num_samples=16000).shape, f.log_mel(np.zeros((0, 16000))).shape)
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    with np.load(folder / "results.npz") as results:
+        return dict(results), done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_arrays_alone_give_the_same(name, without_torch):
+    ours, theirs = without_torch[0][name], evaluated(CALLS[name], audio, SPEECH)
+    assert type(theirs) is np.ndarray
+    assert ours.dtype == theirs.dtype
+    if name in LAST_BIT or ours.dtype == np.float64:
+        assert_near(ours, theirs)
+    else:
+        assert np.array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_tensors_give_the_same(name):
+    ours = evaluated(CALLS[name], anp, SPEECH)
+    names = {"f": audio}
+    exec(PRELUDE, names)
+    names |= {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in names["signals"](SPEECH).items()}
+    theirs = eval(CALLS[name], names)
+    theirs = np.asarray(theirs)
+    if name in ANOTHER_ORDER:
+        assert_near(ours, theirs)
+    else:
+        assert np.array_equal(ours, theirs)
+
+
+def test_errors_without_torch(without_torch):
+    dither, path, lists, dtype, shapes = without_torch[1]
+    assert dither == "dither draws from torch's generator: import torch first, or pass dither=0, got 1.0"
+    assert path == "waveform must be a tensor or array of samples, or a sequence of them, got str"
+    assert lists.startswith("clip 0 must be a 1-D tensor or array of samples, got list")
+    assert dtype.startswith("numpy has no bfloat16")
+    assert shapes == "(0, 80, 100) (0, 80, 100)"
+
+
+def test_importing_brings_in_numpy_alone():
+    code = (
+        "import sys; import mmlm_fast.audio.np, mmlm_fast, mmlm_fast.audio; "
+        "heavy = {'torch', 'transformers', 'triton', 'soundfile', 'av', 'scipy'}; "
+        "print(sorted(heavy & set(sys.modules)), hasattr(mmlm_fast, 'audio'))"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[] True"
+
+
+def test_everything_else_is_there_with_torch():
+    """Names, and ops for graphs of other processes, in whatever order the two are imported."""
+    code = (
+        "import {}, {}; import mmlm_fast.audio; mmlm_fast.audio.log_mel(torch.zeros(16000)); "
+        "print(mmlm_fast.ops.glu.__name__, mmlm_fast.masks.IntervalMask.__name__, mmlm_fast.reference.__name__, "
+        "torch.ops.mmlm_fast.spectral_features.default, torch.ops.mmlm_fast.resample.default)"
+    )
+    for order in (("torch", "mmlm_fast"), ("mmlm_fast", "torch")):
+        done = subprocess.run([sys.executable, "-P", "-c", code.format(*order)], capture_output=True, text=True)
+        assert done.stdout.split()[:3] == ["glu", "IntervalMask", "reference"], done.stderr
+
+
+def test_all_names_are_the_same_functions():
+    for name in anp.__all__:
+        assert getattr(anp, name) is getattr(audio, name)
+    assert audio.kaldi_mfcc is audio.mfcc
+
+
+def test_threads_without_torch():
+    code = "import sys; sys.modules['torch'] = None; from mmlm_fast.audio.spec import num_threads; print(num_threads())"
+    for given, expected in (("3", "3"), ("1,2", "1"), ("many", None), ("", None)):
+        env = {"OMP_NUM_THREADS": given, "PATH": ""}
+        done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, env=env)
+        assert done.stdout.strip() == (expected or str(len(os.sched_getaffinity(0)))), done.stderr
