@@ -7,6 +7,7 @@
 
 #include "core/memory.h"
 #include "core/thread_pool.h"
+#include "core/turns.h"
 
 namespace mmlm {
 namespace {
@@ -68,7 +69,8 @@ void read_samples(SpectralClip* clips, int64_t num_clips, int64_t first, bool is
       tasks.push_back({i, at, std::min(kPerTask, clips[i].num_valid - at)});
     }
   }
-  parallel_for(static_cast<int64_t>(tasks.size()), total < kSerialSamples ? 1 : num_threads, [&](int64_t i) {
+  const Turn turn(total >= kSerialSamples, num_threads);
+  parallel_for(static_cast<int64_t>(tasks.size()), turn.num_threads(), [&](int64_t i) {
     const Task& task = tasks[i];
     char* out = static_cast<char*>(clips[task.clip].out) + (task.first - first) * bytes;
     range(clips[task.clip], task.first, task.count, out, is_double);

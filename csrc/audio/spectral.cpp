@@ -5,6 +5,7 @@
 
 #include "core/memory.h"
 #include "core/thread_pool.h"
+#include "core/turns.h"
 
 namespace mmlm {
 namespace {
@@ -106,7 +107,8 @@ void spectral_features(const SpectralPlan& plan, SpectralClip* clips, int64_t nu
     ask_for_huge_pages(clips[i].out, plan.bytes_of_output(clips[i].num_frames));
     total += clips[i].num_valid;
   }
-  if (total < kSerialSamples) num_threads = 1;
+  const Turn turn(total >= kSerialSamples, num_threads);
+  num_threads = turn.num_threads();
 
   if (num_threads > 1 && num_clips < 2 * num_threads) {
     for (int64_t i = 0; i < num_clips; ++i) split_clip(plan, clips[i], frames, num_threads);

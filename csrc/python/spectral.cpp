@@ -105,25 +105,17 @@ std::vector<SpectralClip> clips_of(const Format& format, const std::vector<uintp
   return clips;
 }
 
-// Features of clips, zeros up to `num_samples[i]` each, to rows of `out_stride` elements at address `out[i]`.
-// Returns the clips whose output is not finite.
-std::vector<int64_t> run(const SpectralPlan& plan, const Format& format, const std::vector<uintptr_t>& samples,
-                         const std::vector<int64_t>& num_input, const std::vector<int64_t>& num_samples,
-                         const std::vector<int64_t>& num_frames, const std::vector<uintptr_t>& out, int64_t out_stride,
-                         int num_threads) {
-  std::vector<SpectralClip> clips = clips_of(format, samples, num_input);
-  if (num_samples.size() != clips.size() || num_frames.size() != clips.size() || out.size() != clips.size()) {
-    throw py::value_error("samples, num_samples, num_frames and out must be of one length");
-  }
+std::vector<int64_t> run_checked(const SpectralPlan& plan, std::vector<SpectralClip>& clips,
+                                 const std::vector<int64_t>& num_samples, const std::vector<int64_t>& num_frames,
+                                 int64_t out_stride, int num_threads) {
   const SpectralOptions& o = plan.o;
   for (size_t i = 0; i < clips.size(); ++i) {
     SpectralClip& clip = clips[i];
     if (clip.num_valid > num_samples[i]) throw py::value_error("num_samples must be at least the clip's own");
     clip.num_samples = num_samples[i];
     clip.num_frames = num_frames[i];
-    clip.out = reinterpret_cast<void*>(out[i]);
     clip.out_stride = out_stride;
-    if (clip.num_frames > 0 && out[i] == 0) throw py::value_error(kNoMemory);
+    if (clip.num_frames > 0 && clip.out == nullptr) throw py::value_error(kNoMemory);
     if (clip.num_frames < 0 || out_stride < (o.bins_first ? clip.num_frames : plan.num_out)) {
       throw py::value_error("num_frames must be at least 0 and out_stride a row of the output");
     }
@@ -141,6 +133,56 @@ std::vector<int64_t> run(const SpectralPlan& plan, const Format& format, const s
     if (!clips[i].finite) bad.push_back(static_cast<int64_t>(i));
   }
   return bad;
+}
+
+// Features of clips, zeros up to `num_samples[i]` each, to rows of `out_stride` elements at address `out[i]`.
+// Returns the clips whose output is not finite.
+std::vector<int64_t> run(const SpectralPlan& plan, const Format& format, const std::vector<uintptr_t>& samples,
+                         const std::vector<int64_t>& num_input, const std::vector<int64_t>& num_samples,
+                         const std::vector<int64_t>& num_frames, const std::vector<uintptr_t>& out, int64_t out_stride,
+                         int num_threads) {
+  std::vector<SpectralClip> clips = clips_of(format, samples, num_input);
+  if (num_samples.size() != clips.size() || num_frames.size() != clips.size() || out.size() != clips.size()) {
+    throw py::value_error("samples, num_samples, num_frames and out must be of one length");
+  }
+  for (size_t i = 0; i < clips.size(); ++i) clips[i].out = reinterpret_cast<void*>(out[i]);
+  return run_checked(plan, clips, num_samples, num_frames, out_stride, num_threads);
+}
+
+// The same of dense 1-D arrays, one dtype to all, in rows of one dense array [clips, rows, columns].
+std::vector<int64_t> run_rows(const SpectralPlan& plan, const std::vector<py::array>& samples,
+                              const std::vector<int64_t>& num_samples, const std::vector<int64_t>& num_frames,
+                              py::array out, int num_threads) {
+  const size_t n = samples.size();
+  if (num_samples.size() != n || num_frames.size() != n) {
+    throw py::value_error("samples, num_samples and num_frames must be of one length");
+  }
+  const bool is_right_type =
+      plan.o.double_output ? py::isinstance<py::array_t<double>>(out) : py::isinstance<py::array_t<float>>(out);
+  const bool is_dense = (out.flags() & py::array::c_style) != 0 && out.writeable();
+  const int64_t most = n == 0 ? 0 : *std::max_element(num_frames.begin(), num_frames.end());
+  const int64_t needed = plan.o.bins_first ? plan.num_out : most;
+  if (out.ndim() != 3 || out.shape(0) != static_cast<py::ssize_t>(n) || out.shape(1) < needed || !is_right_type ||
+      !is_dense) {
+    throw py::value_error("out must be a dense array [" + std::to_string(n) + ", at least " + std::to_string(needed) +
+                          ", ...] of the plan's output type");
+  }
+  std::vector<SpectralClip> clips(n);
+  for (size_t i = 0; i < n; ++i) {
+    const py::array& x = samples[i];
+    if (x.ndim() != 1 || (x.flags() & py::array::c_style) == 0) throw py::value_error("samples must be dense and 1-D");
+    SpectralClip& clip = clips[i];
+    clip.type = py::isinstance<py::array_t<float>>(x)     ? SampleType::float32
+                : py::isinstance<py::array_t<double>>(x)  ? SampleType::float64
+                : py::isinstance<py::array_t<int16_t>>(x) ? SampleType::int16
+                : py::isinstance<py::array_t<int32_t>>(x)
+                    ? SampleType::int32
+                    : throw py::value_error("samples must be int16, int32, float32 or float64");
+    clip.samples = x.data();
+    clip.num_input = clip.num_valid = x.shape(0);
+    clip.out = static_cast<char*>(out.mutable_data()) + static_cast<int64_t>(i) * out.strides(0);
+  }
+  return run_checked(plan, clips, num_samples, num_frames, out.shape(2), num_threads);
 }
 
 // Samples converted, mixed down and resampled, to address `out[i]` as float32 or float64.
@@ -369,11 +411,13 @@ void bind_options(py::module_& m) {
       .def_readwrite("prime_factor_400", &O::prime_factor_400);
 }
 
-py::tuple digest(uintptr_t data, int64_t num_bytes) {
-  if (num_bytes < 0 || (num_bytes > 0 && data == 0)) throw py::value_error(kNoMemory);
-  const Digest found = digest_of(reinterpret_cast<const unsigned char*>(data), num_bytes);
+py::tuple digest(const py::array& table) {
+  if ((table.flags() & py::array::c_style) == 0) throw py::value_error("a table must be dense");
+  const Digest found = digest_of(static_cast<const unsigned char*>(table.data()), table.nbytes());
   return py::make_tuple(found.high, found.low);
 }
+
+uintptr_t address_of(const py::array& array) { return reinterpret_cast<uintptr_t>(array.data()); }
 
 }  // namespace
 
@@ -395,6 +439,7 @@ void bind_spectral(py::module_& m) {
       .def_property_readonly("double_precision", [](const SpectralPlan& p) { return p.o.double_precision; })
       .def_property_readonly("double_output", [](const SpectralPlan& p) { return p.o.double_output; })
       .def("run", &run)
+      .def("run_rows", &run_rows)
       .def("device_tables", &device_tables)
       .def("device_bytes", &device_bytes)
       .def("run_device", &run_device);
@@ -430,6 +475,7 @@ void bind_spectral(py::module_& m) {
   m.def("read_range", &read_range);
   m.def("standardize", &standardize_all);
   m.def("digest", &digest);
+  m.def("address_of", &address_of);
 }
 
 }  // namespace mmlm

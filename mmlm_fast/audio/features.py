@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from mmlm_fast.audio.sinc import native_resampler, num_resampled, read
-from mmlm_fast.audio.spec import Layout, Prepared, Spec, is_tracing, prepared, run
-from mmlm_fast.audio.waveforms import ARRAYS, Clips, native_format
+from mmlm_fast.audio.spec import Layout, Prepared, Spec, is_tracing, num_threads, prepared, raise_not_finite, run
+from mmlm_fast.audio.waveforms import Clips, native_format
 
 
 def features_of(spec: Any, clips: Clips, num_samples: int | None = None) -> Any:
@@ -133,16 +133,6 @@ def run_rows(
         out: ``[num_clips, rows, columns]`` in the spec's `compute_dtype`, bins and frames in the spec's order, with
             room for `num_frames` of each clip.
     """
-    made = prepared(spec)
-    needed = made.num_out if spec.bins_first else max(num_frames, default=0)
-    right = out.flags.c_contiguous and out.dtype == spec.compute_dtype
-    if out.ndim != 3 or len(out) != len(clips) or out.shape[1] < needed or not right:
-        raise ValueError(
-            f"out must be [{len(clips)}, at least {needed}, …] of {spec.compute_dtype}, got {out.dtype} of "
-            f"{tuple(out.shape)}"
-        )
-    start, step = ARRAYS.address(out), out.shape[1] * out.shape[2] * out.itemsize
-    addresses, lengths = [ARRAYS.address(c) for c in clips], [len(c) for c in clips]
-    starts = [start + i * step for i in range(len(clips))]
-    format = native_format(ARRAYS, clips, None)
-    run(made.plan, format, addresses, lengths, num_samples, num_frames, starts, out.shape[2])
+    bad = prepared(spec).plan.run_rows(clips, num_samples, num_frames, out, num_threads())
+    if bad:
+        raise_not_finite(bad)

@@ -26,6 +26,7 @@ class ByteCache(Generic[V]):
         self.max_bytes, self.num_bytes = max_bytes, 0
         self._size_of, self._lock = size_of, Lock()
         self._kept: OrderedDict[Hashable, tuple[V, int]] = OrderedDict()
+        self._latest: tuple[Hashable, Any] = (None, None)
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -34,14 +35,19 @@ class ByteCache(Generic[V]):
         """Forget everything."""
         with self._lock:
             self._kept.clear()
+            self._latest = (None, None)
             self.num_bytes = 0
 
     def get(self, key: Hashable, make: Callable[[], V]) -> V:
         """Return the value kept for `key`, or a new one."""
+        latest = self._latest
+        if latest[0] is key and key is not None:
+            return latest[1]
         with self._lock:
             known = self._kept.get(key)
             if known is not None:
                 self._kept.move_to_end(key)
+                self._latest = (key, known[0])
                 return known[0]
         value = make()
         size = self._size_of(value)
@@ -85,7 +91,7 @@ class Table:
     def __init__(self, array: np.ndarray) -> None:
         self.array = np.array(array, np.float64, order="C")  # always a copy
         self.array.setflags(write=False)
-        self.digest = (self.array.shape, *_C.digest(_address(self.array), self.array.nbytes))
+        self.digest = (self.array.shape, *_C.digest(self.array))
         self._hash = hash(self.digest)
 
     @classmethod
@@ -94,7 +100,7 @@ class Table:
         array = numbers if type(numbers) is np.ndarray else _array_of(numbers)
         if not array.flags.c_contiguous:
             array = np.ascontiguousarray(array)
-        key = (_C.digest(_address(array), array.nbytes), array.shape, array.dtype, transposed)
+        key = (_C.digest(array), array.shape, array.dtype, transposed)
         return _TABLES.get(key, lambda: cls(array.T if transposed else array))
 
     @classmethod
@@ -117,10 +123,6 @@ class Table:
 
     def __reduce__(self) -> tuple:
         return Table, (self.array,)
-
-
-def _address(array: np.ndarray) -> int:
-    return array.__array_interface__["data"][0]
 
 
 def _array_of(numbers: Any) -> np.ndarray:

@@ -108,7 +108,7 @@ class ArrayLibrary:
 
     @staticmethod
     def address(x: np.ndarray) -> int:
-        return x.__array_interface__["data"][0]
+        return _C.address_of(x)
 
     @staticmethod
     def are_plain(waveforms: list[np.ndarray]) -> bool:

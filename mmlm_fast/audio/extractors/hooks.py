@@ -7,6 +7,7 @@ calls is read off its code: every method and property that it names, and those t
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
@@ -51,20 +52,23 @@ def takes_tensors(extractor: Any) -> bool:
 
 def is_as_made(extractor: Any, method: str) -> bool:
     """Return whether the original's `method`, of this object, would run the original's code alone."""
-    watches = _WATCHES.get(type(extractor))
+    cls = type(extractor)
+    watches = _WATCHES.get(cls)
     if watches is None:
-        watches = _WATCHES[type(extractor)] = {}
+        watches = _WATCHES[cls] = {}
     watch = watches.get(method)
     if watch is None:
-        watch = watches[method] = _watch_of(type(extractor), method)
+        watch = _watch_of(cls, method)
+        if not watch.is_foreign:  # what is foreign now may be gone by the next call
+            watches[method] = watch
     if watch.is_unknown:
         return True  # accelerate()'s twin before it is one, or a class made by hand
-    if watch.is_foreign or not watch.names.isdisjoint(vars(extractor)):
+    if watch.is_foreign or not watch.names.isdisjoint(extractor.__dict__) or watch.resolve(cls) != watch.resolved:
         return False
-    for get, name, value in watch.expected:
+    for get, name, value in watch.behind:
         if get(name) is not value:
             return False
-    return all(names.isdisjoint(found) for names, found in watch.forbidden)
+    return True
 
 
 @dataclass
@@ -73,13 +77,15 @@ class _Watch:
 
     Attributes:
         names: What the original's method calls, and must not lie on the instance.
-        expected: Of the original's classes, a look-up, a name, and what must be there.
-        forbidden: Names that must not be in other classes, and what is in them.
+        resolve: Looks these up in the class.
+        resolved: What must be found.
+        behind: Of definitions that another one hides, and that it may call: a look-up, a name, and what must be there.
     """
 
     names: frozenset[str] = frozenset()
-    expected: list[tuple[Any, str, Any]] = field(default_factory=list)
-    forbidden: list[tuple[frozenset[str], Any]] = field(default_factory=list)
+    resolve: Any = None
+    resolved: Any = None
+    behind: list[tuple[Any, str, Any]] = field(default_factory=list)
     is_foreign: bool = False
     is_unknown: bool = False
 
@@ -96,18 +102,21 @@ def _watch_of(cls: type, method: str) -> _Watch:
     names = record.reached.get(method)
     if names is None:
         names = record.reached[method] = _reached(record, method)
-    watch = _Watch(names, is_foreign=not names.isdisjoint(record.foreign))
     # Who overrides the method itself and calls ours has said what he wants.
     others, ours = names - {method}, set(drop_in.__mro__)
+    is_foreign = not names.isdisjoint(record.foreign)
+    behind: list[tuple[Any, str, Any]] = []
     for base in lineage:
         known = record.methods.get(base)
         if known is not None:
-            watch.expected += [(vars(base).get, name, known.get(name)) for name in names]
+            is_foreign |= any(vars(base).get(name) is not known.get(name) for name in names)
+            behind += [(vars(base).get, name, known[name]) for name in names.intersection(known)]
         elif base not in ours or base is drop_in:
-            watch.forbidden.append((others, vars(base)))
+            is_foreign |= not others.isdisjoint(vars(base))
         if base is drop_in:
             others = names
-    return watch
+    resolve = attrgetter(*sorted(names))
+    return _Watch(names, resolve, resolve(cls), behind, is_foreign)
 
 
 def _reached(record: _Record, method: str) -> frozenset[str]:

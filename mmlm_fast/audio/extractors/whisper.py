@@ -1,5 +1,6 @@
 """Drop-in for transformers' WhisperFeatureExtractor: the same call and the same output, from the native core."""
 
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -8,13 +9,15 @@ from transformers import BatchFeature
 from transformers.utils import PaddingStrategy
 
 from mmlm_fast.audio.extractors.shared import check_rate
-from mmlm_fast.audio.extractors.whisper_family import WhisperMixin
+from mmlm_fast.audio.extractors.whisper_family import WhisperMixin, whisper_spec
 from mmlm_fast.audio.features import run_rows
 from mmlm_fast.audio.log_mel import HOP_LENGTH, N_FFT
+from mmlm_fast.audio.tables import Table
 from mmlm_fast.audio.waveforms import check_mono
 
 MIN_SAMPLES = N_FFT // 2 + 1
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+_SETTINGS = attrgetter("n_fft", "hop_length", "padding_side", "padding_value", "dither", "feature_size", "mel_filters")
 _STRATEGIES = {"longest": PaddingStrategy.LONGEST, "max_length": PaddingStrategy.MAX_LENGTH}
 
 
@@ -98,18 +101,21 @@ class FastWhisperMixin(WhisperMixin):
         """
         if do_normalize or device != "cpu" or not self._is_native():
             return None
-        if sampling_rate is not None and sampling_rate != self.sampling_rate:
-            return None
+        if sampling_rate != self.sampling_rate:
+            if sampling_rate is not None:
+                return None
+            check_rate(self, None)
         lengths = self._padded_lengths(clips, truncation, pad_to_multiple_of, padding, max_length)
         if lengths is None:  # clips that come out unequal
             return None
-        check_rate(self, sampling_rate)
         num_valid, num_samples = lengths
-        _check_length(num_samples)
+        if num_samples < MIN_SAMPLES:
+            _refuse_short(num_samples)
         frames = num_samples // HOP_LENGTH
         out = np.empty((len(clips), self.feature_size, frames), np.float32)
-        valid = [clip[:n] for clip, n in zip(clips, num_valid, strict=True)]
-        run_rows(self.log_mel_spec(), valid, [num_samples] * len(clips), [frames] * len(clips), out)
+        valid = [clip if len(clip) == n else clip[:n] for clip, n in zip(clips, num_valid, strict=True)]
+        spec = whisper_spec(N_FFT, HOP_LENGTH, Table.of(self.mel_filters, transposed=True))
+        run_rows(spec, valid, [num_samples] * len(clips), [frames] * len(clips), out)
 
         wants_tensor = return_tensors == "pt"
         result = BatchFeature(tensor_type=None if wants_tensor else return_tensors)
@@ -124,22 +130,19 @@ class FastWhisperMixin(WhisperMixin):
         return result if wants_tensor or return_tensors is None else result.convert_to_tensors(return_tensors)
 
     def _is_native(self) -> bool:
-        usual = self._is_covered() and self.padding_value == 0 and self.dither == 0
-        return usual and not self._takes_original("__call__")
-
-    def _is_covered(self) -> bool:
-        return (
-            self.n_fft == N_FFT
-            and self.hop_length == HOP_LENGTH
-            and self.padding_side == "right"
-            and self.mel_filters.shape == (N_FFT // 2 + 1, self.feature_size)
-        )
+        n_fft, hop, side, value, dither, bins, filters = _SETTINGS(self)
+        if n_fft != N_FFT or hop != HOP_LENGTH or side != "right" or value != 0 or dither != 0:
+            return False
+        return filters.shape == (N_FFT // 2 + 1, bins) and not self._takes_original("__call__")
 
     def _padded_lengths(
         self, clips: list[np.ndarray], truncation: bool, multiple: int | None, padding: Any, max_length: int | None
     ) -> tuple[list[int], int] | None:
         """Valid samples of each clip and the padded length of all; None where the clips end up unequal."""
         limit = max_length if max_length else self.n_samples
+        if multiple is None and padding == "longest" and len(clips) == 1:
+            n = min(len(clips[0]), limit) if truncation else len(clips[0])
+            return [n], n
 
         def rounded(n: int) -> int:
             return n if multiple is None else -(-n // multiple) * multiple
@@ -156,11 +159,10 @@ class FastWhisperMixin(WhisperMixin):
         return (num_valid, padded.pop()) if len(padded) == 1 else None
 
 
-def _check_length(num_samples: int) -> None:
-    if num_samples < MIN_SAMPLES:
-        raise ValueError(
-            f"a clip needs at least {MIN_SAMPLES} samples after padding, got {num_samples}: use padding='max_length'"
-        )
+def _refuse_short(num_samples: int) -> None:
+    raise ValueError(
+        f"a clip needs at least {MIN_SAMPLES} samples after padding, got {num_samples}: use padding='max_length'"
+    )
 
 
 def _as_clips(raw_speech: Any) -> list[np.ndarray]:
