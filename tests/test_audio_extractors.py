@@ -423,6 +423,17 @@ def test_attributes_changed_after_construction(name):
     assert compared > 3
 
 
+@pytest.mark.parametrize("name", ["ASTFeatureExtractor", "Speech2TextFeatureExtractor"])
+def test_filters_that_an_original_does_not_look_at(name):
+    """With torchaudio they take Kaldi's, whatever `mel_filters` somebody sets."""
+    if not transformers.utils.is_speech_available():
+        pytest.skip("they do without torchaudio")
+    ours, theirs = pair(name)
+    for extractor in (ours, theirs):
+        extractor.mel_filters, extractor.window = np.ones((257, extractor.num_mel_bins)), np.ones(400)
+    assert_same(call(ours, CLIPS["short"]), call(theirs, CLIPS["short"]))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_arrays_stay_the_users(name):
     ours, _ = pair(name)

@@ -2,6 +2,7 @@
 // threads than CPUs the system's slices of several milliseconds would decide which call ends when, and helpers of one
 // call would take the CPUs from the next.
 #pragma once
+#include <cstdint>
 
 namespace mmlm {
 
@@ -20,5 +21,11 @@ class Turn {
  private:
   int num_threads_;
 };
+
+// Since the process began: calls under way now, calls, those of them that waited, those that used several threads.
+struct TurnCounts {
+  int64_t running = 0, taken = 0, waited = 0, helped = 0;
+};
+TurnCounts turn_counts();
 
 }  // namespace mmlm

@@ -16,6 +16,7 @@
 #include "audio/standardize.h"
 #include "audio/stream.h"
 #include "core/digest.h"
+#include "core/turns.h"
 #include "python/arguments.h"
 
 namespace py = pybind11;
@@ -475,6 +476,15 @@ void bind_spectral(py::module_& m) {
   m.def("read_range", &read_range);
   m.def("standardize", &standardize_all);
   m.def("digest", &digest);
+  m.def("turns", [] {
+    const TurnCounts counts = turn_counts();
+    py::dict out;
+    out["running"] = counts.running;
+    out["taken"] = counts.taken;
+    out["waited"] = counts.waited;
+    out["helped"] = counts.helped;
+    return out;
+  });
   m.def("address_of", &address_of);
 }
 

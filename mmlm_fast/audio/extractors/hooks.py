@@ -65,10 +65,7 @@ def is_as_made(extractor: Any, method: str) -> bool:
         return True  # accelerate()'s twin before it is one, or a class made by hand
     if watch.is_foreign or not watch.names.isdisjoint(extractor.__dict__) or watch.resolve(cls) != watch.resolved:
         return False
-    for get, name, value in watch.behind:
-        if get(name) is not value:
-            return False
-    return True
+    return all(get(name) is value for get, name, value in watch.behind)
 
 
 @dataclass
