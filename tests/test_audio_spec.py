@@ -27,6 +27,7 @@ SPECS = {
     "kaldi": KaldiSettings(num_mel_bins=80).spec(),
     "kaldi, energy last": KaldiSettings(num_ceps=13, use_energy=True, htk_compat=True, snip_edges=False).spec(),
     "own tables": dataclasses.replace(WHISPER, filters=Table(NUMBERS), window=Table(np.linspace(0, 1, 400))),
+    "torchaudio's filters": dataclasses.replace(WHISPER, filters=MelFilters(40, norm=None, mel_scale="htk")),
     "no filters": dataclasses.replace(WHISPER, filters=None, dtype="bfloat16"),
 }
 

@@ -18,7 +18,9 @@ void bind(pybind11::module_& m, const char* name, Function function) {
 void bind_attention(pybind11::module_& m);
 void bind_glue(pybind11::module_& m);
 void bind_loss(pybind11::module_& m);
+void bind_resample(pybind11::module_& m);
 void bind_spectral(pybind11::module_& m);
+void bind_stream(pybind11::module_& m);
 
 }  // namespace mmlm
 

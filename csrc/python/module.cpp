@@ -50,7 +50,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("isas", &names_of_isas);
   m.def("build_info_json", &build_info_json);
   m.def("cuda_status", &cuda_status_dict);
+  bind_resample(m);
   bind_spectral(m);
+  bind_stream(m);
   bind_attention(m);
   bind_glue(m);
   bind_loss(m);

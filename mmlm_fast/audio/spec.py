@@ -306,7 +306,7 @@ def _plain(value: Any) -> Any:
         return value
     given = {f.name: getattr(value, f.name) for f in fields(value)}
     defaults = {f.name: f.default for f in fields(value)}
-    return [type(value).__name__, {n: _plain(v) for n, v in given.items() if v is None or v != defaults[n]}]
+    return [type(value).__name__, {n: _plain(v) for n, v in given.items() if v != defaults[n]}]
 
 
 def _part(value: Any) -> Any:
