@@ -39,13 +39,23 @@ def doctor(op: str | None = None, *, dtype: Any = None, size: int | None = None,
         return "\n".join(_explained(op, dtype, size, device))
     if dtype is not None or size is not None or device != "cpu":
         raise ValueError("dtype, size and device are of an op: doctor('glu', dtype='bfloat16', size=2**20)")
-    return "\n".join([*_installed(), *_paths("cpu"), *_paths("cuda")])
+    lines = _installed()
+    if not _has_torch():
+        return "\n".join([*lines, "ops need torch; mmlm_fast.audio.np, audio features of numpy arrays, does not"])
+    return "\n".join([*lines, *_torch_devices(), *_paths("cpu"), *_paths("cuda")])
+
+
+def _has_torch() -> bool:
+    try:
+        import_module("torch")
+    except ImportError:
+        return False
+    return True
 
 
 def _installed() -> list[str]:
-    import torch
-
     from mmlm_fast import core
+    from mmlm_fast.audio.spec import num_threads
 
     build, cuda = core.build_info(), core.cuda_status()
     lines = [f"mmlm-fast {__version__}, Python {platform.python_version()}, {sys.platform} {platform.machine()}"]
@@ -58,7 +68,7 @@ def _installed() -> list[str]:
     cap = os.environ.get("MMLM_FAST_ISA")
     capped = f", capped by MMLM_FAST_ISA={cap}" if cap else ""
     isa = f"{core.active_isa()} (this CPU has {core.best_isa()}){capped}"
-    lines.append(f"  instruction set {isa}; {torch.get_num_threads()} threads")
+    lines.append(f"  instruction set {isa}; {num_threads()} threads")
     if build["cuda"]:
         floor = DRIVER_FLOOR.get(int(build["nvcc"].split(".")[0]), "unknown")
         lines.append(
@@ -67,13 +77,18 @@ def _installed() -> list[str]:
         lines.append(f"  CUDA runtime: {cuda['message']}, {cuda['num_devices']} devices")
     if build["reason"]:
         lines.append(f"  without CUDA code: {build['reason']}" if not build["cuda"] else f"  note: {build['reason']}")
+    return lines
+
+
+def _torch_devices() -> list[str]:
+    import torch
+
     gpu = torch.cuda.is_available()
     found = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) if gpu else ""
     reason = (
         found if gpu else "none: " + ("a CPU build of torch" if torch.version.cuda is None else "no device or driver")
     )
-    lines.append(f"torch's CUDA devices: {reason}")
-    return lines
+    return [f"torch's CUDA devices: {reason}"]
 
 
 def _paths(device: str) -> list[str]:
@@ -124,7 +139,7 @@ def _ops() -> dict[str, "Op"]:
     """Public name -> record."""
     from mmlm_fast.ops.parts import RECORDS
 
-    import_module("mmlm_fast.audio")  # an op is known when its module has been imported
+    import_module("mmlm_fast.audio.spectral")  # an op is known when its module has been imported
     import_module("mmlm_fast.ops")
     return {name: op for op in RECORDS.values() for name in op.functions or (op.name,)}
 

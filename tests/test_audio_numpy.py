@@ -160,6 +160,35 @@ def test_everything_else_is_there_with_torch():
         assert done.stdout.split()[:3] == ["glu", "IntervalMask", "reference"], done.stderr
 
 
+def test_doctor_without_torch():
+    code = "import sys; sys.modules['torch'] = None; import mmlm_fast; print(mmlm_fast.doctor())"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert "instruction set" in done.stdout
+    assert done.stdout.endswith("ops need torch; mmlm_fast.audio.np, audio features of numpy arrays, does not\n")
+
+
+def test_a_graph_of_another_process(tmp_path):
+    """Exported, saved, loaded where only the package was imported: with tables of one's own in the text of its spec."""
+
+    class Features(torch.nn.Module):
+        def forward(self, x):
+            return audio.mel_spectrogram(audio.resample(x, 22050, 16000), window_fn=torch.hamming_window, n_mels=40)
+
+    x = torch.from_numpy(SPEECH)
+    program = torch.export.export(Features(), (x,))
+    torch.export.save(program, tmp_path / "features.pt2")
+    np.save(tmp_path / "expected.npy", Features()(x).numpy())
+    np.save(tmp_path / "speech.npy", SPEECH)
+    code = (
+        "import sys; from pathlib import Path; import numpy as np, torch, mmlm_fast.audio; folder = Path(sys.argv[1]); "
+        "program = torch.export.load(folder / 'features.pt2').module(); "
+        "out = program(torch.from_numpy(np.load(folder / 'speech.npy'))); "
+        "print(np.array_equal(out.detach().numpy(), np.load(folder / 'expected.npy')))"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.stdout.strip() == "True", done.stderr
+
+
 def test_all_names_are_the_same_functions():
     for name in anp.__all__:
         assert getattr(anp, name) is getattr(audio, name)

@@ -1,7 +1,7 @@
 """Latency of audio features in a server: threads that call as fast as they can, with clips of 1 s and of 30 s.
 
-    python -P -m mmlm_benchmarks.audio.serving --workers 8 --seconds 5
-    python -P -m mmlm_benchmarks.audio.serving --api numpy --clips long --pause 0.01
+python -P -m mmlm_benchmarks.audio.serving --workers 8 --seconds 5
+python -P -m mmlm_benchmarks.audio.serving --api numpy --clips long --pause 0.01
 """
 
 import argparse

@@ -6,7 +6,7 @@ The functions and streams are those of `mmlm_fast.audio`, which take arrays and 
 
     features = anp.log_mel(samples, num_samples=480000)  # float32 [80, 3000], as Whisper's encoder takes them
 
-Threads: `OMP_NUM_THREADS`, by default the CPUs that the process may use; see the guide on serving.
+Threads: `OMP_NUM_THREADS`, by default the CPUs that the process may use; see Serving in README.
 """
 
 from mmlm_fast.audio.kaldi import kaldi_fbank, kaldi_mfcc, mfcc
