@@ -123,7 +123,7 @@ MMLM_INLINE void dft_real(const SpectralPlan& plan, const SpectralTables<T>& tab
       run_pass(plan.passes[i], tables, FromBuffer<T>{from}, scratch, to);
     } else if (plan.packed) {
       run_pass(plan.passes[i], tables,
-               FromFramePacked<T>{samples, offset, tables.window.data(), mean, plan.o.frame_length}, scratch, to);
+               FromFramePacked<T>{samples, offset, tables.window.data(), mean, plan.options.frame_length}, scratch, to);
     } else {
       run_pass(plan.passes[i], tables, FromFrame<T>{samples, offset, tables.window.data(), mean}, scratch, to);
     }
@@ -131,7 +131,7 @@ MMLM_INLINE void dft_real(const SpectralPlan& plan, const SpectralTables<T>& tab
   }
   if (plan.passes.empty()) {  // n_fft of 1 or 2
     put(from, 0,
-        plan.packed ? FromFramePacked<T>{samples, offset, tables.window.data(), mean, plan.o.frame_length}(0)
+        plan.packed ? FromFramePacked<T>{samples, offset, tables.window.data(), mean, plan.options.frame_length}(0)
                     : FromFrame<T>{samples, offset, tables.window.data(), mean}(0));
   }
   if (!plan.packed) {

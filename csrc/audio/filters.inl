@@ -5,12 +5,12 @@ namespace {
 
 template <typename T>
 MMLM_INLINE Vec<T> logarithm(const SpectralPlan& plan, Vec<T> x) {
-  if (plan.o.log == Log::none) return x;
-  if (plan.o.floor <= 0 && plan.o.add <= 0) {  // zeros may arrive
-    for (int i = 0; i < kWidth<T>; ++i) x[i] = plan.o.log == Log::natural ? std::log(x[i]) : std::log10(x[i]);
+  if (plan.options.log == Log::none) return x;
+  if (plan.options.floor <= 0 && plan.options.add <= 0) {  // zeros may arrive
+    for (int i = 0; i < kWidth<T>; ++i) x[i] = plan.options.log == Log::natural ? std::log(x[i]) : std::log10(x[i]);
     return x;
   }
-  return plan.o.log == Log::natural ? ln_positive<T>(x) : log10_positive<T>(x);
+  return plan.options.log == Log::natural ? ln_positive<T>(x) : log10_positive<T>(x);
 }
 
 constexpr int kTermsOfASum = 8;  // sums of sums: wide filters of long transforms erred more than peers' otherwise
@@ -21,9 +21,9 @@ __attribute__((noinline)) Vec<T> filter_and_log(const SpectralPlan& plan, const 
                                                 T* __restrict out) {
   constexpr int w = kWidth<T>, groups = kGroups<T>;
   const T* weight = tables_of<T>(plan).weights.data();
-  const Vec<T> floor = broadcast(T(plan.o.floor));
-  const T add = T(plan.o.add), multiply = T(plan.o.multiply), shift = T(plan.o.shift);
-  const bool floors = plan.o.floor != 0 || plan.o.log != Log::none, scales = multiply != 1 || shift != 0;
+  const Vec<T> floor = broadcast(T(plan.options.floor));
+  const T add = T(plan.options.add), multiply = T(plan.options.multiply), shift = T(plan.options.shift);
+  const bool floors = plan.options.floor != 0 || plan.options.log != Log::none, scales = multiply != 1 || shift != 0;
   Vec<T> total{};
   for (int m = 0; m < plan.num_filters; ++m) {
     SumOf<T> sums[groups] = {};
@@ -78,8 +78,9 @@ __attribute__((noinline)) void cosine_transform(const SpectralPlan& plan, const 
 
 template <typename T>
 MMLM_INLINE void put_energy(const SpectralPlan& plan, Vec<T> energy, T* out) {
-  const double least = std::max(plan.o.energy_floor, 1.1920928955078125e-07);  // FLT_EPSILON, as Kaldi and torchaudio
-  if (plan.o.raw_energy) energy = energy * T(plan.o.scale * plan.o.scale);
+  const double least =
+      std::max(plan.options.energy_floor, 1.1920928955078125e-07);  // FLT_EPSILON, as Kaldi and torchaudio
+  if (plan.options.raw_energy) energy = energy * T(plan.options.scale * plan.options.scale);
   store(out, ln_positive<T>(max(energy, broadcast(T(least)))));
 }
 

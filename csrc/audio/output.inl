@@ -5,18 +5,18 @@ namespace {
 
 // Every sample the frames see is zero.
 bool is_silent(const SpectralPlan& plan, const SpectralClip& clip, int64_t start, int num_frames) {
-  const int64_t last = start + int64_t{plan.o.hop_length} * (num_frames - 1) + plan.o.frame_length - 1;
+  const int64_t last = start + int64_t{plan.options.hop_length} * (num_frames - 1) + plan.options.frame_length - 1;
   if (start < clip.num_valid || start < 0) return false;
   if (last < clip.num_samples) return true;
-  if (plan.o.edge != Edge::reflect && plan.o.edge != Edge::mirror) return true;
-  return 2 * (clip.num_samples - 1) + (plan.o.edge == Edge::mirror) - last >= clip.num_valid;
+  if (plan.options.edge != Edge::reflect && plan.options.edge != Edge::mirror) return true;
+  return 2 * (clip.num_samples - 1) + (plan.options.edge == Edge::mirror) - last >= clip.num_valid;
 }
 
 template <typename T, typename Out>
 MMLM_INLINE void write_tile(const SpectralPlan& plan, const SpectralClip& clip, const T* values, int64_t frame,
                             int num_frames) {
   Out* out = static_cast<Out*>(clip.out);
-  if (!plan.o.bins_first) {
+  if (!plan.options.bins_first) {
     out += frame * clip.out_stride;
     if (num_frames == kTileFrames) {
       transpose(values, kTileFrames, plan.num_out, kTileFrames, out, clip.out_stride);

@@ -9,10 +9,10 @@ template <typename T>
 __attribute__((noinline)) Vec<T> prepare_frames(const SpectralPlan& plan, const T* __restrict tile,
                                                 T* __restrict frame) {
   const SpectralTables<T>& tables = tables_of<T>(plan);
-  const int n = plan.o.frame_length;
+  const int n = plan.options.frame_length;
   const int* offset = plan.offset.data();
   Vec<T> mean{};
-  if (plan.o.remove_dc_offset) {
+  if (plan.options.remove_dc_offset) {
     Vec<T> sum[4] = {};
     int i = 0;
     for (; i + 4 <= n; i += 4) {
@@ -22,9 +22,9 @@ __attribute__((noinline)) Vec<T> prepare_frames(const SpectralPlan& plan, const 
     for (; i < n; ++i) sum[0] += load(tile + offset[i]);
     mean = ((sum[0] + sum[1]) + (sum[2] + sum[3])) / T(n);
   }
-  const T c = T(plan.o.frame_preemphasis);
-  const bool wants_raw = plan.o.energy != Energy::none && plan.o.raw_energy;
-  const bool wants_windowed = plan.o.energy != Energy::none && !plan.o.raw_energy;
+  const T c = T(plan.options.frame_preemphasis);
+  const bool wants_raw = plan.options.energy != Energy::none && plan.options.raw_energy;
+  const bool wants_windowed = plan.options.energy != Energy::none && !plan.options.raw_energy;
   Vec<T> energy[2] = {};
   Vec<T> before = load(tile + offset[0]) - mean;
   for (int i = 0; i < n; ++i) {
@@ -59,10 +59,10 @@ template <typename T>
 __attribute__((noinline)) void prepare_tile(const SpectralPlan& plan, const T* __restrict tile,
                                             T* __restrict emphasised, T* __restrict sums, T* __restrict means) {
   const int stride = plan.tile_stride, columns = plan.tile_columns, rows = plan.tile_rows;
-  const int hop = plan.o.hop_length, length = plan.o.frame_length;
-  const T c = T(plan.o.frame_preemphasis);
+  const int hop = plan.options.hop_length, length = plan.options.frame_length;
+  const T c = T(plan.options.frame_preemphasis);
   std::fill(means, means + kTileFrames, T(0));
-  if (plan.o.remove_dc_offset) {
+  if (plan.options.remove_dc_offset) {
     const int whole = length / hop, rest = length % hop;
     T* part = sums + stride;
     column_sums(tile, whole > 0 ? rows : 0, columns, stride, sums);

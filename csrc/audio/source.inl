@@ -258,8 +258,8 @@ void read_valid(const SpectralClip& clip, int64_t first, int64_t count, T* out) 
 template <typename T>
 void read_emphasised(const SpectralPlan& plan, const SpectralClip& clip, int64_t first, int64_t count, T* out) {
   read_valid(clip, first, count, out);
-  if (plan.o.signal_preemphasis == 0 || count == 0) return;
-  const T c = T(plan.o.signal_preemphasis);
+  if (plan.options.signal_preemphasis == 0 || count == 0) return;
+  const T c = T(plan.options.signal_preemphasis);
   T before = 0;
   if (first > 0) read_valid(clip, first - 1, 1, &before);
   int64_t i = count;
@@ -280,8 +280,8 @@ void read_run(const SpectralPlan& plan, const SpectralClip& clip, int64_t first,
 // Samples [start, start + count) with what the plan makes up beyond both ends.
 template <typename T>
 void read_with_edges(const SpectralPlan& plan, const SpectralClip& clip, int64_t start, int64_t count, T* out) {
-  const int64_t n = clip.num_samples, repeated = plan.o.edge == Edge::mirror;
-  const bool mirrors = plan.o.edge == Edge::reflect || plan.o.edge == Edge::mirror;
+  const int64_t n = clip.num_samples, repeated = plan.options.edge == Edge::mirror;
+  const bool mirrors = plan.options.edge == Edge::reflect || plan.options.edge == Edge::mirror;
   int64_t i = start;
   const int64_t end = start + count;
   const auto before = std::min<int64_t>(std::max<int64_t>(0, -i), count);

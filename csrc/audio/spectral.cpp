@@ -17,7 +17,7 @@ int64_t num_tiles_of(const SpectralClip& clip) { return (clip.num_frames + kTile
 template <typename Out>
 void clip_range(const SpectralPlan& plan, const std::vector<double>& silent, const SpectralClip& clip,
                 const double* tile_min, int64_t first_tile, int64_t last_tile, double max_value) {
-  const double lowest = plan.o.dynamic_range > 0 ? max_value - plan.o.dynamic_range : -1e299;
+  const double lowest = plan.options.dynamic_range > 0 ? max_value - plan.options.dynamic_range : -1e299;
   const Out floor = static_cast<Out>(lowest);
   Out* out = static_cast<Out*>(clip.out);
   for (int64_t tile = first_tile, end; tile < last_tile; tile = end) {
@@ -28,7 +28,7 @@ void clip_range(const SpectralPlan& plan, const std::vector<double>& silent, con
     while (end < last_tile && tile_min[end] < lowest && (tile_min[end] == kSilentTile) == is_silent) ++end;
     const int64_t first = tile * kTileFrames, last = std::min(clip.num_frames, end * kTileFrames);
     const auto value_of = [&](int m) { return std::max(static_cast<Out>(silent[m]), floor); };
-    if (plan.o.bins_first) {
+    if (plan.options.bins_first) {
       for (int m = 0; m < plan.num_out; ++m) {
         Out* row = out + m * clip.out_stride;
         if (is_silent) {
@@ -50,9 +50,10 @@ void clip_range(const SpectralPlan& plan, const std::vector<double>& silent, con
 
 void finish(const SpectralPlan& plan, const SpectralClip& clip, const double* tile_min, int64_t first_tile,
             int64_t last_tile, double max_value) {
-  const std::vector<double> silent =
-      plan.o.double_precision ? plan.d.silent : std::vector<double>(plan.f.silent.begin(), plan.f.silent.end());
-  if (plan.o.double_output) {
+  const std::vector<double> silent = plan.options.double_precision
+                                         ? plan.float64.silent
+                                         : std::vector<double>(plan.float32.silent.begin(), plan.float32.silent.end());
+  if (plan.options.double_output) {
     clip_range<double>(plan, silent, clip, tile_min, first_tile, last_tile, max_value);
   } else {
     clip_range<float>(plan, silent, clip, tile_min, first_tile, last_tile, max_value);
@@ -63,7 +64,7 @@ void finish(const SpectralPlan& plan, const SpectralClip& clip, const double* ti
 double largest_with_silence(const SpectralPlan& plan, double max_value, const double* tile_min, int64_t num_tiles) {
   if (std::find(tile_min, tile_min + num_tiles, kSilentTile) == tile_min + num_tiles) return max_value;
   const auto most = [](const auto& v) { return static_cast<double>(*std::max_element(v.begin(), v.end())); };
-  return std::max(max_value, plan.o.double_precision ? most(plan.d.silent) : most(plan.f.silent));
+  return std::max(max_value, plan.options.double_precision ? most(plan.float64.silent) : most(plan.float32.silent));
 }
 
 void whole_clip(const SpectralPlan& plan, SpectralClip& clip, SpectralFrames frames, std::vector<double>& tile_min) {

@@ -75,7 +75,7 @@ struct SpectralPlan {
   SpectralPlan(const SpectralOptions& options, const double* window, const double* filters, int num_filters,
                const double* dct, int num_ceps);
 
-  SpectralOptions o;
+  SpectralOptions options;
   Spectrum spectrum;
   int num_bins, num_filters, num_ceps, num_out;
   bool has_filters;
@@ -100,15 +100,15 @@ struct SpectralPlan {
   double largest_sample;  // whatever surrounds a sample, nothing overflows up to this one
 
   std::vector<int> first_bin, count;  // filter m covers bins [first_bin[m], first_bin[m] + count[m])
-  SpectralTables<float> f;
-  SpectralTables<double> d;
+  SpectralTables<float> float32;
+  SpectralTables<double> float64;
 
   int64_t num_bytes() const {  // of its tables
-    return sizeof(SpectralPlan) + 4 * f.size() + 8 * d.size() +
+    return sizeof(SpectralPlan) + 4 * float32.size() + 8 * float64.size() +
            4 * static_cast<int64_t>(offset.size() + offset_400.size() + bin_400.size() + 2 * count.size());
   }
   int64_t bytes_of_output(int64_t num_frames) const {
-    return num_frames * num_out * (o.double_output ? sizeof(double) : sizeof(float));
+    return num_frames * num_out * (options.double_output ? sizeof(double) : sizeof(float));
   }
 };
 

@@ -33,8 +33,8 @@ struct PowerSink {
   explicit PowerSink(const SpectralPlan& p, T* to)
       : plan(p),
         power(to),
-        rounds(p.o.round_spectrum),
-        adds(p.o.power_add != 0 || p.o.power_floor != 0),
+        rounds(p.options.round_spectrum),
+        adds(p.options.power_add != 0 || p.options.power_floor != 0),
         is_power(p.spectrum == Spectrum::power) {}
   MMLM_INLINE void operator()(int k, Vec<T> re, Vec<T> im) const {
     if (rounds) {
@@ -42,12 +42,13 @@ struct PowerSink {
       im = round_to_float(im);
     }
     Vec<T> value = re * re + im * im;
-    if (adds) value = max(broadcast(T(plan.o.power_floor)), value + T(plan.o.power_add));  // NaN, second, stays
+    if (adds)
+      value = max(broadcast(T(plan.options.power_floor)), value + T(plan.options.power_add));  // NaN, second, stays
     if (!is_power) {
       if (plan.spectrum == Spectrum::magnitude) {
         value = square_root(value);
       } else {
-        for (int i = 0; i < kWidth<T>; ++i) value[i] = std::pow(value[i], T(plan.o.exponent / 2));
+        for (int i = 0; i < kWidth<T>; ++i) value[i] = std::pow(value[i], T(plan.options.exponent / 2));
       }
     }
     store(power + static_cast<int64_t>(k) * kTileFrames, value);
@@ -79,7 +80,7 @@ template <typename T, typename Out>
 SpectralRange frames_of(const SpectralPlan& plan, const SpectralClip& clip, int64_t first, int64_t last,
                         double* tile_min) {
   constexpr int w = kWidth<T>;
-  const SpectralOptions& o = plan.o;
+  const SpectralOptions& o = plan.options;
   const Scratch<T> s = scratch_of<T>(plan);
   const bool is_plain = plan.spectrum == Spectrum::power && !o.round_spectrum && o.power_add == 0 && o.power_floor == 0;
   const bool in_place = clip.type == kOwnType<T> && clip.num_channels == 1 && clip.sample_stride == 1 &&
@@ -155,8 +156,8 @@ SpectralRange frames_of(const SpectralPlan& plan, const SpectralClip& clip, int6
 
 SpectralRange spectral_features(const SpectralPlan& plan, const SpectralClip& clip, int64_t first, int64_t last,
                                 double* tile_min) {
-  if (!plan.o.double_precision) return frames_of<float, float>(plan, clip, first, last, tile_min);
-  if (!plan.o.double_output) return frames_of<double, float>(plan, clip, first, last, tile_min);
+  if (!plan.options.double_precision) return frames_of<float, float>(plan, clip, first, last, tile_min);
+  if (!plan.options.double_output) return frames_of<double, float>(plan, clip, first, last, tile_min);
   return frames_of<double, double>(plan, clip, first, last, tile_min);
 }
 

@@ -54,7 +54,7 @@ void push_turn(std::vector<T>& table, int64_t numerator, int64_t denominator) { 
 
 template <typename T>
 void fill_dft_tables(const SpectralPlan& plan, const double* window, SpectralTables<T>& t) {
-  const SpectralOptions& o = plan.o;
+  const SpectralOptions& o = plan.options;
   const auto weight_of = [&](int n) { return n < o.frame_length ? window[n] * o.scale : 0.; };
   for (int n = 0; n < o.frame_length; ++n) t.plain_window.push_back(static_cast<T>(weight_of(n)));
   if (plan.is_400) {
@@ -81,7 +81,7 @@ void fill_dft_tables(const SpectralPlan& plan, const double* window, SpectralTab
 
 // A bound on samples below which neither a transform nor its power, an energy or a filter's sum can overflow.
 double largest_sample_of(const SpectralPlan& plan, const double* window, const double* filters) {
-  const SpectralOptions& o = plan.o;
+  const SpectralOptions& o = plan.options;
   const double most = o.double_precision ? std::numeric_limits<double>::max() : std::numeric_limits<float>::max();
   double weight = 0, row_sum = 1;
   for (int n = 0; n < o.frame_length; ++n) weight += std::abs(window[n]);
@@ -101,7 +101,7 @@ double largest_sample_of(const SpectralPlan& plan, const double* window, const d
 
 template <typename T>
 void fill_tables(const SpectralPlan& plan, const double* filters, const double* dct, SpectralTables<T>& t) {
-  const SpectralOptions& o = plan.o;
+  const SpectralOptions& o = plan.options;
   for (int m = 0; plan.has_filters && m < plan.num_filters; ++m) {
     for (int k = 0; k < plan.count[m]; ++k) {
       t.weights.push_back(static_cast<T>(filters[static_cast<int64_t>(m) * plan.num_bins + plan.first_bin[m] + k]));
@@ -117,7 +117,7 @@ void fill_tables(const SpectralPlan& plan, const double* filters, const double* 
   clip.type = std::is_same_v<T, float> ? SampleType::float32 : SampleType::float64;
   clip.num_input = clip.num_valid = clip.num_samples = static_cast<int64_t>(zeros.size());
   clip.num_frames = 1;
-  clip.out_stride = plan.o.bins_first ? 1 : plan.num_out;
+  clip.out_stride = plan.options.bins_first ? 1 : plan.num_out;
   if (o.double_precision && !o.double_output) {
     std::vector<float> out(plan.num_out);
     clip.out = out.data();
@@ -131,7 +131,7 @@ void fill_tables(const SpectralPlan& plan, const double* filters, const double* 
 }
 
 void plan_dft(SpectralPlan& plan) {
-  const SpectralOptions& o = plan.o;
+  const SpectralOptions& o = plan.options;
   plan.packed = o.n_fft % 2 == 0;
   plan.dft_length = plan.packed ? o.n_fft / 2 : o.n_fft;
   int64_t twiddle = 0, root = 0;
@@ -170,15 +170,15 @@ void plan_400(SpectralPlan& plan) {
 
 }  // namespace
 
-SpectralPlan::SpectralPlan(const SpectralOptions& options, const double* window, const double* filters,
-                           int filter_count, const double* dct, int ceps)
-    : o(options),
-      spectrum(spectrum_of(options.exponent)),
-      num_bins(options.n_fft / 2 + 1),
+SpectralPlan::SpectralPlan(const SpectralOptions& o, const double* window, const double* filters, int filter_count,
+                           const double* dct, int ceps)
+    : options(o),
+      spectrum(spectrum_of(o.exponent)),
+      num_bins(o.n_fft / 2 + 1),
       num_filters(filters != nullptr ? filter_count : num_bins),
       num_ceps(dct != nullptr ? ceps : 0),
       has_filters(filters != nullptr),
-      is_400(options.n_fft == 400 && options.prime_factor_400),
+      is_400(o.n_fft == 400 && o.prime_factor_400),
       packed(false),
       dft_length(0),
       largest_radix(1) {
@@ -216,11 +216,11 @@ SpectralPlan::SpectralPlan(const SpectralOptions& options, const double* window,
     plan_dft(*this);
   }
   if (o.double_precision) {
-    fill_dft_tables(*this, window, d);
-    fill_tables(*this, filters, dct, d);
+    fill_dft_tables(*this, window, float64);
+    fill_tables(*this, filters, dct, float64);
   } else {
-    fill_dft_tables(*this, window, f);
-    fill_tables(*this, filters, dct, f);
+    fill_dft_tables(*this, window, float32);
+    fill_tables(*this, filters, dct, float32);
   }
 }
 

@@ -46,7 +46,7 @@ int64_t SpectralStream::next_frame() const {
 }
 
 int64_t SpectralStream::num_ready() const {
-  const SpectralOptions& o = plan_->o;
+  const SpectralOptions& o = plan_->options;
   // Frame f needs the samples before offset + f * hop + frame_length, and those that its left edge mirrors.
   const int64_t mirrored = o.edge == Edge::reflect ? -o.offset : o.edge == Edge::mirror ? -o.offset - 1 : -1;
   if (received_ <= mirrored) return 0;
@@ -58,7 +58,7 @@ int64_t SpectralStream::push(const void* samples, SampleType type, int64_t count
   std::lock_guard<std::mutex> lock(mutex_);
   if (count > 0) {
     const int64_t taken =
-        plan_->o.double_precision ? append(samples, type, count, kept_) : append(samples, type, count, kept_f_);
+        plan_->options.double_precision ? append(samples, type, count, kept_) : append(samples, type, count, kept_f_);
     if (taken < 0) return taken;
     received_ += count;
   }
@@ -74,7 +74,7 @@ bool SpectralStream::pull(void* out, int64_t out_stride, int64_t count) {
   std::lock_guard<std::mutex> lock(mutex_);
   count = std::min(count, ready_);
   SpectralClip clip;
-  const bool is_double = plan_->o.double_precision;
+  const bool is_double = plan_->options.double_precision;
   clip.samples = is_double ? static_cast<const void*>(kept_.data()) : kept_f_.data();
   clip.type = is_double ? SampleType::float64 : SampleType::float32;
   clip.first_sample = first_kept_;
@@ -94,7 +94,7 @@ bool SpectralStream::pull(void* out, int64_t out_stride, int64_t count) {
 
 // Keep what the next frame sees, what a right edge may mirror, and the sample before (pre-emphasis).
 void SpectralStream::forget() {
-  const SpectralOptions& o = plan_->o;
+  const SpectralOptions& o = plan_->options;
   const int64_t next = next_frame_ * o.hop_length + o.offset;
   const int64_t from = std::max(first_kept_, std::min(next, received_ - o.frame_length - o.hop_length) - 1);
   drop(kept_, from - first_kept_);
@@ -105,7 +105,7 @@ void SpectralStream::forget() {
 SpectralStream::State SpectralStream::state() const {
   std::lock_guard<std::mutex> lock(mutex_);
   State state{received_, next_frame_, first_kept_, kept_};
-  if (!plan_->o.double_precision) state.kept.assign(kept_f_.begin(), kept_f_.end());
+  if (!plan_->options.double_precision) state.kept.assign(kept_f_.begin(), kept_f_.end());
   return state;
 }
 
@@ -117,7 +117,7 @@ void SpectralStream::set_state(const State& state) {
   ready_ = 0;
   kept_.clear();
   kept_f_.clear();
-  if (plan_->o.double_precision) {
+  if (plan_->options.double_precision) {
     kept_ = state.kept;
   } else {
     kept_f_.assign(state.kept.begin(), state.kept.end());

@@ -11,11 +11,11 @@ template <typename T>
 const SpectralTables<T>& tables_of(const SpectralPlan& plan);
 template <>
 const SpectralTables<float>& tables_of(const SpectralPlan& plan) {
-  return plan.f;
+  return plan.float32;
 }
 template <>
 const SpectralTables<double>& tables_of(const SpectralPlan& plan) {
-  return plan.d;
+  return plan.float64;
 }
 
 template <typename T>
@@ -29,7 +29,7 @@ Scratch<T> scratch_of(const SpectralPlan& plan) {
   const int64_t w = kWidth<T>;
   const int64_t stage = aligned_count(plan.tile_samples + 16);
   const int64_t tile = aligned_count(int64_t{plan.tile_rows} * plan.tile_stride);
-  const int64_t unrolled = int64_t{plan.o.frame_length} * kTileFrames;
+  const int64_t unrolled = int64_t{plan.options.frame_length} * kTileFrames;
   const int64_t emphasised = int64_t{plan.tile_rows + 3} * plan.tile_stride;  // first samples, two rows of sums
   const int64_t frame = plan.prepares_frames ? unrolled : plan.prepares_tile ? emphasised : 0;
   const int64_t dft =

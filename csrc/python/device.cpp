@@ -24,16 +24,16 @@ py::tuple device_tables(const SpectralPlan& plan) {
     using T = typename std::decay_t<decltype(v)>::value_type;
     return py::array_t<T>(static_cast<py::ssize_t>(v.size()), v.data());
   };
-  const SpectralTables<float>& t = plan.f;
+  const SpectralTables<float>& t = plan.float32;
   return py::make_tuple(array(t.window), array(t.twiddles), array(t.roots), array(t.unpack), array(t.weights),
                         array(t.dct), array(plan.first_bin), array(plan.count), array(weight_offsets(plan)));
 }
 
 SpectralCudaArgs device_args(const SpectralPlan& plan, const std::vector<uintptr_t>& tables) {
-  if (plan.o.double_precision || plan.is_400) throw py::value_error("not a plan for CUDA");
+  if (plan.options.double_precision || plan.is_400) throw py::value_error("not a plan for CUDA");
   if (tables.size() != 9) throw py::value_error("nine tables expected");
   if (plan.passes.size() > kMaxPasses) throw py::value_error("too many passes");
-  const SpectralOptions& o = plan.o;
+  const SpectralOptions& o = plan.options;
   SpectralCudaArgs a = {};
   a.frame_length = o.frame_length;
   a.hop_length = o.hop_length;

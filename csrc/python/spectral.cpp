@@ -38,7 +38,7 @@ std::shared_ptr<SpectralPlan> make_plan(const SpectralOptions& o, const Array& w
 std::vector<int64_t> run_checked(const SpectralPlan& plan, std::vector<SpectralClip>& clips,
                                  const std::vector<int64_t>& num_samples, const std::vector<int64_t>& num_frames,
                                  int64_t out_stride, int num_threads) {
-  const SpectralOptions& o = plan.o;
+  const SpectralOptions& o = plan.options;
   for (size_t i = 0; i < clips.size(); ++i) {
     SpectralClip& clip = clips[i];
     if (clip.num_valid > num_samples[i]) throw py::value_error("num_samples must be at least the clip's own");
@@ -88,10 +88,10 @@ std::vector<int64_t> run_rows(const SpectralPlan& plan, const std::vector<py::ar
     throw py::value_error("samples, num_samples and num_frames must be of one length");
   }
   const bool is_right_type =
-      plan.o.double_output ? py::isinstance<py::array_t<double>>(out) : py::isinstance<py::array_t<float>>(out);
+      plan.options.double_output ? py::isinstance<py::array_t<double>>(out) : py::isinstance<py::array_t<float>>(out);
   const bool is_dense = (out.flags() & py::array::c_style) != 0 && out.writeable();
   const int64_t most = n == 0 ? 0 : *std::max_element(num_frames.begin(), num_frames.end());
-  const int64_t needed = plan.o.bins_first ? plan.num_out : most;
+  const int64_t needed = plan.options.bins_first ? plan.num_out : most;
   if (out.ndim() != 3 || out.shape(0) != static_cast<py::ssize_t>(n) || out.shape(1) < needed || !is_right_type ||
       !is_dense) {
     throw py::value_error("out must be a dense array [" + std::to_string(n) + ", at least " + std::to_string(needed) +
@@ -198,9 +198,9 @@ void bind_spectral(py::module_& m) {
       .def_readonly("num_out", &SpectralPlan::num_out)
       .def_readonly("largest_sample", &SpectralPlan::largest_sample)
       .def_property_readonly("num_bytes", &SpectralPlan::num_bytes)
-      .def_property_readonly("bins_first", [](const SpectralPlan& p) { return p.o.bins_first; })
-      .def_property_readonly("double_precision", [](const SpectralPlan& p) { return p.o.double_precision; })
-      .def_property_readonly("double_output", [](const SpectralPlan& p) { return p.o.double_output; })
+      .def_property_readonly("bins_first", [](const SpectralPlan& p) { return p.options.bins_first; })
+      .def_property_readonly("double_precision", [](const SpectralPlan& p) { return p.options.double_precision; })
+      .def_property_readonly("double_output", [](const SpectralPlan& p) { return p.options.double_output; })
       .def("run", &run)
       .def("run_rows", &run_rows);
   bind_device(plan);

@@ -21,7 +21,7 @@ class Extractor:
 
 
 EXTRACTORS = {
-    "WhisperFeatureExtractor": Extractor("whisper", "whisper:FastWhisperMixin", "log-mel"),
+    "WhisperFeatureExtractor": Extractor("whisper", "whisper:WhisperCallMixin", "log-mel"),
     "ASTFeatureExtractor": Extractor("audio_spectrogram_transformer", "kaldi_family:ASTMixin", "Kaldi fbank"),
     "ClapFeatureExtractor": Extractor("clap", "numpy_family:ClapMixin", "mel in dB, float64"),
     "ClvpFeatureExtractor": Extractor("clvp", "numpy_family:ClvpMixin", "log-mel, float64"),

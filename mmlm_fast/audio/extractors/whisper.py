@@ -21,7 +21,7 @@ _SETTINGS = attrgetter("n_fft", "hop_length", "padding_side", "padding_value", "
 _STRATEGIES = {"longest": PaddingStrategy.LONGEST, "max_length": PaddingStrategy.MAX_LENGTH}
 
 
-class FastWhisperMixin(WhisperMixin):
+class WhisperCallMixin(WhisperMixin):
     """`transformers.WhisperFeatureExtractor` with Whisper's log-mel from the native core.
 
     Same constructor, call, keys, dtypes, padding, truncation and attention mask; `from_pretrained`, `save_pretrained`
