@@ -1,14 +1,14 @@
 """Custom kernels for multimodal language models.
 
 Importing does no work: no kernel is compiled, no device touched, neither Triton nor a GPU needed, nor torch, until
-something that needs it is asked for. Where torch is loaded already, our ops are registered with it.
+something that needs it is asked for. As soon as torch is loaded, our ops are registered with it.
 """
 
-import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from mmlm_fast._doctor import doctor
+from mmlm_fast._registration import register_ops
 from mmlm_fast._version import __version__
 
 if TYPE_CHECKING:
@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["__version__", "accelerate", "doctor", "reference"]
 _SUBMODULES = ("audio", "core", "distributed", "hf", "masks", "models", "nn", "ops", "positions", "testing", "training")
 
-if hasattr(sys.modules.get("torch"), "compile"):  # not in the midst of its own import
-    import mmlm_fast.ops  # noqa: F401
+register_ops()
 
 
 def __getattr__(name: str) -> Any:

@@ -423,6 +423,90 @@ def test_attributes_changed_after_construction(name):
     assert compared > 3
 
 
+def _compared(ours, theirs, clip=CLIPS["short"]):
+    """What both give, or that both refuse."""
+    try:
+        expected = call(theirs, clip)
+    except Exception:
+        with pytest.raises(Exception):  # noqa: B017
+            call(ours, clip)
+        return
+    assert_same(call(ours, clip), expected)
+
+
+@pytest.mark.parametrize("name", ["ClvpFeatureExtractor", "LasrFeatureExtractor", "Gemma3nAudioFeatureExtractor"])
+@pytest.mark.parametrize("values", [(161.0, 161), (163, 163.0), (None, 160), ("160", 160)])
+def test_a_wrong_hop_spoils_no_right_one(name, values):
+    for value in values:
+        ours, theirs = pair(name)
+        ours.hop_length = theirs.hop_length = value
+        _compared(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "name", ["ClvpFeatureExtractor", "SeamlessM4TFeatureExtractor", "SpeechT5FeatureExtractor", "LasrFeatureExtractor"]
+)
+def test_no_filters(name):
+    """Some originals take the spectrum then."""
+    ours, theirs = pair(name)
+    ours.mel_filters = theirs.mel_filters = None
+    _compared(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["ParakeetFeatureExtractor", "LasrFeatureExtractor", "ClvpFeatureExtractor"])
+def test_negative_filters_are_the_originals(name):
+    """Logarithms of negative sums are NaN there, and refused here; floors hide them in others."""
+    ours, theirs = pair(name)
+    for extractor in (ours, theirs):
+        extractor.mel_filters = -extractor.mel_filters
+    with np.errstate(all="ignore"):
+        expected = call(theirs, CLIPS["short"])
+    if all(np.isfinite(x).all() for x in flat(list(expected.values())) if x.dtype.kind == "f"):
+        assert_same(call(ours, CLIPS["short"]), expected)
+    else:
+        with pytest.raises(ValueError, match="NaN"):
+            call(ours, CLIPS["short"])
+
+
+def _granite_changes():
+    import torchaudio
+
+    def another(**options):
+        return torchaudio.transforms.MelSpectrogram(16000, 512, 400, 160, n_mels=80, **options)
+
+    yield "filters in place", lambda e: e.mel_filters.mel_scale.fb.mul_(torch.linspace(0.1, 2, 80))
+    yield "window in place", lambda e: e.mel_filters.spectrogram.window.mul_(0.5)
+    yield "power", lambda e: setattr(e.mel_filters.spectrogram, "power", 1.0)
+    yield "hook", lambda e: e.mel_filters.register_forward_hook(lambda module, given, out: out * 2)
+    yield "in a sequence", lambda e: setattr(e, "mel_filters", torch.nn.Sequential(another()))
+    for options in (
+        dict(norm="slaney", mel_scale="slaney"), dict(f_min=100.0), dict(f_max=4000.0), dict(power=1.0),
+        dict(window_fn=torch.hamming_window), dict(normalized=True), dict(pad=160), dict(center=False),
+        dict(pad_mode="constant"),
+    ):  # fmt: skip
+        yield str(options), lambda e, o=options: setattr(e, "mel_filters", another(**o))
+
+
+@pytest.mark.parametrize("name", ["GraniteSpeechFeatureExtractor", "GraniteSpeech5FeatureExtractor"])
+def test_a_transform_of_ones_own(name):
+    pair(name)  # or skip
+    for what, change in _granite_changes():
+        ours, theirs = pair(name)
+        for extractor in (ours, theirs):
+            change(extractor)
+        for one in (ours, copy.deepcopy(ours)):
+            try:
+                expected = call(theirs, [CLIPS["short"]])
+            except Exception:
+                with pytest.raises(Exception):  # noqa: B017
+                    call(one, [CLIPS["short"]])
+                continue
+            try:
+                assert_same(call(one, [CLIPS["short"]]), expected)
+            except AssertionError as error:
+                raise AssertionError(what) from error
+
+
 @pytest.mark.parametrize("name", ["ASTFeatureExtractor", "Speech2TextFeatureExtractor"])
 def test_filters_that_an_original_does_not_look_at(name):
     """With torchaudio they take Kaldi's, whatever `mel_filters` somebody sets."""

@@ -101,3 +101,36 @@ def test_preemphasis_of_the_signal_at_every_sample(edge):
     out = torch.empty(prepared(spec).num_out, frames, dtype=torch.float64)
     run_rows(spec, [x.numpy()], [len(x)], [frames], out.numpy()[None])
     torch.testing.assert_close(out, spectral_ref(spec, x, frames), rtol=1e-10, atol=1e-12)
+
+
+def test_arrays_are_standardized_as_tensors_are():
+    x = SIGNALS["noise"][:12000].reshape(3, 100, 40)
+    for dtype, atol in ((torch.float32, 1e-6), (torch.float64, 1e-12), (torch.float16, 5e-3)):
+        for options in (
+            {},
+            dict(ddof=1, eps_inside=1e-7),
+            dict(num_valid=[100, 50, 7], padding=-1.0),
+            dict(per="clip"),
+        ):
+            theirs = standardize(x.to(dtype), **options)
+            ours = standardize(x.to(dtype).numpy(), **options)
+            assert type(ours) is np.ndarray
+            assert ours.dtype == theirs.numpy().dtype
+            np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=atol)
+    for bad in (
+        np.ma.masked_array(x.numpy(), mask=x.numpy() > 0),
+        x.numpy().astype(np.longdouble),
+        x.numpy().astype(np.int32),
+        x.tolist(),
+        x.numpy()[0, 0],
+    ):
+        with pytest.raises(ValueError, match="features must"):
+            standardize(bad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_halves_under_autocast(dtype):
+    expected = nemo_log_mel(SIGNALS["noise"][:9000], dtype=dtype)
+    for kind in (torch.float16, torch.bfloat16):
+        with torch.autocast("cpu", dtype=kind):
+            assert torch.equal(nemo_log_mel(SIGNALS["noise"][:9000], dtype=dtype), expected)

@@ -1,6 +1,7 @@
 """A family is one value: equal specs are one plan, a spec survives as text, and nothing of the user's is touched."""
 
 import dataclasses
+import gc
 import pickle
 import subprocess
 import sys
@@ -132,6 +133,20 @@ def test_one_cache_for_functions_and_drop_ins():
         assert _PREPARED.num_bytes <= _PREPARED.max_bytes
 
 
+def test_what_is_kept_of_large_tables_is_bounded():
+    """Tables of the user's own are kept by spec, by plan and by themselves, each up to its number of bytes."""
+    from mmlm_fast.audio.spec import _SPECS
+    from mmlm_fast.audio.tables import _TABLES
+
+    window, clip = np.hanning(1 << 17), np.zeros(1 << 18, np.float32)
+    for i in range(60):
+        audio.spectrogram(clip, n_fft=1 << 17, hop_length=1 << 17, window_fn=window * (1 + i / 64))
+    for cache in (_SPECS, _TABLES, _PREPARED):
+        assert cache.num_bytes <= cache.max_bytes
+    held = {id(x.array) for x in gc.get_objects() if isinstance(x, Table) and len(x.array) == 1 << 17}
+    assert len(held) <= 64 * 2**20 / (2 * window.nbytes) + 2 * 16 * 2**20 / window.nbytes + 3
+
+
 def test_undo_leaves_nothing_behind():
     import transformers
 
@@ -155,6 +170,13 @@ def test_keywords_of_another_type_are_not_taken_for_equal_ones():
         lambda: audio.kaldi_fbank(SPEECH, num_mel_bins=80.0),
         lambda: audio.mel_spectrogram(SPEECH, n_mels=64.0),
         lambda: audio.mel_spectrogram(SPEECH, n_mels=True),
+        lambda: audio.log_mel(SPEECH, dtype=None),
+        lambda: audio.log_mel(SPEECH, dtype=np.float32(1.5)),
+        lambda: audio.log_mel(SPEECH, log_mel_max=float("nan")),
+        lambda: audio.log_mel(SPEECH, log_mel_max=512),
+        lambda: audio.kaldi_fbank(SPEECH, window_type=["povey"]),
+        lambda: audio.kaldi_fbank(SPEECH, preemphasis_coefficient=np.array([80])),
+        lambda: audio.kaldi_fbank(SPEECH, low_freq="low"),
     ):
         with pytest.raises(ValueError, match="must be"):
             call()

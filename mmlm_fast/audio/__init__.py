@@ -18,7 +18,7 @@ from mmlm_fast.audio.streaming import StreamingFbank, StreamingLogMel, Streaming
 if TYPE_CHECKING:
     from mmlm_fast.audio.files import AudioFileError, audio_info, read_audio, read_audio_files
 
-if hasattr(sys.modules.get("torch"), "compile"):  # what an exported graph asks for
+if hasattr(sys.modules.get("torch"), "compile"):  # what an exported graph asks for; later: mmlm_fast/_registration.py
     import mmlm_fast.audio.spectral  # noqa: F401
 
 __all__ = [

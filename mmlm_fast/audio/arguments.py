@@ -39,9 +39,18 @@ def _index(value: Any) -> int | None:
         return None
 
 
-def plain_float(value: float) -> float:
-    """Return a float that Dynamo takes for a constant: it traces arguments, defaults too, as symbols otherwise."""
-    return float(value).__float__()
+def plain_float(value: float, name: str = "") -> float:
+    """Return a float that Dynamo takes for a constant: it traces arguments, defaults too, as symbols otherwise.
+
+    Raises:
+        ValueError: for what is no number, if the argument's `name` is given.
+    """
+    if not name:
+        return float(value).__float__()
+    try:
+        return float(value).__float__()
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be a number, got {value!r}") from None
 
 
 def float_name(dtype: Any, name: str = "dtype", among: tuple[str, ...] = _FLOATS) -> str:
@@ -52,12 +61,10 @@ def float_name(dtype: Any, name: str = "dtype", among: tuple[str, ...] = _FLOATS
     """
     if type(dtype) is str and dtype in among:
         return dtype
-    found = str(dtype).removeprefix("torch.")
-    if found not in among:
-        try:
-            found = np.dtype(dtype).name
-        except TypeError:
-            found = ""
+    found = str(dtype) if isinstance(dtype, str) or str(dtype).startswith("torch.") else ""
+    if isinstance(dtype, (type, np.dtype)):
+        found = np.dtype(dtype).name
+    found = found.removeprefix("torch.")
     if found not in among:
         wanted = ", ".join(f"torch.{n}" if i == 0 else n for i, n in enumerate(among[:-1]))
         raise ValueError(f"{name} must be {wanted} or {'torch.' if len(among) == 2 else ''}{among[-1]}, got {dtype}")

@@ -7,7 +7,17 @@ from typing import Any
 import numpy as np
 
 from mmlm_fast.audio.sinc import native_resampler, num_resampled, read
-from mmlm_fast.audio.spec import Layout, Prepared, Spec, is_tracing, num_threads, prepared, raise_not_finite, run
+from mmlm_fast.audio.spec import (
+    Layout,
+    Prepared,
+    Spec,
+    is_tracing,
+    num_threads,
+    prepared,
+    raise_not_finite,
+    run,
+    torch_is_loaded,
+)
 from mmlm_fast.audio.waveforms import Clips, native_format
 
 
@@ -56,6 +66,15 @@ def by_tensors(function: Callable[[Clips], Any], clips: Clips) -> Any:
     tensors = [TENSORS.admit(w, "waveform") for w in clips.waveforms]
     out = function(clips._replace(waveforms=tensors, library=TENSORS))
     return [x.numpy() for x in out] if isinstance(out, list) else out.numpy()
+
+
+def as_torch_does(function: Callable[[Any], Any], x: Any) -> Any:
+    """Call a function of tensors or arrays: where torch is loaded with a tensor for an array, for the same bits."""
+    if not isinstance(x, np.ndarray) or not torch_is_loaded():
+        return function(x)
+    from mmlm_fast.audio.tensors import TENSORS
+
+    return function(TENSORS.admit(x, "features")).numpy()
 
 
 def _goes_to_core(clips: Clips) -> bool:

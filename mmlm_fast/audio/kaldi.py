@@ -1,14 +1,14 @@
 """Kaldi's log-mel filter bank and MFCC, with the keywords of torchaudio.compliance.kaldi."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mmlm_fast.audio.arguments import float_name, plain_float, whole
-from mmlm_fast.audio.features import by_tensors, features_of
+from mmlm_fast.audio.features import as_torch_does, by_tensors, features_of
 from mmlm_fast.audio.sinc import num_resampled
 from mmlm_fast.audio.spec import (
     FLT_EPSILON,
@@ -135,14 +135,24 @@ class KaldiSettings:
         )
 
 
+def _window_type(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"window_type must be among {', '.join(_WINDOWS)}, got {value!r}")
+    return value
+
+
+def _number(name: str) -> Callable[[Any], float]:
+    return lambda value: plain_float(value, name)
+
+
 # How each setting is made plain.
-_PLAIN: dict[str, Any] = {
-    field.name: {float: plain_float, bool: bool}.get(field.type, lambda value: value)  # type: ignore[arg-type]
-    for field in fields(KaldiSettings)
+_PLAIN: dict[str, Callable[[Any], Any]] = {
+    field.name: bool if field.type is bool else _number(field.name) for field in fields(KaldiSettings)
 } | dict(
     num_mel_bins=lambda value: whole("num_mel_bins", value, 4, None, "above 3"),
     num_ceps=lambda value: whole("num_ceps", value, 0),
     dtype=float_name,
+    window_type=_window_type,
 )
 SETTINGS = frozenset(_PLAIN)
 
@@ -222,8 +232,12 @@ def _run(
     else:
         out = features_of(spec, clips)
     if subtract_mean:
-        out = out - out.mean(0, keepdims=True) if alone else [x - x.mean(0, keepdims=True) for x in out]
+        out = as_torch_does(_without_mean, out) if alone else [as_torch_does(_without_mean, x) for x in out]
     return out
+
+
+def _without_mean(features: Any) -> Any:
+    return features - features.mean(0, keepdims=True)
 
 
 def _as_spec(spec: Any) -> Spec:

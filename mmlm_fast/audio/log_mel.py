@@ -44,9 +44,16 @@ def below(spec: Spec, log_mel_max: float) -> Spec:
 def _plain(*, num_mel_bins: Any, log_mel_max: Any, dtype: Any) -> dict[str, Any]:
     return dict(
         num_mel_bins=whole("num_mel_bins", num_mel_bins, 1, 512, "from 1 to 512"),
-        log_mel_max=None if log_mel_max is None else plain_float(log_mel_max),
+        log_mel_max=None if log_mel_max is None else _limit(log_mel_max),
         dtype=float_name(dtype),
     )
+
+
+def _limit(log_mel_max: Any) -> float:
+    limit = plain_float(log_mel_max, "log_mel_max")
+    if not -300 <= limit <= 300:
+        raise ValueError(f"log_mel_max must be a power of ten that float64 holds, from -300 to 300, got {limit}")
+    return limit
 
 
 @kept_spec(_plain)

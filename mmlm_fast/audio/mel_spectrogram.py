@@ -7,9 +7,9 @@ import numpy as np
 
 from mmlm_fast.audio.arguments import plain_float, whole
 from mmlm_fast.audio.conventions import CONVENTIONS, convention_of, spectrogram_spec
-from mmlm_fast.audio.features import features_of, resample_clips
+from mmlm_fast.audio.features import as_torch_does, features_of, resample_clips
 from mmlm_fast.audio.sinc import checked_options, mono_of
-from mmlm_fast.audio.spec import Cosines
+from mmlm_fast.audio.spec import Cosines, torch_is_loaded
 from mmlm_fast.audio.waveforms import Clips, Samples, clips_of
 
 if TYPE_CHECKING:
@@ -43,11 +43,11 @@ def _padded(clips: Clips, rate: int, pad: int) -> Clips:
 
 
 def _as_floats(waveform: Any) -> Any:
-    if isinstance(waveform, np.ndarray):
+    if not torch_is_loaded():
         return mono_of(waveform, waveform.dtype == np.float64)
     from mmlm_fast.audio.tensors import as_float, double_or_float
 
-    return as_float(waveform, double_or_float(waveform))
+    return as_torch_does(lambda tensor: as_float(tensor, double_or_float(tensor)), waveform)
 
 
 def _pad(waveform: "Tensor", sides: tuple[int, int]) -> "Tensor":
@@ -276,8 +276,8 @@ def mel_mfcc(
 
 def _coefficients(cosines: Cosines, mel: Any) -> Any:
     """Transform ``[*batch, n_mels, frames]`` along its bins, in its own dtype."""
-    if isinstance(mel, np.ndarray):
+    if not torch_is_loaded():
         return cosines.table(mel.shape[-2]).astype(mel.dtype) @ mel
     from mmlm_fast.audio.reference import transformed
 
-    return transformed(cosines, mel)
+    return as_torch_does(lambda tensor: transformed(cosines, tensor), mel)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from mmlm_fast.audio.arguments import float_name, plain_float, whole
-from mmlm_fast.audio.features import features_of
+from mmlm_fast.audio.features import as_torch_does, features_of
 from mmlm_fast.audio.sinc import num_resampled
 from mmlm_fast.audio.spec import Framing, MelFilters, Spec, Window, kept_spec
 from mmlm_fast.audio.standardize import standardize
@@ -33,7 +33,7 @@ NEMO = Spec(
 def _plain(*, num_mel_bins: Any, preemphasis: Any, dtype: Any) -> dict[str, Any]:
     return dict(
         num_mel_bins=whole("num_mel_bins", num_mel_bins, 1, 512, "from 1 to 512"),
-        preemphasis=plain_float(preemphasis),
+        preemphasis=plain_float(preemphasis, "preemphasis"),
         dtype=float_name(dtype),
     )
 
@@ -94,5 +94,10 @@ def nemo_log_mel(
     if not normalize or not lengths:
         return out
     if not isinstance(out, list):
-        return standardize(out, lengths[0] // HOP_LENGTH, ddof=1, eps_outside=EPSILON)
-    return [standardize(x, n // HOP_LENGTH, ddof=1, eps_outside=EPSILON) for x, n in zip(out, lengths, strict=True)]
+        return _standardized(out, lengths[0])
+    return [_standardized(x, n) for x, n in zip(out, lengths, strict=True)]
+
+
+def _standardized(features: Any, num_samples: int) -> Any:
+    count = num_samples // HOP_LENGTH
+    return as_torch_does(lambda x: standardize(x, count, ddof=1, eps_outside=EPSILON), features)

@@ -141,7 +141,8 @@ def standardized(flat: Tensor, counts: list[int], per: str, how: Statistics) -> 
         by_formula = flat.device.type != "cpu" or flat.dtype not in (torch.float32, torch.float64)
         by_formula = by_formula or not has_memory(flat)
     if by_formula:
-        return _standardized_by_formula(flat, counts, per, how)
+        with without_autocast(flat):
+            return _standardized_by_formula(flat, counts, per, how)
     with plain_torch():
         out = flat.clone(memory_format=torch.contiguous_format)
     standardize_rows(address_of(out, out.dtype, out.numel()), out.shape, out.dtype == torch.float64, counts, how)

@@ -7,6 +7,7 @@ is ``dataclasses.replace(WHISPER, …)``. `prepared` makes the plan of a spec an
 import functools
 import json
 import math
+import operator
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -18,12 +19,24 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from mmlm_fast import _C
-from mmlm_fast.audio.elementary import DEPENDENT
+from mmlm_fast.audio.elementary import DEPENDENT, functions
 from mmlm_fast.audio.filters import cosine_matrix, kaldi_mel_filters, lifter, mel_filters, window_of
 from mmlm_fast.audio.tables import ByteCache, Table
 
 FLT_EPSILON = 1.1920928955078125e-07
+MAX_N_FFT = 1 << 24  # of the core
 Precision = Literal["float32", "float64"]
+
+
+class SpecError(ValueError):
+    """A spec that the core has no plan for."""
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise SpecError(f"{name} must be a whole number, got {value!r}") from None
 
 
 # ---- parts of a spec ----------------------------------------------------------------------------------------------
@@ -251,6 +264,10 @@ class Spec:
     computed_in: Precision | None = None
 
     def __post_init__(self) -> None:
+        for name in ("n_fft", "frame_length", "hop_length"):
+            value = getattr(self, name)
+            if type(value) is not int:  # 161.0 would be equal to 161, and share its plan
+                object.__setattr__(self, name, _integer(name, value))
         object.__setattr__(self, "_hash", hash(tuple(getattr(self, f.name) for f in fields(self))))
 
     def __hash__(self) -> int:
@@ -258,6 +275,24 @@ class Spec:
 
     def __reduce__(self) -> tuple:
         return Spec, tuple(getattr(self, f.name) for f in fields(self))  # hashes differ between processes
+
+    @functools.cached_property
+    def why_not(self) -> str:
+        """Why the core has no plan for it, where an extractor's attributes say so; empty where it has."""
+        if not 1 <= self.frame_length <= self.n_fft <= MAX_N_FFT or self.hop_length < 1:
+            return f"frames of {self.frame_length} samples every {self.hop_length} in a transform of {self.n_fft}"
+        numbers = (self.scale, self.signal_preemphasis, self.frame_preemphasis, self.power_add, self.power_floor,
+                   self.add, self.floor, self.multiply, self.shift, self.dynamic_range)  # fmt: skip
+        if not all(map(math.isfinite, numbers)) or self.dynamic_range < 0:
+            return "an option that is not finite, or a negative range"
+        if self.log != "none" and isinstance(self.filters, Table) and not self.filters.least >= 0:
+            return "logarithms of negative sums"
+        return ""
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of the tables that it holds."""
+        return 1024 + sum(part.array.nbytes for part in (self.window, self.filters) if isinstance(part, Table))
 
     @property
     def compute_dtype(self) -> str:
@@ -401,6 +436,7 @@ DEPENDENT.append(_PREPARED)
 
 def prepared(spec: Spec) -> Prepared:
     """Return tables and plans of a spec: kept by its value, up to a number of bytes, shared by threads."""
+    functions()  # what is kept is forgotten where they change
     return _PREPARED.get(spec, lambda: Prepared(spec))
 
 
@@ -428,7 +464,22 @@ def constant_in_graphs(function: Callable) -> Callable:
 
 
 # Of keywords by which a spec may be kept; torch adds its dtypes.
-PLAIN_TYPES: set[type] = {int, float, bool, str, type(None), Table}
+PLAIN_TYPES: set[type] = {int, float, bool, str, type(None)}
+_SPECS: ByteCache[Spec] = ByteCache(16 * 2**20, lambda spec: spec.table_bytes)
+
+
+def spec_with_tables(make: Callable[..., Spec]) -> Callable[..., Spec]:
+    """Decorate a function from plain values and tables to a spec: kept up to a number of bytes of tables.
+
+    80.0 is not taken for 80.
+    """
+
+    @functools.wraps(make)
+    def kept(*args: Any, **kwargs: Any) -> Spec:
+        key = (make, args, *map(type, args), *kwargs.items(), *map(type, kwargs.values()))
+        return _SPECS.get(key, lambda: make(*args, **kwargs))
+
+    return kept
 
 
 def kept_spec(plain: Callable[..., dict[str, Any]]) -> Callable[[Callable[..., Spec]], Callable[..., Any]]:
@@ -442,7 +493,7 @@ def kept_spec(plain: Callable[..., dict[str, Any]]) -> Callable[[Callable[..., S
     """
 
     def decorate(make: Callable[..., Spec]) -> Callable[..., Any]:
-        @functools.lru_cache(maxsize=256)
+        @spec_with_tables
         def made(**arguments: Any) -> Spec:
             spec = make(**arguments)
             prepared(spec)  # bad arguments are the caller's error, not the op's

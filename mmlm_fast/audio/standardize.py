@@ -8,8 +8,11 @@ import numpy as np
 
 from mmlm_fast import _C
 from mmlm_fast.audio.arguments import whole
-from mmlm_fast.audio.features import wants_reference
+from mmlm_fast.audio.features import as_torch_does, wants_reference
+from mmlm_fast.audio.spec import is_tracing
 from mmlm_fast.audio.waveforms import ARRAYS, Samples
+
+_FLOATS = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64))
 
 
 class Statistics(NamedTuple):
@@ -57,7 +60,19 @@ def standardize(
     """
     given: Any = features
     is_array = isinstance(given, np.ndarray)
-    is_floating = given.dtype.kind == "f" if is_array else given.is_floating_point()
+    if is_array and (is_tracing() or wants_reference()):
+        return as_torch_does(
+            lambda x: standardize(
+                x, num_valid, per=per, ddof=ddof, eps_inside=eps_inside, eps_outside=eps_outside, means=means,
+                variances=variances, padding=padding,
+            ),
+            given,
+        )  # fmt: skip
+    if not is_array and not hasattr(given, "is_floating_point"):
+        raise ValueError(f"features must be a tensor or an array, got {type(given).__name__}")
+    if is_array:
+        given = ARRAYS.admit(given, "features")
+    is_floating = given.dtype in _FLOATS if is_array else given.is_floating_point()
     if not is_floating or given.ndim < 2:
         raise ValueError(
             f"features must be floating point, [*batch, frames, bins], got {given.dtype} {tuple(given.shape)}"
@@ -76,14 +91,10 @@ def standardize(
         counts = [whole("num_valid", num_valid, 0, frames)] * len(flat)
     if len(counts) != len(flat):
         raise ValueError(f"num_valid must be one count a clip, from 0 to {frames}, got {counts} for {len(flat)} clips")
-    if is_array and not wants_reference():
+    if is_array:
         return _of_array(flat, counts, per, how).reshape(given.shape)  # type: ignore[return-value]
     from mmlm_fast.audio.reference import standardized
 
-    if is_array:
-        import torch
-
-        return standardized(torch.from_numpy(flat), counts, per, how).numpy().reshape(given.shape)  # type: ignore[return-value]
     return standardized(flat, counts, per, how).reshape(given.shape)  # type: ignore[return-value]
 
 

@@ -27,6 +27,7 @@ class ByteCache(Generic[V]):
         self._size_of, self._lock = size_of, Lock()
         self._kept: OrderedDict[Hashable, tuple[V, int]] = OrderedDict()
         self._latest: tuple[Hashable, Any] = (None, None)
+        self._generation = 0
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -36,6 +37,7 @@ class ByteCache(Generic[V]):
         with self._lock:
             self._kept.clear()
             self._latest = (None, None)
+            self._generation += 1
             self.num_bytes = 0
 
     def get(self, key: Hashable, make: Callable[[], V]) -> V:
@@ -49,9 +51,12 @@ class ByteCache(Generic[V]):
                 self._kept.move_to_end(key)
                 self._latest = (key, known[0])
                 return known[0]
+        generation = self._generation
         value = make()
         size = self._size_of(value)
         with self._lock:
+            if generation != self._generation:  # forgotten in the meantime, and what was made may be of before
+                return value
             known = self._kept.setdefault(key, (value, size))
             if known[0] is value:
                 self.num_bytes += size
@@ -84,20 +89,22 @@ class Table:
 
     Attributes:
         array: The numbers in float64, read-only.
+        least: The least of them and 0; NaN if one is.
     """
 
-    __slots__ = ("_hash", "array", "digest")
+    __slots__ = ("_hash", "array", "digest", "least")
 
     def __init__(self, array: np.ndarray) -> None:
-        self.array = np.array(array, np.float64, order="C")  # always a copy
+        self.array = np.add(array, 0.0, order="C", dtype=np.float64)  # a copy, without -0
         self.array.setflags(write=False)
         self.digest = (self.array.shape, *_C.digest(self.array))
+        self.least = float(self.array.min(initial=0.0))
         self._hash = hash(self.digest)
 
     @classmethod
     def of(cls, numbers: Any, *, transposed: bool = False) -> "Table":
         """Return the table of an array, or of a CPU tensor; of its transpose where that is asked for."""
-        array = numbers if type(numbers) is np.ndarray else _array_of(numbers)
+        array = numbers if type(numbers) is np.ndarray and numbers.dtype.kind == "f" else _array_of(numbers)
         if not array.flags.c_contiguous:
             array = np.ascontiguousarray(array)
         key = (_C.digest(array), array.shape, array.dtype, transposed)
@@ -125,11 +132,18 @@ class Table:
         return Table, (self.array,)
 
 
+class TableError(ValueError):
+    """What holds no real numbers."""
+
+
 def _array_of(numbers: Any) -> np.ndarray:
     if hasattr(numbers, "detach"):
         numbers = numbers.detach().cpu()
-        return (numbers if numbers.dtype.itemsize >= 4 else numbers.float()).numpy()
-    return np.asarray(numbers)
+        numbers = (numbers if numbers.dtype.itemsize >= 4 else numbers.float()).numpy()
+    array = np.asarray(numbers)
+    if array.dtype.kind not in "fiub":
+        raise TableError(f"a table must hold real numbers, got {type(numbers).__name__} of {array.dtype}")
+    return array
 
 
 _TABLES: ByteCache[Table] = ByteCache(16 * 2**20, lambda table: table.array.nbytes + 512)

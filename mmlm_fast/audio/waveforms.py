@@ -89,6 +89,12 @@ class ArrayLibrary:
     @staticmethod
     def mixed(x: np.ndarray) -> np.ndarray:
         """Return samples ``[num_samples]`` as dense float32, integers scaled to [-1, 1), channels averaged."""
+        if torch_is_loaded():  # the bits of tensors
+            import torch
+
+            from mmlm_fast.audio.tensors import TENSORS
+
+            return TENSORS.mixed(torch.from_numpy(x if x.flags.writeable else x.copy())).numpy()
         out = np.empty(x.shape[-1], np.float32)
         format = native_format(ARRAYS, [x], None)
         _C.read_samples(format, [ARRAYS.address(x)], [x.shape[-1]], [ARRAYS.address(out)], False, 1)

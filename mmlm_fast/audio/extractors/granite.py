@@ -1,7 +1,6 @@
 """GraniteSpeech and GraniteSpeech5, whose originals need torchaudio."""
 
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -9,7 +8,6 @@ import torch
 from torch import Tensor
 
 from mmlm_fast.audio.extractors.shared import (
-    NotOursError,
     Original,
     features,
     has_torchaudio,
@@ -18,7 +16,7 @@ from mmlm_fast.audio.extractors.shared import (
     refuse_short,
 )
 from mmlm_fast.audio.log_mel import DYNAMIC_RANGE, WHISPER
-from mmlm_fast.audio.spec import Framing, MelFilters, Spec, Window
+from mmlm_fast.audio.spec import Framing, MelFilters, Spec, SpecError, Window, spec_with_tables
 from mmlm_fast.audio.tables import Table
 from mmlm_fast.ops.paths import using_reference
 
@@ -82,9 +80,26 @@ def _tables_of(transform: Any) -> tuple[Table, Table]:
     return Table.of(transform.spectrogram.window), Table.of(transform.mel_scale.fb, transposed=True)
 
 
+def _is_usual(transform: Any) -> bool:
+    """Return whether torchaudio's own classes compute what the extractors ask them for, and nothing listens."""
+    parts = [transform, getattr(transform, "spectrogram", None), getattr(transform, "mel_scale", None)]
+    kinds = [(type(part).__module__.partition(".")[0], type(part).__name__) for part in parts]
+    if kinds != [("torchaudio", "MelSpectrogram"), ("torchaudio", "Spectrogram"), ("torchaudio", "MelScale")]:
+        return False
+    if any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in parts):
+        return False
+    inner = transform.spectrogram
+    settings = (inner.power, inner.normalized, inner.pad, inner.center, inner.pad_mode, inner.onesided)
+    return settings == (2, False, 0, True, "reflect", True)
+
+
 def _spec_of(transform: Any, melspec: dict[str, int], dynamic_range: float) -> Spec:
     """Return ``max(log10 mel, max - range) / 4 + 1`` of torchaudio's MelSpectrogram, or of its arguments without it."""
+    if not dynamic_range > 0:
+        raise SpecError(f"a dynamic range of {dynamic_range} is for the original")
     if transform is not None:
+        if not _is_usual(transform):
+            raise SpecError("a transform of one's own is for the original")
         inner = transform.spectrogram
         melspec = dict(
             n_fft=inner.n_fft,
@@ -93,19 +108,20 @@ def _spec_of(transform: Any, melspec: dict[str, int], dynamic_range: float) -> S
             sample_rate=transform.sample_rate,
             n_mels=transform.n_mels,
         )
-    if dynamic_range <= 0:
-        raise NotOursError(f"a dynamic range of {dynamic_range} is for the original")
     rate = melspec["sample_rate"]
-    tables: tuple[Any, Any] = (
+    window, filters = (
         Window("hann"),
         MelFilters(melspec["n_mels"], norm=None, mel_scale="htk", computed_in="float32", highest_hz=rate // 2),
     )
-    if transform is not None and (own := _tables_of(transform)) != _AS_MADE.get(transform, own):
-        tables = own
-    return _spec(melspec["n_fft"], melspec["win_length"], melspec["hop_length"], rate, *tables, dynamic_range)
+    sizes = melspec["n_fft"], melspec["win_length"], melspec["hop_length"], rate
+    if transform is not None and (own := _tables_of(transform)) != _AS_MADE.get(transform):
+        usual = Table(replace(window, computed_in="float32").table(sizes[1])), Table(filters.table(sizes[0], rate))
+        if own != usual:
+            return _spec(*sizes, *own, dynamic_range)
+    return _spec(*sizes, window, filters, dynamic_range)
 
 
-@lru_cache(maxsize=64)
+@spec_with_tables
 def _spec(
     n_fft: int,
     win_length: int,
@@ -190,7 +206,7 @@ class GraniteSpeech5Mixin(Original):
 def _deltas(features: Tensor, win_length: int) -> Tensor:
     """Slopes over `win_length` frames, ends repeated: ``[B, T, M]``. Source: torchaudio ``compute_deltas``."""
     if win_length < 3:
-        raise NotOursError(f"slopes need 3 frames or more, got {win_length}")
+        raise SpecError(f"slopes need 3 frames or more, got {win_length}")
     n = (win_length - 1) // 2
     x = torch.cat([features[:, :1]] * n + [features] + [features[:, -1:]] * n, 1)
     frames = features.shape[1]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mmlm_fast.audio.extractors import hooks
-from mmlm_fast.audio.extractors.shared import NotOursError
+from mmlm_fast.audio.extractors.shared import NOT_OURS
 from mmlm_fast.audio.plain import has_memory, in_plain_torch, is_plain
 from mmlm_fast.ops.paths import reference, using_reference
 
@@ -79,7 +79,7 @@ def guarded(call: Callable) -> Callable:
 def _called(call: Callable, is_ours: bool, *args: Any, **kwargs: Any) -> Any:
     """Call a drop-in, or the original's own code: also for settings that only that has an answer to."""
     if is_ours:
-        with suppress(NotOursError):
+        with suppress(*NOT_OURS):
             return call(*args, **kwargs)
     with reference():
         return call(*args, **kwargs)

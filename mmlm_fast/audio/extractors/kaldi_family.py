@@ -1,7 +1,6 @@
 """Kaldi's filter bank: AST, FunAsrNano, SeamlessM4T, Speech2Text."""
 
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from mmlm_fast.audio.extractors.shared import (
 )
 from mmlm_fast.audio.features import run_rows
 from mmlm_fast.audio.kaldi import KaldiSettings, kaldi_fbank
-from mmlm_fast.audio.spec import KaldiFilters, Spec, Window, prepared
+from mmlm_fast.audio.spec import KaldiFilters, Spec, Window, prepared, spec_with_tables
 from mmlm_fast.audio.standardize import standardize_in_place
 from mmlm_fast.audio.tables import Table
 
@@ -46,14 +45,14 @@ class FunAsrNanoMixin(Original):
         )  # type: ignore[return-value]
 
 
-@lru_cache(maxsize=64)
+@spec_with_tables
 def _by_torchaudio(window: str, num_mel_bins: int, scale: float, sampling_rate: int) -> Spec:
     """Return what torchaudio's Kaldi computes, in float64."""
     own: dict[str, Any] = dict(scale=scale, sampling_rate=sampling_rate)
     return replace(KALDI, window=Window(window, False), filters=KaldiFilters(num_mel_bins), **own)
 
 
-@lru_cache(maxsize=64)
+@spec_with_tables
 def _by_numpy(window: Table, filters: Table, scale: float) -> Spec:
     """Return what transformers' ``audio_utils.spectrogram`` computes of an extractor's own tables."""
     return replace(KALDI, window=window, filters=filters, scale=scale, round_spectrum=True)

@@ -1,7 +1,6 @@
 """NeMo's log-mel: Parakeet, CohereAsr, NemotronAsrStreaming."""
 
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ from torch import Tensor
 from mmlm_fast.audio.extractors.shared import (
     Original,
     check_rate,
+    check_settings,
     features,
     is_cpu,
     mono_clips,
@@ -22,12 +22,12 @@ from mmlm_fast.audio.extractors.shared import (
 from mmlm_fast.audio.features import run_rows
 from mmlm_fast.audio.filters import window_of
 from mmlm_fast.audio.nemo import EPSILON, NEMO
-from mmlm_fast.audio.spec import Framing, Spec, Window, prepared
+from mmlm_fast.audio.spec import Framing, Spec, Window, prepared, spec_with_tables
 from mmlm_fast.audio.standardize import standardize_in_place
 from mmlm_fast.audio.tables import Table
 
 
-@lru_cache(maxsize=64)
+@spec_with_tables
 def _spec(
     n_fft: int,
     win_length: int,
@@ -115,6 +115,7 @@ class ParakeetCallMixin(ParakeetMixin):
         emphasis = 0.0 if self.preemphasis is None else float(self.preemphasis)
         sizes = self.n_fft, self.win_length, self.hop_length
         spec = _spec(*sizes, NEMO.window, Table.of(self.mel_filters), emphasis, True)
+        check_settings(spec)
         made = prepared(spec)
         frames = made.layout.num_frames(num_samples)
         out = np.empty((len(clips), frames, made.num_out), np.float32)

@@ -2,18 +2,17 @@
 
 import math
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from mmlm_fast.audio.extractors.shared import Original, features, num_frames, one_clip, refuse_short
-from mmlm_fast.audio.spec import Framing, Spec, Window
+from mmlm_fast.audio.spec import Framing, Spec, Window, spec_with_tables
 from mmlm_fast.audio.tables import Table
 from mmlm_fast.ops.paths import using_reference
 
 
-@lru_cache(maxsize=64)
+@spec_with_tables
 def _gemma_spec(
     fft_length: int,
     frame_length: int,
@@ -55,6 +54,8 @@ class Gemma3nAudioMixin(Original):
             rows = rows + self.dither * np.random.randn(*rows.shape).astype(rows.dtype)
         left = self.frame_length // 2 if self._adds_floor else 0
         per_bin = self.per_bin_mean is not None or self.per_bin_stddev is not None
+        if any(np.ndim(x) == 0 for x in (self.per_bin_mean, self.per_bin_stddev) if x is not None):
+            return super()._extract_spectrogram(waveform, attention_mask)
         options = {"add" if self._adds_floor else "floor": float(self.mel_floor)}
         if self.preemphasis > 0:
             emphasis = "frame_preemphasis" if self.preemphasis_htk_flavor else "signal_preemphasis"
@@ -113,7 +114,7 @@ AUDIO_UTILS = Spec(
 )
 
 
-@lru_cache(maxsize=64)
+@spec_with_tables
 def _audio_utils_spec(
     frame_length: int, hop_length: int, n_fft: int, window: Window | Table, filters: Table, center: bool, **options: Any
 ) -> Spec:

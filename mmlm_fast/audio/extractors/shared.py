@@ -10,10 +10,10 @@ from transformers.utils import logging
 import mmlm_fast.audio.elementary_torch  # noqa: F401
 from mmlm_fast.audio.extractors.hooks import is_as_made
 from mmlm_fast.audio.features import run_rows
-from mmlm_fast.audio.spec import Spec, prepared
+from mmlm_fast.audio.spec import Spec, SpecError, prepared
+from mmlm_fast.audio.tables import TableError
 from mmlm_fast.ops.paths import using_reference
 
-MAX_N_FFT = 1 << 24  # of the core
 _Base: Any = Any if TYPE_CHECKING else object
 
 
@@ -43,21 +43,19 @@ def one_clip(waveform: Any) -> np.ndarray:
     return rows_of(squeezed.reshape(1, -1))
 
 
-class NotOursError(ValueError):
-    """Settings that the core has no plan for: the original's own code is to answer."""
+# Settings that the core has no plan for: the original's own code is to answer.
+NOT_OURS = (SpecError, TableError)
 
 
-def _check_settings(spec: Spec, frames: int = 0) -> None:
-    if not 1 <= spec.frame_length <= spec.n_fft <= MAX_N_FFT or spec.hop_length < 1 or frames < 0:
-        raise NotOursError(
-            f"frames of {spec.frame_length} samples every {spec.hop_length} in a transform of {spec.n_fft}, {frames} "
-            f"of them, are for the original"
-        )
+def check_settings(spec: Spec, frames: int = 0) -> None:
+    """Raise SpecError where the core has no plan for a spec, or a number of frames is none."""
+    if spec.why_not or frames < 0:
+        raise SpecError(spec.why_not or f"{frames} frames")
 
 
 def features(spec: Spec, waveform: Any, frames: int) -> np.ndarray:
     """Compute features ``[num_clips, …]`` of ``[num_clips, num_samples]``, `frames` of each clip."""
-    _check_settings(spec, frames)
+    check_settings(spec, frames)
     rows, num_out = rows_of(waveform), prepared(spec).num_out
     shape = (num_out, frames) if spec.bins_first else (frames, num_out)
     out = np.empty((len(rows), *shape), spec.compute_dtype)
@@ -67,7 +65,7 @@ def features(spec: Spec, waveform: Any, frames: int) -> np.ndarray:
 
 def num_frames(spec: Spec, waveform: Any) -> int:
     """Return how many frames a spec makes of ``[*batch, num_samples]``."""
-    _check_settings(spec)
+    check_settings(spec)
     return prepared(spec).layout.num_frames(waveform.shape[-1])
 
 

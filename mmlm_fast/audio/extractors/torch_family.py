@@ -1,16 +1,14 @@
 """Extractors that compute with torch in float32 or float64: Lasr, Phi4Multimodal, Inkling."""
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
 from mmlm_fast.audio.extractors.shared import Original, features, is_cpu, num_frames, refuse_short
-from mmlm_fast.audio.spec import Framing, Spec, Window
+from mmlm_fast.audio.spec import Framing, Spec, Window, spec_with_tables
 from mmlm_fast.audio.tables import Table
 
 
-@lru_cache(maxsize=64)
+@spec_with_tables
 def _lasr_spec(n_fft: int, win_length: int, hop_length: int, filters: Table) -> Spec:
     return Spec(
         n_fft=n_fft,
@@ -38,7 +36,7 @@ class LasrMixin(Original):
         return torch.from_numpy(features(spec, waveform, num_frames(spec, waveform)))
 
 
-@lru_cache(maxsize=64)
+@spec_with_tables
 def _phi4_spec(n_fft: int, win_length: int, hop_length: int, filters: Table, preemphasis: float) -> Spec:
     return Spec(
         n_fft=n_fft,
@@ -80,7 +78,7 @@ class Phi4MultimodalMixin(Original):
         return out
 
 
-@lru_cache(maxsize=64)
+@spec_with_tables
 def _inkling_spec(n_fft: int, frame_length: int, hop_length: int, window: Table, filters: Table) -> Spec:
     # Frame t ends with sample (t + 1) * hop_length: as many frames as hops are begun.
     offset = (n_fft - frame_length) // 2 - max(n_fft - hop_length, 0)

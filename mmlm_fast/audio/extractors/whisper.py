@@ -115,6 +115,8 @@ class WhisperCallMixin(WhisperMixin):
         out = np.empty((len(clips), self.feature_size, frames), np.float32)
         valid = [clip if len(clip) == n else clip[:n] for clip, n in zip(clips, num_valid, strict=True)]
         spec = whisper_spec(N_FFT, HOP_LENGTH, Table.of(self.mel_filters, transposed=True))
+        if spec.why_not:
+            return None
         run_rows(spec, valid, [num_samples] * len(clips), [frames] * len(clips), out)
 
         wants_tensor = return_tensors == "pt"
@@ -133,7 +135,9 @@ class WhisperCallMixin(WhisperMixin):
         n_fft, hop, side, value, dither, bins, filters = _SETTINGS(self)
         if n_fft != N_FFT or hop != HOP_LENGTH or side != "right" or value != 0 or dither != 0:
             return False
-        return filters.shape == (N_FFT // 2 + 1, bins) and not self._takes_original("__call__")
+        if type(bins) is not int or getattr(filters, "shape", None) != (N_FFT // 2 + 1, bins):
+            return False
+        return not self._takes_original("__call__")
 
     def _padded_lengths(
         self, clips: list[np.ndarray], truncation: bool, multiple: int | None, padding: Any, max_length: int | None

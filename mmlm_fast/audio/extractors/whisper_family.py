@@ -1,7 +1,6 @@
 """Whisper's log-mel in the extractors of other models that use it."""
 
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -10,11 +9,11 @@ from torch import Tensor
 
 from mmlm_fast.audio.extractors.shared import Original, features, is_cpu, num_frames, refuse_short
 from mmlm_fast.audio.log_mel import WHISPER, below
-from mmlm_fast.audio.spec import Framing, Spec
+from mmlm_fast.audio.spec import Framing, Spec, SpecError, spec_with_tables
 from mmlm_fast.audio.tables import Table
 
 
-@lru_cache(maxsize=64)
+@spec_with_tables
 def whisper_spec(n_fft: int, hop_length: int, filters: Table, center: bool = True) -> Spec:
     """Return Whisper's features with an extractor's own sizes and filters; the last frame is dropped."""
     framing = Framing.centered(n_fft, n_fft, "reflect", 1) if center else Framing.inside(n_fft, n_fft, 1)
@@ -45,6 +44,12 @@ class WhisperMixin(Original):
         return out.reshape(*samples.shape[:-1], *out.shape[1:])
 
 
+def _limit_of(log_mel_max: Any) -> float:
+    if not -300 <= float(log_mel_max) <= 300:
+        raise SpecError(f"a limit of {log_mel_max} is for the original")
+    return float(log_mel_max)
+
+
 class VoxtralRealtimeMixin(Original):
     """log10, clipped to 8 below a constant."""
 
@@ -59,6 +64,6 @@ class VoxtralRealtimeMixin(Original):
         refuse_short(waveform.shape[-1], self.n_fft // 2 + 1 if center else self.n_fft)
         spec = whisper_spec(self.n_fft, self.hop_length, Table.of(self.mel_filters, transposed=True), bool(center))
         if self.global_log_mel_max is not None:
-            spec = below(spec, self.global_log_mel_max)
+            spec = below(spec, _limit_of(self.global_log_mel_max))
         out = torch.from_numpy(features(spec, waveform, num_frames(spec, waveform)))
         return out.reshape(*waveform.shape[:-1], *out.shape[1:])
