@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from mmlm_fast._doctor import doctor
-from mmlm_fast._registration import register_ops
+from mmlm_fast._registration import import_torch, register_ops
 from mmlm_fast._version import __version__
 
 if TYPE_CHECKING:
@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from mmlm_fast.ops.paths import reference
 
 __all__ = ["__version__", "accelerate", "doctor", "reference"]
-_SUBMODULES = ("audio", "core", "distributed", "hf", "masks", "models", "nn", "ops", "positions", "testing", "training")
+_NEED_TORCH = ("distributed", "hf", "masks", "models", "nn", "ops", "positions", "testing", "training")
 
 register_ops()
 
 
 def __getattr__(name: str) -> Any:
+    if name in ("accelerate", "reference", *_NEED_TORCH):
+        import_torch()
     if name == "accelerate":  # needs transformers, whose import takes seconds
         from mmlm_fast.hf import accelerate
 
@@ -30,6 +32,6 @@ def __getattr__(name: str) -> Any:
         from mmlm_fast.ops.paths import reference
 
         return reference
-    if name in _SUBMODULES:
+    if name in ("audio", "core", *_NEED_TORCH):
         return import_module(f"mmlm_fast.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -204,6 +204,36 @@ def test_torch_is_imported_as_without_us():
     assert int(functions) >= 6
 
 
+FIRST = [
+    "from mmlm_fast.audio import WhisperFeatureExtractor",
+    "import mmlm_fast.audio.resample_op",
+    "import mmlm_fast.nn",
+]
+OTHERS = [
+    *(
+        "from mmlm_fast.audio import read_audio",
+        "import mmlm_fast; mmlm_fast.accelerate",
+        "import mmlm_fast; mmlm_fast.nn",
+    ),
+    *("import mmlm_fast.audio.plain", "import mmlm_fast.audio.cuda", "import mmlm_fast.audio.extractors"),
+    *("from mmlm_fast.ops import glu", "import mmlm_fast.masks", "import mmlm_fast.models", "import mmlm_fast.cli"),
+    *("import mmlm_fast.audio.elementary_torch", "import mmlm_fast.audio.spectral", "import mmlm_fast.testing"),
+    "import mmlm_fast.audio; mmlm_fast.doctor()",
+]
+
+
+@pytest.mark.parametrize("first", [*FIRST, *(pytest.param(o, marks=pytest.mark.slow) for o in OTHERS)])
+def test_any_module_may_be_the_first(first):
+    """Whatever brings torch in, with arrays before it and without."""
+    rest = (
+        "; import torch, mmlm_fast, mmlm_fast.audio as audio; x = torch.zeros(16000); "
+        "print(audio.log_mel(x).shape, audio.resample(x, 2, 1).shape, mmlm_fast.doctor().count('audio.log_mel'))"
+    )
+    for before in ("", "import mmlm_fast.audio.np; "):
+        done = subprocess.run([sys.executable, "-P", "-c", before + first + rest], capture_output=True, text=True)
+        assert done.stdout.split() == ["torch.Size([80,", "100])", "torch.Size([8000])", "1"], done.stderr
+
+
 def test_arrays_before_torch_leave_no_tables_behind():
     """Bits do not depend on what was called before torch came: tables are torch's as soon as it is there."""
     code = (

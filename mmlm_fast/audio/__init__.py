@@ -5,6 +5,7 @@ registered.
 """
 
 import sys
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from mmlm_fast.audio.kaldi import kaldi_fbank, kaldi_mfcc, mfcc
@@ -46,6 +47,8 @@ _OF_FILES = ("AudioFileError", "audio_info", "read_audio", "read_audio_files")
 
 
 def __getattr__(name: str) -> Any:
+    if name in _OF_FILES or name.endswith("FeatureExtractor"):
+        import_module("torch")  # first: see mmlm_fast/_registration.py
     if name in _OF_FILES:  # files become tensors
         from mmlm_fast.audio import files
 
