@@ -143,7 +143,7 @@ def test_what_is_kept_of_large_tables_is_bounded():
         audio.spectrogram(clip, n_fft=1 << 17, hop_length=1 << 17, window_fn=window * (1 + i / 64))
     for cache in (_SPECS, _TABLES, _PREPARED):
         assert cache.num_bytes <= cache.max_bytes
-    held = {id(x.array) for x in gc.get_objects() if isinstance(x, Table) and len(x.array) == 1 << 17}
+    held = {id(x.array) for x in gc.get_objects() if type(x) is Table and len(x.array) == 1 << 17}
     assert len(held) <= 64 * 2**20 / (2 * window.nbytes) + 2 * 16 * 2**20 / window.nbytes + 3
 
 
