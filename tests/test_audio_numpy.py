@@ -191,6 +191,27 @@ def test_a_graph_of_another_process(tmp_path):
         assert done.stdout.strip() == "True", done.stderr
 
 
+ARRAYS_IN_GRAPHS = {
+    "log_mel": audio.log_mel,
+    "kaldi_fbank": lambda x: audio.kaldi_fbank(x, subtract_mean=True),
+    "mel_spectrogram": lambda x: audio.mel_spectrogram(x, pad=7, orig_freq=44100),
+    "mel_spectrogram, a window": lambda x: audio.mel_spectrogram(x, window_fn=np.hanning),
+    "mel_mfcc": audio.mel_mfcc,
+    "nemo_log_mel": audio.nemo_log_mel,
+    "resample": lambda x: audio.resample(x, 16000, 8000),
+}
+
+
+@pytest.mark.parametrize("name", ARRAYS_IN_GRAPHS)
+def test_arrays_in_a_graph(name):
+    torch._dynamo.reset()
+    call = ARRAYS_IN_GRAPHS[name]
+    out = torch.compile(call, fullgraph=True, backend="eager")(SPEECH)
+    assert type(out) is np.ndarray
+    # In a graph features are standardised by PyTorch's formula, in float32.
+    np.testing.assert_allclose(out, call(SPEECH), rtol=0, atol=1e-4 if name == "nemo_log_mel" else 0)
+
+
 def test_torch_is_imported_as_without_us():
     code = (
         "import mmlm_fast.audio.np, sys; before = len(sys.meta_path); from mmlm_fast import reference; import torch; "

@@ -36,7 +36,8 @@ def _padded(clips: Clips, rate: int, pad: int) -> Clips:
     """Put zeros around clips before everything else, so also before what centring makes up."""
     waveforms = [_as_floats(w) for w in clips.waveforms]
     if waveforms and clips.orig_freq and rate != clips.orig_freq:
-        alone = clips._replace(waveforms=waveforms, batch=None)
+        are_arrays = isinstance(waveforms[0], np.ndarray)  # in a graph they are tensors by now
+        alone = clips._replace(waveforms=waveforms, batch=None, are_arrays=are_arrays)
         waveforms = resample_clips(alone, clips.orig_freq, rate, checked_options())
     waveforms = [np.pad(w, pad) if isinstance(w, np.ndarray) else _pad(w, (pad, pad)) for w in waveforms]
     return clips._replace(waveforms=waveforms, orig_freq=0, num_samples=clips.num_samples + 2 * pad)
