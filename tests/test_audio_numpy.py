@@ -62,8 +62,9 @@ ANOTHER_ORDER = {"standardize"}
 
 
 def assert_near(ours, theirs):
-    """Up to roundings of float32: 2^-20 of the largest value."""
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=2**-20 * np.abs(theirs).max())
+    """Up to roundings: measured 0.24 of 2^-20 of the largest value at most (mel_mfcc), in float64 7e-15 (log_mel)."""
+    bound = 2**-45 if theirs.dtype == np.float64 else 2**-21
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=bound * np.abs(theirs).max())
 
 
 def evaluated(call, functions, mono):
@@ -208,8 +209,8 @@ def test_arrays_in_a_graph(name):
     call = ARRAYS_IN_GRAPHS[name]
     out = torch.compile(call, fullgraph=True, backend="eager")(SPEECH)
     assert type(out) is np.ndarray
-    # In a graph features are standardised by PyTorch's formula, in float32.
-    np.testing.assert_allclose(out, call(SPEECH), rtol=0, atol=1e-4 if name == "nemo_log_mel" else 0)
+    # In a graph features are standardised by PyTorch's formula, in float32: 4.8e-7 apart, measured, up to 3.8.
+    np.testing.assert_allclose(out, call(SPEECH), rtol=0, atol=2e-6 if name == "nemo_log_mel" else 0)
 
 
 def test_torch_is_imported_as_without_us():
